@@ -1,0 +1,264 @@
+"""Which calls a traced hook may not make: those with an effect outside the trace, or a result that changes by itself.
+
+`label_of` tells a banned callable from one that may be called; it looks only at what the callable is, and at its first
+argument. Some calls are made by C code, where Python reports nothing (`map(print, xs)`). For these, `calls_in` reads
+off the bytecode which names the text of a call mentions, and `label_in_call` asks what they mean in a frame.
+"""
+
+from __future__ import annotations
+
+import dis
+import functools
+import inspect
+import io
+import itertools
+import os
+import types
+from typing import Any, NamedTuple
+
+# Names banned in a module: all but some, or only some. A function, class or method is known by either end of its
+# qualified name: "Thread" and "start" for `Thread.start`.
+
+_ALL_BUT: dict[str, frozenset[str]] = {
+    "time": frozenset(("struct_time",)),
+    "random": frozenset(),
+    "numpy.random": frozenset(),
+    "secrets": frozenset(("compare_digest",)),
+    "os": frozenset(
+        ("fspath", "_fspath", "fsencode", "fsdecode", "PathLike", "strerror", "_path_normpath", "_path_splitroot")
+        + ("_path_splitroot_ex",)
+    ),
+    # Buffers in memory are the standard library's own tools (`pprint.pformat`); see `BUFFER_WRITES`.
+    "io": frozenset(("StringIO", "BytesIO", "text_encoding", "IncrementalNewlineDecoder")),
+    **dict.fromkeys(
+        "socket ssl select selectors subprocess multiprocessing concurrent.futures asyncio sqlite3 queue signal mmap "
+        "urllib.request http.client http.server ftplib smtplib shutil tempfile glob webbrowser".split(),
+        frozenset(),
+    ),
+}
+_ONLY: dict[str, frozenset[str]] = {
+    "builtins": frozenset(("print", "input", "breakpoint")),
+    "threading": frozenset(("Thread", "Timer", "start_new_thread", "start_joinable_thread")),
+    "logging": frozenset(
+        "debug info warning warn error exception critical fatal log handle emit basicConfig".split(),
+    ),
+    "warnings": frozenset(("warn", "warn_explicit", "showwarning")),
+    "uuid": frozenset(("uuid1", "uuid4", "uuid6", "uuid7", "getnode")),
+    "datetime": frozenset(("now", "today", "utcnow")),
+    "numpy": frozenset(
+        "save savez savez_compressed savetxt load loadtxt genfromtxt fromfile tofile memmap dump".split(),
+    ),
+}
+# C modules, by the names that users know them under.
+_ALIASES = {
+    "posix": "os", "nt": "os", "_io": "io", "_pyio": "io", "_thread": "threading", "_random": "random",
+    "_warnings": "warnings", "_datetime": "datetime", "_socket": "socket", "_ssl": "ssl", "_queue": "queue",
+    "_sqlite3": "sqlite3", "_posixsubprocess": "subprocess",
+}  # fmt: skip
+# Refused only where user code itself makes the call.
+BUFFER_WRITES = frozenset(f"io.{kind}.{name}" for kind in ("StringIO", "BytesIO") for name in ("write", "writelines"))
+# Classes that a label leaves out, because their methods go by the name of the module: `random.choice`.
+_ANONYMOUS = ("Random.", "RandomState.", "Generator.")
+
+_RANDOM_REMEDY = "use `jax.random` with a key that is an argument of the function"
+_CALLBACK_REMEDY = "use `jax.debug.callback`, which runs each time the backward runs"
+_TIME_REMEDY = "take the time outside the backward"
+_REMEDIES = {
+    "print": 'use `jax.debug.print("{}", x)`, which prints each time the backward runs',
+    "breakpoint": "use `jax.debug.breakpoint()`",
+    "logging": _CALLBACK_REMEDY,
+    "warnings": _CALLBACK_REMEDY,
+    "random": _RANDOM_REMEDY,
+    "numpy.random": _RANDOM_REMEDY,
+    "secrets": _RANDOM_REMEDY,
+    "time": _TIME_REMEDY,
+    "datetime": _TIME_REMEDY,
+    "os": "call it outside the hook, which may close over the result",
+}
+
+_IOBASE = io.IOBase.__bases__[0]  # the C class: an abstract base class is slow to ask
+_CachedFunction: Any = type(functools.lru_cache(len))
+
+
+def remedy_for(label: str) -> str | None:
+    """What to do instead of the call that `label` names; None where there is nothing better than the host."""
+    return next((remedy for key, remedy in _REMEDIES.items() if f"{label}.".startswith(f"{key}.")), None)
+
+
+def label_of_name(module: str, qualname: str) -> str | None:
+    """The name to show for a banned function, such as `time.sleep`, or None for one that may be called."""
+    key = _ALIASES.get(module, module)
+    while key not in _ALL_BUT and key not in _ONLY:
+        key = key.rpartition(".")[0]
+        if not key:
+            return None
+    qualname = qualname.removesuffix(".__init__")
+    ends = {qualname.partition(".")[0], qualname.rpartition(".")[2]}
+    if key == "os" and "_Environ" in ends:
+        return "os.environ"
+    if key == "io" and qualname == "open":
+        return "open"
+    banned = not ends & _ALL_BUT[key] if key in _ALL_BUT else bool(ends & _ONLY[key])
+    for name in _ANONYMOUS:
+        qualname = qualname.removeprefix(name)
+    label = qualname if key == "builtins" else f"{key}.{qualname}"
+    return label if banned or label in BUFFER_WRITES else None
+
+
+def label_of(callee: Any, arg: Any = None) -> str | None:
+    """The name to show for a banned callable, called with `arg` first; None for one that may be called."""
+    for _ in range(8):  # a partial of a method of ...
+        if isinstance(callee, functools.partial):
+            callee = callee.func
+        elif isinstance(callee, types.MethodType):
+            callee, arg = callee.__func__, callee.__self__
+        elif isinstance(callee, (_CachedFunction, staticmethod, classmethod)):
+            callee = callee.__wrapped__
+        else:
+            break
+    if isinstance(callee, type):
+        return label_of_name(type.__getattribute__(callee, "__module__"), callee.__qualname__)
+    if isinstance(inspect.getattr_static(type(callee), "__call__", None), types.FunctionType):
+        return None  # an object of a Python class: what its `__call__` does is seen there
+    name = getattr(callee, "__name__", None)
+    if not isinstance(name, str):
+        return None
+    owner = getattr(callee, "__objclass__", None) or _defining_class(getattr(callee, "__self__", None), name)
+    if owner is not None:
+        return label_of_name(owner.__module__, f"{owner.__name__}.{name}")
+    if (label := _label_of_method(callee, name, arg)) is not None:
+        return label
+    module, qualname = getattr(callee, "__module__", None), getattr(callee, "__qualname__", name)
+    return label_of_name(module, qualname) if isinstance(module, str) else None
+
+
+def _label_of_method(function: Any, name: str, owner: Any) -> str | None:
+    """The name to show for a function that is a method of `owner`, where that is the environment or a file."""
+    cls = type(owner)
+    is_environ = cls is type(os.environ)
+    is_file = issubclass(cls, _IOBASE) and not issubclass(cls, (io.StringIO, io.BytesIO))
+    if (is_environ or is_file) and getattr(cls, name, None) is function:
+        return "os.environ" if is_environ else f"{cls.__name__}.{name}"
+    return None
+
+
+def _defining_class(owner: Any, name: str) -> type | None:
+    """The class that a bound method of a C type comes from; None for a function of a module."""
+    if owner is None or isinstance(owner, types.ModuleType):
+        return None
+    classes = owner.__mro__ if isinstance(owner, type) else type(owner).__mro__
+    return next((cls for cls in classes if name in cls.__dict__), None)
+
+
+# Calls that C code makes: what does the text of a call mention?
+
+_Path = tuple[str, ...]  # a dotted name
+_Place = tuple[int, int]  # line and column
+
+# C functions that call what they are given.
+_CALLERS = (
+    map, filter, sorted, min, max, iter, list.sort, functools.reduce, itertools.starmap, itertools.accumulate,
+    itertools.groupby, itertools.takewhile, itertools.dropwhile, itertools.filterfalse,
+)  # fmt: skip
+_LOADS = ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FAST", "LOAD_FAST_CHECK", "LOAD_DEREF", "LOAD_FAST_LOAD_FAST")
+_CALLS = ("PRECALL", "CALL", "CALL_KW", "CALL_FUNCTION_EX")
+
+
+class Call(NamedTuple):
+    """The dotted names in the text of one call."""
+
+    callee: _Path | None  # the name that the text starts with
+    mentioned: tuple[_Path, ...]  # all others
+    on_call: bool  # the text starts with a call, and calls what that returns: `partial(f)()`
+
+
+@functools.lru_cache(maxsize=512)
+def calls_in(code: types.CodeType) -> dict[int, Call]:
+    """The calls in `code`, by the byte offset of their instruction; none if it was compiled without columns."""
+    loads: list[tuple[_Place, _Place, _Path]] = []
+    calls: list[tuple[int, _Place, _Place]] = []
+    before = ""
+    for instruction in dis.get_instructions(code):
+        at, name, value = instruction.positions, instruction.opname, instruction.argval
+        if at is None or at.lineno is None or at.col_offset is None:
+            continue
+        begin, end = (at.lineno, at.col_offset), (at.end_lineno or 0, at.end_col_offset or 0)
+        if name in _LOADS:
+            loads += [(begin, end, (each,)) for each in (value if isinstance(value, tuple) else (value,))]
+        elif name in ("LOAD_ATTR", "LOAD_METHOD") and before in (*_LOADS, "LOAD_ATTR") and loads:
+            loads[-1] = (begin, end, (*loads[-1][2], value))
+        elif name in _CALLS:
+            calls.append((instruction.offset, begin, end))
+        before = name
+    found = {}
+    for offset, begin, end in calls:
+        inside = [(start, path) for start, stop, path in loads if begin <= start and stop <= end]
+        callee = next((path for start, path in inside if start == begin), None)
+        mentioned = tuple(path for _, path in inside if path is not callee)
+        on_call = any(start == begin and stop < end for _, start, stop in calls)
+        found[offset] = Call(callee, mentioned, on_call)
+    return found
+
+
+@functools.lru_cache(maxsize=512)
+def starred_calls(code: types.CodeType) -> frozenset[int]:
+    """The byte offsets of calls `f(*xs)` in which `xs` may be anything but a tuple."""
+    found, before = set(), None
+    for instruction in dis.get_instructions(code):
+        # The first makes a tuple of many arguments; the second loads the arguments of `def wrapper(*args)`.
+        is_tuple = before is not None and (
+            before.opname == "CALL_INTRINSIC_1"
+            or (code.co_flags & inspect.CO_VARARGS and before.argval == code.co_varnames[_count_named(code)])
+        )
+        if instruction.opname == "CALL_FUNCTION_EX" and not is_tuple:
+            found.add(instruction.offset)
+        before = instruction
+    return frozenset(found)
+
+
+def _count_named(code: types.CodeType) -> int:
+    """How many parameters come before `*args` in the variables of a function."""
+    return code.co_argcount + code.co_kwonlyargcount
+
+
+def label_mentioned(frame: types.FrameType, offset: int) -> str | None:
+    """The first banned callable that the call at `offset` mentions as an argument."""
+    call = calls_in(frame.f_code).get(offset)
+    labels = (label_of(_value_of(frame, path)) for path in (call.mentioned if call else ()))
+    return next(filter(None, labels), None)
+
+
+def calls_its_argument(callee: Any) -> bool:
+    """True for a C function that calls what it is given."""
+    return any(callee is caller for caller in _CALLERS)
+
+
+def label_in_call(frame: types.FrameType, offset: int) -> str | None:
+    """The banned callable that the call at `offset` would run, as far as its text tells."""
+    call = calls_in(frame.f_code).get(offset)
+    if call is None or call.callee is None:
+        return None
+    callee = _value_of(frame, call.callee)
+    if not call.on_call and (label := label_of(callee)) is not None:
+        return label
+    passed_on = callee is functools.partial if call.on_call else calls_its_argument(callee)
+    return label_mentioned(frame, offset) if passed_on else None
+
+
+def mentions_banned(frame: types.FrameType) -> bool:
+    """True if a call in the code of `frame`, which has just been entered, mentions something banned."""
+    paths = {path for call in calls_in(frame.f_code).values() for path in (call.callee, *call.mentioned) if path}
+    # An object such as `numpy.random.Generator` is not banned, but its methods are, under whatever name it goes.
+    values = [_value_of(frame, path[:length]) for path in paths for length in range(1, len(path) + 1)]
+    return any(label_of(value) or type(value).__module__.startswith("numpy.random") for value in values)
+
+
+def _value_of(frame: types.FrameType, path: _Path) -> Any:
+    """What a dotted name means in `frame`, found without running any code of the objects on the way."""
+    for names in (frame.f_locals, frame.f_globals, frame.f_builtins):
+        if path[0] in names:
+            value = names[path[0]]
+            for attribute in path[1:]:
+                value = inspect.getattr_static(value, attribute, None)
+            return value
+    return None

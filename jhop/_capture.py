@@ -1,0 +1,209 @@
+"""Capture: a function, and what is known of its values, becomes a `GraphModule` whose hooks are opaque.
+
+Tracing is `jax.make_jaxpr`; hooks are `trace_wrapped` equations in it whose functions have not run. A `Recorder`
+collects what the jaxpr itself cannot say: the user's names, source positions and operators of single values. It does
+so through public JAX alone: the traced function returns every recorded tracer as an extra output, which tells the
+variable that stands for it, and the extra outputs are cut off again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.extend.core as jex_core
+
+from jhop import _compat
+from jhop._graph import NO_INFO, GraphModule, Info, Input, Operator
+from jhop._source import hook_name
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Backward:
+    """What print needs to know of a captured backward pass besides its jaxpr.
+
+    Attributes:
+        n_roots: how many gradients start the pass (the first inputs).
+        sizes: dimension sizes that PyTorch lifts, in its order, each as (input index, axis) or a plain number.
+        n_hooks: length of the list of hooks and backward objects.
+        hook_index: per hook equation, in order, its place in that list.
+        grads: per gradient output, the input index of the leaf.
+        number_inputs: whether a Python float was among the captured values.
+        schedule: permutation of equations in which hooks follow their gradients and accumulation follows both.
+    """
+
+    n_roots: int
+    sizes: tuple[tuple[int, int], ...]
+    n_hooks: int
+    hook_index: tuple[int, ...]
+    grads: tuple[int, ...]
+    number_inputs: bool = False
+
+
+class Recorder:
+    """Collects `Info` for tracers of one trace."""
+
+    def __init__(self) -> None:
+        self._tracers: list[Any] = []
+        self._index: dict[int, int] = {}
+        self._info: dict[int, Info] = {}
+        self.anchor: Any = None  # a tracer of the trace; others belong to inner traces and cannot leave it
+
+    def add(self, value: Any) -> int | None:
+        """Remembers a tracer; None for values that are no tracers of this trace."""
+        if not isinstance(value, _compat.Tracer) or not _compat.same_trace(value, self.anchor):
+            return None
+        index = self._index.get(id(value))
+        if index is None:
+            index = self._index[id(value)] = len(self._tracers)
+            self._tracers.append(value)
+        return index
+
+    def note(self, value: Any, info: Info) -> None:
+        """Says something of a tracer; what was said first stays."""
+        index = self.add(value)
+        if index is not None:
+            self._info.setdefault(index, info)
+
+    def update(self, value: Any, **fields: Any) -> None:
+        """Says something of a tracer, over what was said before; a name, once given, stays."""
+        index = self.add(value)
+        if index is None:
+            return
+        before = self._info.get(index, NO_INFO)
+        if before.name is None:
+            self._info[index] = dataclasses.replace(before, **fields)
+
+    def mark_result(self, value: Any) -> None:
+        """Says that a hook computed and returned a tracer."""
+        index = self.add(value)
+        info = self._info.get(index, NO_INFO) if index is not None else None
+        if info is NO_INFO or (info is not None and info.stage == "hook"):
+            self._info[index] = dataclasses.replace(info, stage="hook_result")
+
+    def tracers(self) -> list[Any]:
+        return self._tracers
+
+    def resolve(self, variables: list[Any]) -> dict[Any, Info]:
+        """Info by variable, given the variables of `tracers()`."""
+
+        def operand(item: Any) -> Any:
+            index = self._index.get(id(item)) if isinstance(item, _compat.Tracer) else None
+            return item if index is None else variables[index]
+
+        result: dict[Any, Info] = {}
+        for index, info in self._info.items():
+            variable = variables[index]
+            if isinstance(variable, jex_core.Literal):
+                continue
+            if info.operator is not None:
+                operands = tuple(operand(item) for item in info.operator.operands)
+                info = dataclasses.replace(info, operator=Operator(name=info.operator.name, operands=operands))
+            result.setdefault(variable, info)
+        return result
+
+
+def trace(fn: Callable[..., list[Any]], avals: list[Any], recorder: Recorder) -> tuple[Any, dict[Any, Info]]:
+    """Traces a function of flat inputs and outputs.
+
+    Args:
+        fn: takes one tracer per aval, returns the list of outputs, and tells `recorder` what it knows.
+        avals: the inputs' avals.
+
+    Returns:
+        (closed jaxpr, info by variable).
+    """
+    n_outs = 0
+
+    def run(*flat: Any) -> list[Any]:
+        nonlocal n_outs
+        recorder.anchor = flat[0] if flat else None
+        outs = list(fn(*flat))
+        n_outs = len(outs)
+        return [*outs, *recorder.tracers()]
+
+    closed = jax.make_jaxpr(run)(*avals)
+    jaxpr, consts = _compat.open_jaxpr(closed)
+    info = recorder.resolve(jaxpr.outvars[n_outs:])
+    trimmed = jaxpr.replace(outvars=jaxpr.outvars[:n_outs], debug_info=jaxpr.debug_info._replace(result_paths=None))
+    return jex_core.ClosedJaxpr(trimmed, consts), info
+
+
+def parameter_names(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+    """One name per flat argument, after the parameter that it is given to."""
+    names: list[str] = []
+    try:
+        signature = inspect.signature(fn)
+        bound = signature.bind(*args, **kwargs)
+    except (TypeError, ValueError):
+        return [f"arg{i}" for i in range(len(jax.tree.leaves((args, kwargs))))]
+    for name, value in bound.arguments.items():
+        parameter = signature.parameters[name]
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            groups = [(key, value[key]) for key in sorted(value)]
+        elif parameter.kind is inspect.Parameter.VAR_POSITIONAL:
+            groups = [(f"{name}_{i}", item) for i, item in enumerate(value)]
+        else:
+            groups = [(name, value)]
+        for group, item in groups:
+            count = len(jax.tree.leaves(item))
+            names += [group] if count == 1 else [f"{group}_{i}" for i in range(count)]
+    return names
+
+
+def make_fx(fn: Callable[..., Any]) -> Callable[..., GraphModule]:
+    """Captures a JAX function: `jhop.make_fx(fn)(*args)` is its graph, each hook one opaque call.
+
+    Args:
+        fn: any function of arrays and pytrees that JAX can trace.
+
+    Returns:
+        A function of the same arguments that returns a callable `GraphModule`. No hook has run.
+
+    Raises:
+        HookError: `fn` is not callable.
+
+    Example:
+        >>> import jax.numpy as jnp, jhop
+        >>> def scale(grad):
+        ...     return jhop.trace_wrapped(grad, fn=lambda ct: 3.0 * ct)
+        >>> gm = jhop.make_fx(scale)(jnp.ones(2))
+        >>> _ = gm.print_readable()
+        class scale(torch.nn.Module):
+            def forward(self, grad_1: "f32[2]"):
+                trace_wrapped: "f32[2]" = torch__dynamo__trace_wrapped_higher_order_op_self_invoke(grad_1);  grad_1 = None
+                return trace_wrapped
+        <BLANKLINE>
+
+    The counterpart in PyTorch is `torch.fx.experimental.proxy_tensor.make_fx`.
+    """
+    if not callable(fn):
+        from jhop._errors import JhopError
+
+        raise JhopError(f"jhop.make_fx: expected a function, got {type(fn).__name__}.")
+
+    def captured(*args: Any, **kwargs: Any) -> GraphModule:
+        flat, in_tree = jax.tree.flatten((args, kwargs))
+        out_tree: Any = None
+
+        def run(*values: Any) -> list[Any]:
+            nonlocal out_tree
+            args, kwargs = jax.tree.unflatten(in_tree, values)
+            outs, out_tree = jax.tree.flatten(fn(*args, **kwargs))
+            return outs
+
+        closed, info = trace(run, flat, Recorder())
+        names = parameter_names(fn, args, kwargs)
+        inputs = tuple(Input(name=f"{name}_1") for name in names)
+        jaxpr, _ = _compat.open_jaxpr(closed)
+        for variable, given in zip(jaxpr.invars, inputs, strict=True):
+            info.setdefault(variable, dataclasses.replace(NO_INFO, name=given.name))
+        name = hook_name(fn).split(".")[-1]
+        return GraphModule(
+            jaxpr=closed, inputs=inputs, info=info, name=name, made_by="make_fx", in_tree=in_tree, out_tree=out_tree
+        )
+
+    return captured

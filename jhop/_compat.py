@@ -1,0 +1,120 @@
+"""Everything that depends on which JAX this is. No other module asks, and no other touches `jax._src`.
+
+Differences are found by looking at the feature, not at the version number.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from typing import Any
+
+import jax
+import jax.export
+import jax.extend.core as jex_core
+from jax.interpreters import mlir
+
+Tracer = jax.core.Tracer
+
+
+def same_trace(a: Any, b: Any) -> bool:
+    """Whether two tracers belong to one trace, so that a function of one may return the other."""
+    # A tracer's trace has no public name in any JAX so far.
+    return getattr(a, "_trace", None) is getattr(b, "_trace", None)
+
+
+_DimExpr = type(jax.export.symbolic_shape("n")[0])  # a class without a public name
+
+
+def is_dim_expr(value: Any) -> bool:
+    """Whether a value is a symbolic dimension and not a number."""
+    return isinstance(value, _DimExpr)
+
+
+def evaluate_dim(dim: Any, sizes: dict[str, int]) -> int:
+    """The number that a symbolic dimension stands for once its symbols have sizes."""
+    if not is_dim_expr(dim):
+        return int(dim)
+    # jax.export evaluates dimensions only inside an exported call; the method itself has no public name.
+    return int(dim._evaluate(sizes))
+
+
+def open_jaxpr(jaxpr: Any) -> tuple[Any, list[Any]]:
+    """Splits any jaxpr, closed or open, into (jaxpr, constants)."""
+    # ClosedJaxpr and Jaxpr are one class from jax 0.12; an open jaxpr before that has no `consts`.
+    consts = getattr(jaxpr, "consts", None)
+    if consts is None:
+        return jaxpr, []
+    return jaxpr.jaxpr, list(consts)
+
+
+def bind_eqn(eqn: Any, args: list[Any]) -> list[Any]:
+    """Binds an equation's primitive again, with the same parameters, under the equation's own context."""
+    params = eqn.primitive.get_bind_params(eqn.params)
+    # Before jax 0.11 the call primitives returned (functions, params).
+    subfuns, params = params if isinstance(params, tuple) else ((), params)
+    with eqn.ctx.manager:
+        outs = eqn.primitive.bind(*subfuns, *args, **params)
+    return list(outs) if eqn.primitive.multiple_results else [outs]
+
+
+def scan_split(params: dict[str, Any]) -> tuple[int, int]:
+    """(number of constants, number of carries) of a scan equation."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = (len(tree) for tree in params["ft_in"].unpack())  # jax >= 0.11
+    return consts, carry
+
+
+def shard_map_axes(params: dict[str, Any]) -> frozenset[str]:
+    """The mesh axes that a shard_map equation makes manual."""
+    for key in ("newly_manual_axes", "manual_axes"):
+        if key in params:
+            return frozenset(params[key])
+    raise KeyError(f"shard_map equation without manual axes: {sorted(params)}")
+
+
+def asked_by_operator() -> bool:
+    """Whether the attribute lookup under way comes from a binary operator of JAX's arrays."""
+    # jax._src.numpy.array_methods names them `_operator_mul` and so on, in all versions so far.
+    return sys._getframe(2).f_code.co_name.startswith("_operator_")
+
+
+_UNMAP_TAKES_MESH_AXIS = len(inspect.signature(jex_core.unmapped_aval).parameters) > 3
+
+
+def batched_aval(axis_data: Any, aval: Any) -> Any:
+    """The aval of a value batched at its front, under the `axis_data` that a batching rule receives."""
+    if _UNMAP_TAKES_MESH_AXIS:
+        return jex_core.unmapped_aval(axis_data.size, 0, aval, axis_data.explicit_mesh_axis)
+    return jex_core.unmapped_aval(axis_data.size, 0, aval)
+
+
+def vmap_kwargs(axis_data: Any) -> dict[str, Any]:
+    """The keywords that make `jax.vmap` repeat the batching which a batching rule was called for."""
+    kwargs: dict[str, Any] = {"axis_size": axis_data.size}
+    if isinstance(axis_data.name, (str, tuple)):
+        kwargs["axis_name"] = axis_data.name
+    if axis_data.spmd_name is not None:
+        kwargs["spmd_axis_name"] = axis_data.spmd_name
+    return kwargs
+
+
+def varying_axes(aval: Any) -> frozenset[str]:
+    """The manual mesh axes over which a value inside shard_map may differ."""
+    axes = getattr(aval, "manual_axis_type", None)
+    if axes is not None:
+        return frozenset(axes.varying)
+    return frozenset(getattr(aval, "vma", ()))
+
+
+def register_lowering(primitive: Any, fun: Any, *, multiple_results: bool) -> None:
+    """Lowers a primitive by tracing `fun` in its place."""
+    mlir.register_lowering(primitive, mlir.lower_fun(fun, multiple_results=multiple_results))
+
+
+@functools.cache
+def jax_version() -> tuple[int, ...]:
+    """For reports and benchmarks; code asks for features instead."""
+    return tuple(int(part) for part in jax.__version__.split(".")[:3])

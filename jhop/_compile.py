@@ -1,0 +1,213 @@
+"""The run stage: a captured graph becomes a callable that inlines, guards, runs and writes back.
+
+`CompiledGraph` is what `jhop.compile(gm)` returns, and what both faces run: `jhop.jit` on what it captured from a JAX
+function, compiled autograd on what it captured from a tape.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.export
+
+from jhop import _compat, _state, backends
+from jhop._errors import JhopError, Unsupported
+from jhop._graph import DoesNotFit, GraphModule
+from jhop._inline import inline
+from jhop._source import describe_hook
+from jhop._text._symbols import ShapeEnv
+from jhop._trace_wrapped import trace_wrapped_p
+
+_compiled: weakref.WeakSet[CompiledGraph] = weakref.WeakSet()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    """One traced and compiled version of a graph."""
+
+    gm: GraphModule
+    run: Callable[..., list[Any]]
+    shapes: tuple[Any, ...]
+
+
+class CompiledGraph:
+    """A captured graph, compiled at first use and whenever what it depends on has changed.
+
+    Args:
+        gm: a graph with opaque hooks.
+        backend: a function `(gm, example_inputs) -> callable`.
+        fullgraph: whether a hook that cannot be traced is an error; otherwise such a graph runs on the host.
+        dynamic: whether sizes are symbols in the graph, so that one trace serves all of them.
+        where: the public function that made it, for messages.
+    """
+
+    def __init__(self, gm: GraphModule, *, backend: Any, fullgraph: bool, dynamic: bool, where: str):
+        self.gm = gm
+        self._backend = backends.find(backend, where)
+        self._fullgraph = fullgraph
+        self._dynamic = dynamic
+        self._entries: list[_Entry] = []
+        self._lock = threading.Lock()
+        self.misses: list[str] = []  # why each trace after the first was made
+        _compiled.add(self)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the graph; arguments and results as for the `GraphModule`. State is written after everything else."""
+        flat = self.gm.flatten(args, kwargs)
+        entry = self._find(flat)
+        try:
+            outs = self._run(entry, flat)
+        except DoesNotFit:
+            outs = self._run(self._add(flat), flat)
+        return self.gm.unflatten(outs)
+
+    def _find(self, flat: list[Any]) -> _Entry:
+        shapes = _shapes_of(flat)
+        reason = ""
+        for entry in reversed(self._entries):
+            if self._matches(entry, flat, shapes):
+                lifted = entry.gm.lifted
+                reason = (lifted.guards.broken() or "") if lifted is not None else ""
+                if not reason:
+                    return entry
+            else:
+                reason = "the inputs have other shapes or dtypes"
+        if self._entries:
+            self.misses.append(reason)
+        return self._add(flat)
+
+    def _matches(self, entry: _Entry, flat: list[Any], shapes: tuple[Any, ...]) -> bool:
+        if not entry.gm.shapes:
+            return entry.shapes == shapes
+        sizes: dict[str, int] = {}
+        symbols = {(index, axis): symbol for symbol, index, axis in entry.gm.shapes}
+        for index, ((old, old_dtype), (new, new_dtype)) in enumerate(zip(entry.shapes, shapes, strict=True)):
+            if len(old) != len(new) or old_dtype != new_dtype:
+                return False
+            for axis, (then, now) in enumerate(zip(old, new, strict=True)):
+                symbol = symbols.get((index, axis))
+                if symbol is None and then != now:
+                    return False
+                if symbol is not None and (now < 2 or sizes.setdefault(symbol, now) != now):
+                    return False
+        return True
+
+    def _add(self, flat: list[Any]) -> _Entry:
+        before = backends.aot_ids()
+        try:
+            gm = self._inline(flat)
+        except Unsupported as error:
+            if self._fullgraph:
+                raise
+            self._warn(error)
+            entry = _Entry(self.gm, backends.eager(self.gm, flat), _shapes_of(flat))
+        else:
+            example = [*flat, *(gm.lifted.read() if gm.lifted is not None else [])]
+            run = self._backend(gm, example)
+            if not callable(run):
+                raise JhopError(
+                    f"compile: the backend must return a callable for the graph it was given, got {type(run).__name__}."
+                )
+            entry = _Entry(gm, run, _shapes_of(flat))
+            # PyTorch traces a graph with a Python float among its inputs twice, and numbers both attempts.
+            floats = any(item.number is float for item in gm.inputs)
+            if backends.aot_ids() != before and (floats or getattr(gm.backward, "number_inputs", False)):
+                backends.take_aot_id()
+        with self._lock:
+            self._entries.append(entry)
+        return entry
+
+    def _inline(self, flat: list[Any]) -> GraphModule:
+        if self._dynamic:
+            avals, shapes = symbolic_avals(flat)
+            if shapes:
+                try:
+                    return inline(self.gm, avals=avals, shapes=shapes)
+                except Exception:  # some code needs sizes as numbers: trace with numbers, whatever the reason was
+                    pass
+        return inline(self.gm)
+
+    def _run(self, entry: _Entry, flat: list[Any]) -> list[Any]:
+        lifted = entry.gm.lifted
+        if lifted is None:
+            return entry.run(*flat)
+        if not lifted.slots and not lifted.writes:
+            return list(entry.run(*flat))
+        outs = list(entry.run(*flat, *lifted.read()))
+        lifted.commit(outs)
+        return outs[: lifted.n_outs]
+
+    def _warn(self, error: Unsupported) -> None:
+        jaxpr, _ = _compat.open_jaxpr(self.gm.jaxpr)
+        hooks = [eqn.params["fn"].base for eqn in jaxpr.eqns if eqn.primitive is trace_wrapped_p]
+        if len(hooks) != sum(_count_hooks(eqn) for eqn in jaxpr.eqns):
+            raise error  # hooks inside loops and other inner functions: only tracing gets there
+        names = ", ".join(describe_hook(hook) for hook in hooks)
+        warnings.warn(
+            f"The graph runs on the host, one operation at a time, with every hook called at each run ({names}), "
+            f"because one of them cannot be traced: {error}",
+            UserWarning,
+            stacklevel=5,
+        )
+
+    def reset(self) -> None:
+        """Forgets what was compiled."""
+        with self._lock:
+            self._entries.clear()
+            self.misses.clear()
+
+
+def _count_hooks(eqn: Any) -> int:
+    from jhop._interp import inner_jaxprs
+
+    here = int(eqn.primitive is trace_wrapped_p)
+    return here + sum(
+        _count_hooks(inner) for jaxpr in inner_jaxprs(eqn) for inner in _compat.open_jaxpr(jaxpr)[0].eqns
+    )
+
+
+def _shapes_of(flat: list[Any]) -> tuple[Any, ...]:
+    return tuple((value.shape, value.dtype) if hasattr(value, "dtype") else ((), type(value)) for value in flat)
+
+
+def symbolic_avals(flat: list[Any]) -> tuple[list[Any], tuple[tuple[str, int, int], ...]]:
+    """Avals in which sizes are symbols: equal sizes share one, sizes 0 and 1 stay numbers.
+
+    Names follow PyTorch's: a hash of the expression that reads the size. See `_text._symbols.ShapeEnv`.
+
+    Returns:
+        (avals, symbols as in `GraphModule.shapes`).
+    """
+    env = ShapeEnv()
+    names: list[list[Any]] = []
+    shapes: list[tuple[str, int, int]] = []
+    for index, value in enumerate(flat):
+        dims: list[Any] = []
+        for axis, size in enumerate(jax.numpy.shape(value)):
+            symbol = env.input_dim(f"L['inputs'][{index}].size()[{axis}]", size).name
+            dims.append(symbol or size)
+            if symbol is not None:
+                shapes.append((symbol, index, axis))
+        names.append(dims)
+    scope = jax.export.SymbolicScope()
+    avals = []
+    for value, dims in zip(flat, names, strict=True):
+        aval = jax.typeof(value)
+        if any(isinstance(dim, str) for dim in dims):
+            text = ",".join(map(str, dims))
+            aval = aval.update(shape=jax.export.symbolic_shape(text, scope=scope))
+        avals.append(aval)
+    return avals, tuple(shapes)
+
+
+def reset_compiled() -> None:
+    """Forgets every compiled version of every graph."""
+    with _state.LOCK:
+        for compiled in list(_compiled):
+            compiled.reset()

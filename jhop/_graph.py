@@ -1,0 +1,311 @@
+"""`GraphModule`: a traced graph that is callable, printable, and knows where each of its values came from.
+
+Every stage of the pipeline takes one and gives another: capture makes one with opaque hooks, inlining one without
+hooks and with lifted state, a backend turns it into a callable.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import jax
+import jax.extend.core as jex_core
+
+from jhop import _compat
+from jhop._errors import JhopError
+from jhop._interp import evaluate, has_symbols, with_sizes
+from jhop._scalar import apply_step, fill, scalar_p
+
+I32_MIN, I32_MAX = -(2**31), 2**31 - 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Operator:
+    """A Python operator that the user's code applied: `name` as in the `operator` module, operands as written.
+
+    An operand is a jaxpr variable, a symbolic dimension, or the Python value itself, so that `g * 2` and `g * 2.0`
+    stay apart although both are one `mul` equation.
+    """
+
+    name: str
+    operands: tuple[Any, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Info:
+    """What is known of a value besides its equation.
+
+    Attributes:
+        name: the user's own name for it: a local variable, or a parameter.
+        origin: where it was computed; equal origins belong together in print.
+        operator: the Python operator that made it, if one did.
+        aot: (id, use) of the compiled function whose backward it belongs to.
+        stage: which step of a backward pass made it ("hook", ...).
+    """
+
+    name: str | None = None
+    origin: Hashable = None
+    operator: Operator | None = None
+    aot: tuple[int, int] | None = None
+    stage: str = ""
+
+
+NO_INFO = Info()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Input:
+    """One input of a graph: `role` is "array" for values given by the caller, "state" for lifted Python state."""
+
+    name: str
+    role: str = "array"
+    source: str = ""
+    number: type | None = None  # int or float for a lifted Python number
+
+
+class DoesNotFit(Exception):
+    """A lifted int no longer fits the device type that it was traced with; the caller traces anew."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class GraphModule:
+    """A traced function.
+
+    Attributes:
+        jaxpr: the closed jaxpr; inputs are flat.
+        inputs: one description per input.
+        info: per variable of the jaxpr, see `Info`.
+        name: of the class or function in print.
+        made_by: the stage that made it.
+        in_tree, out_tree: structure of arguments and results; None where both are flat.
+        backward: what is known of the backward pass that this is, if it is one (`jhop._capture.Backward`).
+        lifted: the Python state that is lifted, if any (`jhop._inline.Lifted`).
+        shapes: symbols of symbolic dimensions, as (symbol, input index, axis).
+
+    Example:
+        >>> import jax.numpy as jnp, jhop
+        >>> gm = jhop.make_fx(lambda ct: jhop.trace_wrapped(ct, fn=lambda ct: ct * 3.0))(jnp.ones(2))
+        >>> gm(jnp.ones(2)).tolist()
+        [3.0, 3.0]
+    """
+
+    jaxpr: Any
+    inputs: tuple[Input, ...]
+    info: dict[Any, Info] = dataclasses.field(default_factory=dict, repr=False)
+    name: str = "GraphModule"
+    made_by: str = "capture"
+    in_tree: Any = None
+    out_tree: Any = None
+    backward: Any = None
+    lifted: Any = None
+    shapes: tuple[tuple[str, int, int], ...] = ()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the graph, one equation at a time: hooks that are still opaque run with the values that they get.
+
+        Args:
+            *args: as the captured function took them, or flat inputs (arrays, then lifted numbers and arrays).
+
+        Returns:
+            As the captured function returned it, or the flat list of outputs.
+
+        Raises:
+            JhopError: the arguments do not have the captured structure.
+        """
+        flat = self.flatten(args, kwargs)
+        return self.unflatten(evaluate(self.jaxpr, flat, self.rule_for(flat)))
+
+    def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        """Flat inputs from arguments, checked against what was captured."""
+        if self.in_tree is None:
+            flat, expected = list(args), len(self.inputs)
+            if kwargs or len(flat) != expected:
+                names = ", ".join(item.name for item in self.inputs)
+                raise JhopError(f"{self.name}: expected {expected} inputs ({names}), got {len(flat)}.")
+            return flat
+        flat, tree = jax.tree.flatten((args, kwargs))
+        if tree != self.in_tree:
+            raise JhopError(
+                f"{self.name}: expected arguments of the structure that it was captured with, {self.in_tree}, "
+                f"got {tree}. Capture again for other arguments."
+            )
+        return flat
+
+    def unflatten(self, outs: list[Any]) -> Any:
+        return outs if self.out_tree is None else jax.tree.unflatten(self.out_tree, outs)
+
+    def rule_for(self, flat: list[Any]) -> Any:
+        """The evaluation rule for these inputs: it fills in the sizes of symbolic dimensions."""
+        if not self.shapes:
+            return None
+        sizes: dict[str, int] = {}
+        for symbol, index, axis in self.shapes:
+            sizes.setdefault(symbol, jax.numpy.shape(flat[index])[axis])
+        return with_sizes(sizes)
+
+    def lower_with(self, transform: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Callable[..., list[Any]]:
+        """A callable on flat inputs whose array part is `transform(function)`, e.g. `jax.jit` of it.
+
+        Arithmetic on lifted Python numbers stays in Python: it is exact, and never waits for the device.
+        """
+        return _Program(self, transform)
+
+    # -- print ---------------------------------------------------------------------------------------------------------
+
+    def print_readable(self, print_output: bool = True, *, dialect: str = "torch") -> str:
+        """The graph as text, printed unless `print_output` is False.
+
+        Args:
+            dialect: "torch" for the text of PyTorch's compiled autograd, "jax" for Python code that runs.
+
+        Raises:
+            JhopError: there is no such dialect.
+        """
+        from jhop import _text
+
+        text = _text.render(self, dialect)
+        if print_output:
+            print(text)
+        return text
+
+    @property
+    def code(self) -> str:
+        """The graph as Python source over `jax`, `jnp` and `lax`."""
+        return self.print_readable(False, dialect="jax")
+
+    @property
+    def graph(self) -> Graph:
+        """The graph as a list of nodes."""
+        return Graph(self)
+
+    def __str__(self) -> str:
+        return self.code
+
+    def _repr_html_(self) -> str:
+        from jhop import _text
+
+        return _text.to_html(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class GraphNode:
+    """One input, equation or output. `args` are the names of the nodes it reads, or the values of literals."""
+
+    op: str
+    name: str
+    target: str
+    args: tuple[Any, ...]
+    aval: Any
+    info: Info
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+class Graph:
+    """The nodes of a `GraphModule`, in order.
+
+    Example:
+        >>> import jax.numpy as jnp, jhop
+        >>> gm = jhop.make_fx(lambda ct: ct * 2.0)(jnp.ones(3))
+        >>> [node.op for node in gm.graph.nodes]
+        ['placeholder', 'call', 'output']
+    """
+
+    def __init__(self, gm: GraphModule):
+        jaxpr, _ = _compat.open_jaxpr(gm.jaxpr)
+        names: dict[Any, str] = {}
+        self.nodes: list[GraphNode] = []
+
+        def name_of(variable: Any, wanted: str) -> str:
+            base, count = gm.info.get(variable, NO_INFO).name or wanted, 0
+            name = base
+            while name in names.values():
+                count += 1
+                name = f"{base}_{count}"
+            names[variable] = name
+            return name
+
+        def atom(item: Any) -> Any:
+            return item.val if isinstance(item, jex_core.Literal) else names[item]
+
+        for variable in jaxpr.constvars:
+            self.nodes.append(GraphNode("constant", name_of(variable, "const"), "", (), variable.aval, NO_INFO))
+        for variable, given in zip(jaxpr.invars, gm.inputs, strict=True):
+            info = gm.info.get(variable, NO_INFO)
+            name = name_of(variable, given.name)
+            self.nodes.append(GraphNode("placeholder", name, given.source, (), variable.aval, info))
+        for eqn in jaxpr.eqns:
+            args = tuple(atom(item) for item in eqn.invars)
+            for variable in eqn.outvars:
+                name = name_of(variable, eqn.primitive.name)
+                info = gm.info.get(variable, NO_INFO)
+                self.nodes.append(GraphNode("call", name, eqn.primitive.name, args, variable.aval, info))
+        self.nodes.append(GraphNode("output", "output", "", tuple(map(atom, jaxpr.outvars)), None, NO_INFO))
+
+
+class _Program:
+    """A graph cut in two: Python arithmetic on lifted numbers, and one function of arrays."""
+
+    def __init__(self, gm: GraphModule, transform: Callable[..., Any]):
+        jaxpr, consts = _compat.open_jaxpr(gm.jaxpr)
+        self._gm = gm
+        numbers = [v for v, given in zip(jaxpr.invars, gm.inputs, strict=True) if given.number is not None]
+        host = set(numbers)
+        self._host_eqns = []
+        device_eqns = []
+        for eqn in jaxpr.eqns:
+            if eqn.primitive is scalar_p and host.issuperset(eqn.invars):
+                self._host_eqns.append(eqn)
+                host.update(eqn.outvars)
+            else:
+                device_eqns.append(eqn)
+        read = {v for eqn in device_eqns for v in eqn.invars if not isinstance(v, jex_core.Literal)}
+        self._numbers = [v for v in jaxpr.invars if v in host]
+        self._feeds = [v for v in [*self._numbers, *(o for e in self._host_eqns for o in e.outvars)] if v in read]
+        arrays = [v for v in jaxpr.invars if v not in host]
+        self._is_number = [v in host for v in jaxpr.invars]
+        self._outs = [(v, not isinstance(v, jex_core.Literal) and v in host) for v in jaxpr.outvars]
+        device = jaxpr.replace(
+            constvars=[],
+            invars=[*jaxpr.constvars, *arrays, *self._feeds],
+            outvars=[v for v, on_host in self._outs if not on_host],
+            eqns=device_eqns,
+            debug_info=jaxpr.debug_info._replace(arg_names=None, result_paths=None),
+        )
+        self._consts = consts
+        self._device = transform(self._make_device(device))
+
+    def _make_device(self, device: Any) -> Callable[..., list[Any]]:
+        symbolic = bool(self._gm.shapes) and any(has_symbols(v.aval) for v in device.invars)
+
+        def run(arrays: list[Any], feeds: list[Any]) -> list[Any]:
+            rule = None
+            if symbolic:
+                rest = iter(arrays[len(self._consts) :])
+                rule = self._gm.rule_for([0 if number else next(rest) for number in self._is_number])
+            return evaluate(device, [*arrays, *feeds], rule)
+
+        run.__name__ = self._gm.name
+        return run
+
+    def __call__(self, *args: Any) -> list[Any]:
+        env: dict[Any, Any] = {}
+        arrays = list(self._consts)
+        numbers = iter(self._numbers)
+        for value, number in zip(args, self._is_number, strict=True):
+            if number:
+                env[next(numbers)] = value
+            else:
+                arrays.append(value)
+        for eqn in self._host_eqns:
+            operands = fill(eqn.params["template"], [env[v] for v in eqn.invars])
+            env[eqn.outvars[0]] = apply_step(eqn.params["op"], operands)
+        feeds = [env[v] for v in self._feeds]
+        for variable, value in zip(self._feeds, feeds, strict=True):
+            if type(value) is int and not I32_MIN <= value <= I32_MAX and variable.aval.dtype.itemsize < 8:
+                raise DoesNotFit
+        results = iter(self._device(arrays, feeds))
+        return [env[v] if on_host else next(results) for v, on_host in self._outs]

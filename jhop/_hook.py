@@ -1,0 +1,226 @@
+"""Hook points: where a value's summed cotangent passes through hooks.
+
+Two identities put a hook on a value; both send the cotangent through `trace_wrapped`, so both enter one pipeline:
+
+- `hook_p`, behind `jhop.hook`: a linear identity whose transpose runs the hook. Forward mode passes through it.
+- `tensor_point`, behind a Tensor inside a compiled function: a `jax.custom_vjp` identity whose backward rule reads the
+  Tensor's hook list when the backward is traced, so that a hook registered after a use still sees the whole sum.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.extend.core as jex_core
+import jax.numpy as jnp
+import numpy as np
+from jax.interpreters import ad, batching
+
+from jhop import _compat
+from jhop._errors import HookError
+from jhop._source import hook_name
+from jhop._trace_wrapped import HookFn, bind_hook, flat_caller, identity_key, trace_wrapped
+
+_ids = itertools.count()
+
+
+class HookList:
+    """Hooks of one value, in order of registration. Compared by identity: it is a parameter of JAX functions."""
+
+    __slots__ = ("__weakref__", "_hooks")
+
+    def __init__(self) -> None:
+        self._hooks: dict[int, Callable[..., Any]] = {}
+
+    def add(self, fn: Callable[..., Any], where: str = "register_hook") -> RemovableHandle:
+        """Registers a hook; the same function may be registered twice and then runs twice.
+
+        Raises:
+            HookError: `fn` is not callable.
+        """
+        if not callable(fn):
+            raise HookError(f"{where}: expected a callable hook, got {type(fn).__name__} ({fn!r}).")
+        handle = RemovableHandle(self)
+        self._hooks[handle.id] = fn
+        return handle
+
+    def remove(self, handle_id: int) -> None:
+        self._hooks.pop(handle_id, None)
+
+    def snapshot(self) -> tuple[Callable[..., Any], ...]:
+        """The hooks as of now: one removed or added by a running hook counts from the next backward on."""
+        return tuple(self._hooks.values())
+
+    def __bool__(self) -> bool:
+        return bool(self._hooks)
+
+    def __len__(self) -> int:
+        return len(self._hooks)
+
+
+class RemovableHandle:
+    """Removes its hook with `remove()`, or at the end of a `with` block.
+
+    Example:
+        >>> import jhop
+        >>> x = jhop.tensor([3.0], requires_grad=True)
+        >>> with x.register_hook(lambda ct: ct * 10.0):
+        ...     (x * 2.0).backward(jax.numpy.ones(1))
+        >>> x.grad.tolist()
+        [20.0]
+    """
+
+    __slots__ = ("_hooks", "id")
+
+    def __init__(self, hooks: HookList):
+        self._hooks = weakref.ref(hooks)
+        self.id = next(_ids)
+
+    def remove(self) -> None:
+        """Removes the hook; a second call does nothing."""
+        hooks = self._hooks()
+        if hooks is not None:
+            hooks.remove(self.id)
+
+    def __enter__(self) -> RemovableHandle:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.remove()
+
+
+def run_hooks(ct: Any, hooks: HookList, *, kind: str = "tensor_pre_hook") -> Any:
+    """Sends a cotangent through hooks in order of registration."""
+    for fn in hooks.snapshot():
+        ct = trace_wrapped(ct, fn=fn, kind=kind)
+    return ct
+
+
+# -- tensor_point ------------------------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def tensor_point(hooks: HookList, x: Any) -> Any:
+    """Identity on a Tensor's array; its cotangent passes through the Tensor's hooks."""
+    return x
+
+
+def _tensor_point_fwd(hooks: HookList, x: Any) -> tuple[Any, None]:
+    return x, None
+
+
+def _tensor_point_bwd(hooks: HookList, _: None, ct: Any) -> tuple[Any]:
+    # Runs when the backward is traced, which is after the whole forward function has run.
+    return (run_hooks(ct, hooks),)
+
+
+tensor_point.defvjp(_tensor_point_fwd, _tensor_point_bwd)
+
+
+# -- hook_p ------------------------------------------------------------------------------------------------------------
+
+hook_p = jex_core.Primitive("hook")
+hook_p.multiple_results = True
+
+
+def hook(x: Any, fn: Callable[[Any], Any], *, name: str | None = None) -> Any:
+    """Returns `x`, such that `fn` runs on the cotangent of all later uses of the returned value.
+
+    Args:
+        x: an array or a pytree of arrays, of any shapes and dtypes. Leaves that carry no gradient (integers, bools)
+            pass untouched.
+        fn: called once per backward pass with the summed cotangent of the floating leaves, in the structure of `x`
+            (`jax.numpy.zeros` of dtype float0 stand for leaves without gradient). It returns a cotangent of the same
+            structure, shapes and dtypes, or None to keep it.
+        name: shown in printed graphs and errors; by default the function's own name.
+
+    Returns:
+        A value equal to `x`. Only uses of it are hooked; uses of `x` itself are not.
+
+    Raises:
+        HookError: `fn` is not callable, or `x` has no floating leaf.
+
+    Forward-mode derivatives ignore the hook, as in PyTorch. Under `jax.vmap` the hook sees one example's cotangent.
+
+    Example:
+        >>> import jax, jhop
+        >>> def loss(x):
+        ...     x = jhop.hook(x, lambda ct: ct.clip(-1.0, 1.0))
+        ...     return (x ** 2).sum()
+        >>> jax.grad(loss)(jax.numpy.array([0.25, 3.0])).tolist()
+        [0.5, 1.0]
+    """
+    if not callable(fn):
+        raise HookError(f"jhop.hook: expected a callable hook, got {type(fn).__name__} ({fn!r}).")
+    leaves, tree = jax.tree.flatten(x)
+    moving = [i for i, leaf in enumerate(leaves) if _carries_gradient(leaf)]
+    if not moving:
+        found = ", ".join(str(jnp.result_type(leaf)) for leaf in leaves) or "no array"
+        raise HookError(
+            f"jhop.hook: only floating and complex values have gradients, got {found}. "
+            "Hook the floating value that is computed from this one."
+        )
+    if not any(isinstance(leaves[i], _compat.Tracer) for i in moving):
+        return x  # nothing is being differentiated or traced here
+    still = {i: np.zeros(jnp.shape(leaf), jax.dtypes.float0) for i, leaf in enumerate(leaves) if i not in moving}
+    call = flat_caller(fn, tree, still=still)
+    point = HookFn(fn, call, name or hook_name(fn), ("point", identity_key(fn), tree, tuple(moving), name))
+    outs = hook_p.bind(*(leaves[i] for i in moving), fn=point)
+    for i, out in zip(moving, outs, strict=True):
+        leaves[i] = out
+    return jax.tree.unflatten(tree, leaves)
+
+
+def _carries_gradient(leaf: Any) -> bool:
+    return jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+
+
+def _hook_impl(*args: Any, fn: HookFn) -> list[Any]:
+    return list(args)
+
+
+def _hook_abstract_eval(*avals: Any, fn: HookFn) -> list[Any]:
+    return list(avals)
+
+
+def _hook_jvp(primals: Any, tangents: Any, *, fn: HookFn) -> Any:
+    # The primal needs no mark once its tangent has one.
+    if all(type(dot) is ad.Zero for dot in tangents):
+        return list(primals), list(tangents)
+    dots = [ad.instantiate_zeros(dot) for dot in tangents]
+    return list(primals), hook_p.bind(*dots, fn=fn)
+
+
+def _hook_transpose(cts: Any, *args: Any, fn: HookFn) -> list[Any]:
+    if all(type(ct) is ad.Zero for ct in cts):
+        return list(cts)  # nothing depends on the value: no call
+    return bind_hook(fn, [ad.instantiate_zeros(ct) for ct in cts], len(cts))
+
+
+def _hook_batch(axis_data: Any, args: Any, dims: Any, *, fn: HookFn) -> Any:
+    if all(d is None for d in dims):
+        return hook_p.bind(*args, fn=fn), dims
+    args = [batching.bdim_at_front(arg, d, axis_data.size) for arg, d in zip(args, dims)]
+    kwargs = _compat.vmap_kwargs(axis_data)
+
+    def batched_call(*flat: Any) -> list[Any]:
+        return jax.vmap(fn.call, **kwargs)(*flat)
+
+    return hook_p.bind(*args, fn=fn.derive("vmap", batched_call, str(kwargs))), [0] * len(args)
+
+
+def _hook_lowered(*args: Any, fn: HookFn) -> list[Any]:
+    return list(args)
+
+
+hook_p.def_impl(_hook_impl)
+hook_p.def_abstract_eval(_hook_abstract_eval)
+ad.primitive_jvps[hook_p] = _hook_jvp
+ad.primitive_transposes[hook_p] = _hook_transpose
+batching.fancy_primitive_batchers[hook_p] = _hook_batch
+_compat.register_lowering(hook_p, _hook_lowered, multiple_results=True)

@@ -1,0 +1,351 @@
+"""Inlining: hooks become part of the graph, and the Python state that they touch becomes its inputs and outputs.
+
+The captured jaxpr is evaluated under a new trace. Where it has a `trace_wrapped` equation, the hook itself runs, on
+tracers, with its state swapped for symbols. What it wrote is found afterwards, the objects are restored, and the
+result says how to write them after each run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.extend.core as jex_core
+
+from jhop import _compat, _state
+from jhop._capture import Recorder, trace
+from jhop._effects import watch
+from jhop._errors import JhopError, Unsupported
+from jhop._graph import I32_MAX, I32_MIN, GraphModule, Info, Input, Operator
+from jhop._guards import Guards
+from jhop._interp import contains, evaluate, inner_jaxprs, retrace, rewrite
+from jhop._scalar import Expr, Scalar, scalar_p
+from jhop._source import describe_hook, eqn_name, is_user_file, origin_of, user_frames
+from jhop._trace_wrapped import HookFn, inlining, trace_wrapped_p
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Lifted:
+    """The Python state of an inlined graph.
+
+    Attributes:
+        slots: where the values of the state inputs are read, in order of the inputs.
+        n_outs: how many outputs are results; the rest are new values of state.
+        writes: (container, key, template) per changed slot; see `_state.template`, with "out" for graph outputs.
+        guards: when the graph may be used again.
+    """
+
+    slots: tuple[_state.Leaf, ...]
+    n_outs: int
+    writes: tuple[_state.Write, ...]
+    guards: Guards
+
+    def read(self) -> list[Any]:
+        """The present values of the state inputs."""
+        return [slot.container.get(slot.key) for slot in self.slots]
+
+    def commit(self, outs: list[Any]) -> None:
+        """Writes the new state; all of it, or none if anything is raised."""
+        final = [
+            write if _state.is_missing(write.value) else write._replace(value=_state.rebuild(write.value, outs))
+            for write in self.writes
+        ]
+        _state.commit(final)
+
+
+_CAPTURED = Info(stage="captured")
+
+
+class _Session:
+    """What `Scalar`s report to while hooks are traced."""
+
+    def __init__(self, recorder: Recorder):
+        self.answers: list[tuple[Expr, bool]] = []
+        self.open = True
+        self._recorder = recorder
+
+    def guard(self, expr: Expr, answer: bool) -> None:
+        if self.open:  # JAX may keep a number as a cache key and ask it much later
+            self.answers.append((expr, answer))
+
+    def note_step(self, result: Scalar) -> None:
+        self._recorder.add(result._twin)
+
+
+def inline(gm: GraphModule, *, avals: list[Any] | None = None, shapes: Any = ()) -> GraphModule:
+    """Replaces every hook equation by the equations of the hook, and lifts the Python state that hooks touch.
+
+    Args:
+        gm: a captured graph; each hook is one `trace_wrapped` equation, at any depth.
+        avals: other input avals to trace with, such as ones with symbolic dimensions.
+        shapes: the symbols in `avals`, as `GraphModule.shapes`.
+
+    Returns:
+        A graph without `trace_wrapped`: its inputs grow by the state that is read, its outputs by the state that is
+        written. `gm` itself is unchanged, and so is every Python object.
+
+    Raises:
+        HookError: a hook broke its contract.
+        Unsupported: a hook does what cannot be traced, or raised.
+
+    Example:
+        >>> import jax.numpy as jnp, jhop
+        >>> gm = jhop.make_fx(lambda ct: jhop.trace_wrapped(ct, fn=lambda ct: ct * 3.0))(jnp.ones(2))
+        >>> [eqn.primitive.name for eqn in jhop.inline(gm).jaxpr.eqns]
+        ['mul']
+    """
+    if not isinstance(gm, GraphModule):
+        raise JhopError(f"jhop.inline: expected a GraphModule, such as jhop.make_fx gives, got {type(gm).__name__}.")
+    with _state.LOCK:
+        return _Inliner(gm, shapes).run(avals)
+
+
+class _Inliner:
+    def __init__(self, gm: GraphModule, shapes: Any):
+        self._gm = gm
+        self._shapes = shapes
+        self._jaxpr, _ = _compat.open_jaxpr(gm.jaxpr)
+        self._recorder = Recorder()
+        self._session = _Session(self._recorder)
+        self._walk = _state.Walk(_hook_roots(gm, self._jaxpr))
+        self._writes: list[_state.Write] = []
+        self._state_outs: list[Any] = []
+        self._results: set[int] = set()  # ids of recorded values that hooks returned
+
+    def run(self, avals: list[Any] | None) -> GraphModule:
+        given = avals if avals is not None else [v.aval for v in self._jaxpr.invars]
+        state_avals = [_leaf_aval(leaf.value) for leaf in self._walk.leaves]
+        try:
+            closed, info = trace(self._traced, [*given, *state_avals], self._recorder)
+        finally:
+            self._session.open = False
+        jaxpr, consts = _compat.open_jaxpr(closed)
+        jaxpr, slots = self._prune(jaxpr, len(given))
+        info = _describe_hook_values(jaxpr, info)
+        n_outs = len(self._jaxpr.outvars)
+        lifted = Lifted(
+            slots=slots,
+            n_outs=n_outs,
+            writes=tuple(_resolve_writes(self._writes, n_outs)),
+            guards=Guards(self._walk, self._session.answers),
+        )
+        state_inputs = (
+            Input(name="state", role="state", source=s.path, number=type(s.value) if _state.is_number(s.value) else None)
+            for s in slots
+        )
+        return dataclasses.replace(
+            self._gm,
+            jaxpr=jex_core.ClosedJaxpr(jaxpr, consts),
+            inputs=(*self._gm.inputs, *state_inputs),
+            info=info,
+            name="GraphModule",
+            made_by="inline",
+            in_tree=self._gm.in_tree if not slots and not lifted.writes else None,
+            out_tree=self._gm.out_tree if not slots and not lifted.writes else None,
+            lifted=lifted,
+            shapes=tuple(self._shapes),
+        )
+
+    def _traced(self, *flat: Any) -> list[Any]:
+        n = len(self._jaxpr.invars)
+        symbols = [
+            Scalar(self._session, Expr("leaf", (i,)), leaf.value, twin) if _state.is_number(leaf.value) else twin
+            for i, (leaf, twin) in enumerate(zip(self._walk.leaves, flat[n:], strict=True))
+        ]
+        with _state.Lift(self._walk, symbols) as lift:
+            for twin in flat[n:]:
+                self._recorder.add(twin)
+            with inlining():
+                outs = evaluate(self._gm.jaxpr, list(flat[:n]), self._rule, note=self._carry)
+            self._collect(lift)
+        return [*outs, *self._state_outs]
+
+    def _carry(self, variable: Any, value: Any) -> None:
+        """Takes what is known of a captured value over to its new variable."""
+        self._recorder.note(value, self._gm.info.get(variable, _CAPTURED))
+
+    def _collect(self, lift: _state.Lift) -> None:
+        """Turns what the hooks wrote into templates over further outputs."""
+
+        def note(value: Any, where: str) -> int:
+            twin = value._twin if isinstance(value, Scalar) or type(value) is Scalar else value
+            if not _compat.same_trace(twin, self._recorder.anchor):
+                raise Unsupported(
+                    f"a hook stored a value in `{where}` from inside a JAX transformation (jit, scan, grad, vmap ...) "
+                    "that it called itself. Return the value from there, and store it outside."
+                )
+            for index, known in enumerate(self._state_outs):
+                if known is twin:
+                    return index
+            self._state_outs.append(twin)
+            return len(self._state_outs) - 1
+
+        for write in lift.writes():
+            where = write.container.path if write.key is None else write.container.path_of(write.key)
+            value = write.value
+            if not _state.is_missing(value):
+                value = _state.template(value, note, where)
+            self._writes.append(write._replace(value=value))
+
+    def _rule(self, eqn: Any, values: list[Any]) -> list[Any] | None:
+        if eqn.primitive is trace_wrapped_p:
+            return self._run_hook(eqn.params["fn"], values)
+        if any(contains(inner, trace_wrapped_p) for inner in inner_jaxprs(eqn)):
+            return self._rewrite_inner(eqn, values)
+        return None
+
+    def _rewrite_inner(self, eqn: Any, values: list[Any]) -> list[Any]:
+        """Inlines the hooks inside a higher-order equation; their state may be read there, not written."""
+        before = [container.items() for container in self._walk.containers]
+        outs = rewrite(eqn, values, lambda jaxpr: retrace(jaxpr, self._rule))
+        for container, snapshot in zip(self._walk.containers, before, strict=True):
+            now = container.items()
+            if len(now) != len(snapshot) or any(a is not b for (_, a), (_, b) in zip(now, snapshot, strict=True)):
+                raise Unsupported(
+                    f"a hook inside `{eqn.primitive}` writes Python state (`{container.path}`). State can be lifted "
+                    "out of hooks at the top level of a compiled function; move the hooked value out of the "
+                    f"`{eqn.primitive}`, or carry the state through it as an array."
+                )
+        return outs
+
+    def _run_hook(self, hook: HookFn, values: list[Any]) -> list[Any]:
+        try:
+            with watch(hook.base) as seen:
+                outs = hook.call(*values)
+        except JhopError:
+            raise
+        except Exception as error:
+            raise Unsupported(_explain(hook, error)) from error
+        for record in seen.operators:
+            operator = Operator(name=record.name, operands=record.operands)
+            for operand in record.operands:
+                self._recorder.add(operand)
+            origin = origin_of(record.code, record.lasti)
+            self._recorder.note(record.result, Info(operator=operator, origin=origin, stage="hook"))
+        for out in outs:
+            if self._recorder.add(out) is not None:
+                self._recorder.mark_result(out)
+        return list(outs)
+
+    def _prune(self, jaxpr: Any, n: int) -> tuple[Any, tuple[_state.Leaf, ...]]:
+        """Drops state inputs that no equation and no output reads."""
+        used = {v for eqn in jaxpr.eqns for v in eqn.invars if not isinstance(v, jex_core.Literal)}
+        used.update(v for v in jaxpr.outvars if not isinstance(v, jex_core.Literal))
+        kept = [(v, leaf) for v, leaf in zip(jaxpr.invars[n:], self._walk.leaves, strict=True) if v in used]
+        invars = [*jaxpr.invars[:n], *(v for v, _ in kept)]
+        pruned = jaxpr.replace(invars=invars, debug_info=jaxpr.debug_info._replace(arg_names=None))
+        return pruned, tuple(leaf for _, leaf in kept)
+
+
+def _hook_roots(gm: GraphModule, jaxpr: Any) -> list[tuple[str, Any]]:
+    """(path, callable) per hook equation, in the order in which they run."""
+    hooks: list[HookFn] = []
+
+    def visit(opened: Any) -> None:
+        for eqn in opened.eqns:
+            if eqn.primitive is trace_wrapped_p:
+                hooks.append(eqn.params["fn"])
+            for inner in inner_jaxprs(eqn):
+                visit(_compat.open_jaxpr(inner)[0])
+
+    visit(jaxpr)
+    places = gm.backward.hook_index if gm.backward is not None else range(len(hooks))
+    return [(f"L['hooks'][{place}]", hook.base) for place, hook in zip(places, hooks, strict=True)]
+
+
+def _leaf_aval(value: Any) -> Any:
+    """The aval of a lifted value's device twin."""
+    if type(value) is int and not I32_MIN <= value <= I32_MAX and jax.typeof(0).dtype.itemsize < 8:
+        return jax.typeof(0.0)  # as JAX itself rounds such an int when it meets a floating array
+    return jax.typeof(value)
+
+
+def _resolve_writes(writes: list[_state.Write], n_outs: int) -> list[_state.Write]:
+    """Templates count state outputs from 0; the graph's outputs begin with its results."""
+
+    def shift(spec: Any) -> Any:
+        kind, content = spec[0], spec[1]
+        if kind in ("array", "number"):
+            return (kind, content + n_outs, *spec[2:])
+        if kind == "dict":
+            return (kind, [(key, shift(item)) for key, item in content])
+        if kind in ("list", "tuple", "set"):
+            return (kind, [shift(item) for item in content])
+        return spec
+
+    return [w if _state.is_missing(w.value) else w._replace(value=shift(w.value)) for w in writes]
+
+
+def _describe_hook_values(jaxpr: Any, info: dict[Any, Info]) -> dict[Any, Info]:
+    """Adds source positions and the user's local names to values that hooks computed."""
+    inside = _inside_one_instruction(jaxpr, info)
+    for eqn in jaxpr.eqns:
+        for variable in eqn.outvars:
+            known = info.get(variable)
+            if known is not None and not known.stage.startswith("hook"):
+                continue  # carried over from the captured graph
+            frames = user_frames(eqn)
+            if not frames:
+                continue
+            name = None if eqn.primitive is scalar_p or variable in inside else eqn_name(eqn)
+            stage = known.stage if known else "hook"
+            if name is None and stage == "hook_result":
+                name = "result"
+            base = known or Info()
+            origin = base.origin or origin_of(*frames[0])
+            info[variable] = dataclasses.replace(base, name=name, origin=origin, stage=stage)
+    return info
+
+
+def _inside_one_instruction(jaxpr: Any, info: dict[Any, Info]) -> set[Any]:
+    """Values that exist only within one instruction of the user's, such as a cast before a product."""
+    place = {v: user_frames(eqn)[:1] for eqn in jaxpr.eqns for v in eqn.outvars}
+    inside = set()
+    for eqn in jaxpr.eqns:
+        here = user_frames(eqn)[:1]
+        for atom in eqn.invars:
+            if isinstance(atom, jex_core.Literal) or not here or place.get(atom) != here:
+                continue
+            if info.get(atom, Info()).operator is None:
+                inside.add(atom)
+    return inside
+
+
+_VALUE_ERRORS = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+    jax.errors.NonConcreteBooleanIndexError,
+)
+
+
+def _explain(hook: HookFn, error: Exception) -> str:
+    """The message for an exception that left a hook while it was traced."""
+    head = f"{describe_hook(hook.base)} cannot be traced"
+    place = _place_of(error)
+    if isinstance(error, jax.errors.TracerBoolConversionError):
+        return (
+            f"{head}: it branches on the value of an array{place}. While the backward is traced, arrays have no "
+            "values. Use `jnp.where` or `jax.lax.cond`, or fullgraph=False to run the hook on the host each time."
+        )
+    if isinstance(error, _VALUE_ERRORS):
+        return (
+            f"{head}: it reads the value of an array{place} (float(), int(), .item(), .tolist(), numpy). While the "
+            "backward is traced, arrays have no values. Stay with jax.numpy, or use fullgraph=False to run the hook "
+            "on the host each time."
+        )
+    return f"{head}: it raised {type(error).__name__}: {error}{place}. Nothing was written."
+
+
+def _place_of(error: Exception) -> str:
+    place, tb = "", error.__traceback__
+    while tb is not None:
+        code = tb.tb_frame.f_code
+        if is_user_file(code.co_filename):
+            origin = origin_of(code, tb.tb_lasti)
+            place = f'\n  File "{origin.file}", line {origin.line}, in {origin.function}\n    {origin.text}\n'
+        tb = tb.tb_next
+    return place
+
+

@@ -1,0 +1,156 @@
+"""Walks jaxprs equation by equation: the one interpreter behind capture, inlining and running.
+
+`evaluate` binds each equation again under the current trace. `rewrite` maps a function over the jaxprs inside an
+equation's parameters and keeps everything else of the equation (shardings, donation, remat's barrier, source, mesh
+context), so higher-order primitives need no rules of their own as long as their inputs and outputs stay the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.extend.core as jex_core
+
+from jhop import _compat
+from jhop._errors import Unsupported
+
+Rule = Callable[[Any, list[Any]], "list[Any] | None"]
+
+
+def is_jaxpr(value: Any) -> bool:
+    """Whether a parameter is a jaxpr, open or closed."""
+    return isinstance(value, (jex_core.Jaxpr, jex_core.ClosedJaxpr))
+
+
+def inner_jaxprs(eqn: Any) -> list[Any]:
+    """The jaxprs in an equation's parameters."""
+    return [item for value in eqn.params.values() for item in _flat(value) if is_jaxpr(item)]
+
+
+def _flat(value: Any) -> Iterable[Any]:
+    return value if isinstance(value, (tuple, list)) else (value,)
+
+
+def contains(jaxpr: Any, primitive: Any) -> bool:
+    """Whether a primitive occurs in a jaxpr, at any depth."""
+    opened, _ = _compat.open_jaxpr(jaxpr)
+    return any(
+        eqn.primitive is primitive or any(contains(inner, primitive) for inner in inner_jaxprs(eqn))
+        for eqn in opened.eqns
+    )
+
+
+def evaluate(jaxpr: Any, args: list[Any], rule: Rule | None = None, *, note: Callable[..., None] | None = None) -> Any:
+    """Evaluates a jaxpr on values or tracers.
+
+    Args:
+        jaxpr: closed, or open without constants.
+        args: one value per input.
+        rule: asked first for every equation; returns its outputs, or None for the ordinary treatment.
+        note: called as `note(variable, value)` for every variable that gets a value.
+
+    Returns:
+        The list of outputs.
+    """
+    opened, consts = _compat.open_jaxpr(jaxpr)
+    env: dict[Any, Any] = {}
+
+    def write(variables: Iterable[Any], values: Iterable[Any]) -> None:
+        for variable, value in zip(variables, values, strict=True):
+            env[variable] = value
+            if note is not None:
+                note(variable, value)
+
+    def read(atom: Any) -> Any:
+        return atom.val if isinstance(atom, jex_core.Literal) else env[atom]
+
+    write(opened.constvars, consts)
+    write(opened.invars, args)
+    for eqn in opened.eqns:
+        values = [read(atom) for atom in eqn.invars]
+        outs = rule(eqn, values) if rule is not None else None
+        write(eqn.outvars, _compat.bind_eqn(eqn, values) if outs is None else outs)
+    return [read(atom) for atom in opened.outvars]
+
+
+def rewrite(eqn: Any, values: list[Any], change: Callable[[Any], Any], params: dict[str, Any] | None = None) -> Any:
+    """Binds a higher-order equation again with `change(jaxpr)` in place of each jaxpr in its parameters.
+
+    Args:
+        change: returns a closed jaxpr with the same inputs and outputs.
+        params: the equation's parameters, if they are to differ otherwise too.
+    """
+    given = eqn.params if params is None else params
+    changed = {key: _map_jaxprs(value, change, eqn) for key, value in given.items()}
+    return _compat.bind_eqn(eqn.replace(params=changed), values)
+
+
+def _map_jaxprs(value: Any, change: Callable[[Any], Any], eqn: Any) -> Any:
+    if isinstance(value, (tuple, list)) and any(is_jaxpr(item) for item in value):
+        return type(value)(_map_jaxprs(item, change, eqn) for item in value)
+    if not is_jaxpr(value):
+        return value
+    closed = change(value)
+    if isinstance(value, jex_core.ClosedJaxpr):
+        return closed
+    opened, consts = _compat.open_jaxpr(closed)
+    if consts:
+        raise Unsupported(
+            f"jhop cannot inline a hook that reads an array from Python state inside `{eqn.primitive}`. Pass the array "
+            "to the function as an argument and close over that."
+        )
+    return opened
+
+
+def retrace(jaxpr: Any, rule: Rule | None, avals: list[Any] | None = None) -> Any:
+    """Traces a jaxpr anew, equation by equation, under `rule`: the changed jaxpr, closed."""
+    opened, _ = _compat.open_jaxpr(jaxpr)
+    return jax.make_jaxpr(lambda *args: evaluate(jaxpr, list(args), rule))(*(avals or [v.aval for v in opened.invars]))
+
+
+# -- symbolic dimensions -----------------------------------------------------------------------------------------------
+
+
+def has_symbols(value: Any) -> bool:
+    """Whether a parameter mentions a symbolic dimension."""
+    if isinstance(value, (tuple, list)):
+        return any(has_symbols(item) for item in value)
+    if is_jaxpr(value):
+        opened, _ = _compat.open_jaxpr(value)
+        return any(map(has_symbols, [v.aval for v in opened.invars])) or any(
+            any(has_symbols(param) for param in eqn.params.values()) for eqn in opened.eqns
+        )
+    if hasattr(value, "shape") and hasattr(value, "update"):
+        return any(_compat.is_dim_expr(dim) for dim in value.shape)
+    return _compat.is_dim_expr(value)
+
+
+def with_sizes(sizes: dict[str, int]) -> Rule:
+    """A rule that gives every symbolic dimension in an equation's parameters its size."""
+
+    def fill(value: Any) -> Any:
+        if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
+            return type(value)(fill(item) for item in value)
+        if hasattr(value, "_fields"):
+            return type(value)(*(fill(item) for item in value))
+        if is_jaxpr(value):
+            return value
+        if hasattr(value, "shape") and hasattr(value, "update"):
+            return value.update(shape=tuple(_compat.evaluate_dim(dim, sizes) for dim in value.shape))
+        return _compat.evaluate_dim(value, sizes) if _compat.is_dim_expr(value) else value
+
+    def change(jaxpr: Any) -> Any:
+        opened, _ = _compat.open_jaxpr(jaxpr)
+        return retrace(jaxpr, rule, [fill(v.aval) for v in opened.invars])
+
+    def rule(eqn: Any, values: list[Any]) -> list[Any] | None:
+        if not any(has_symbols(param) for param in eqn.params.values()):
+            return None
+        params = {key: fill(param) for key, param in eqn.params.items()}
+        if eqn.primitive.name == "dim_as_value":
+            return [jax.numpy.asarray(params["dim"], dtype=eqn.outvars[0].aval.dtype)]
+        return rewrite(eqn, values, change, params)
+
+    return rule

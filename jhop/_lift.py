@@ -1,0 +1,261 @@
+"""`lift`: any JAX function, made to accept Tensors.
+
+A call records one node. Its forward is the function under `jax.jit`; its pullback is `jax.vjp` of the function, under
+`jax.jit` too, recomputed from the inputs (XLA drops what the derivative does not need). Both are cached per function,
+structure of arguments and static values; JAX caches them per avals.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jhop._hook import HookList, tensor_point
+from jhop._node import OpNode, grad_enabled
+from jhop._tensor import Tensor
+
+_ARRAYS = (jax.Array, np.ndarray, np.generic)
+_cache: dict[Any, _Op] = {}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Op:
+    """One function at one structure of arguments: `forward(*dynamic)` and `pullback(saved, cts)`."""
+
+    forward: Callable[..., Any]
+    pullback: Callable[..., Any]
+    raw: Callable[..., Any]  # on dynamic values, not jitted
+
+
+def lift(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes a JAX function accept Tensors anywhere in its arguments, one tape node per call.
+
+    Args:
+        fn: a function of arrays and pytrees that JAX can trace. Python ints, strings and other objects among the
+            arguments are static; floats and arrays are not.
+
+    Returns:
+        A function of the same arguments. With no Tensor among them it is `fn` itself; otherwise the arrays in its
+        result are Tensors, which require grad if a Tensor argument does.
+
+    Example:
+        >>> import jax, jhop
+        >>> x = jhop.tensor([0.0, 1.0], requires_grad=True)
+        >>> y = jhop.lift(jax.nn.softplus)(x)
+        >>> y.sum().backward()
+        >>> [round(g, 3) for g in x.grad.tolist()]
+        [0.5, 0.731]
+    """
+
+    @functools.wraps(fn)
+    def lifted(*args: Any, **kwargs: Any) -> Any:
+        return apply(fn, args, kwargs)
+
+    return lifted
+
+
+def apply(fn: Callable[..., Any], args: Any, kwargs: Any, *, dynamic_ints: bool = False) -> Any:
+    """Calls a lifted function. `dynamic_ints` passes Python ints as values, for operators."""
+    leaves, tree = jax.tree.flatten((args, kwargs), is_leaf=_is_leaf)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    if not tensors:
+        return fn(*args, **kwargs)
+    if any(leaf._trace is not None for leaf in tensors):
+        return _apply_traced(fn, leaves, tree)
+    static: list[Any] = []
+    dynamic: list[Any] = []
+    diff: list[int] = []
+    recording = grad_enabled()
+    for leaf in leaves:
+        if isinstance(leaf, Tensor):
+            if recording and leaf._requires_grad:
+                diff.append(len(dynamic))
+            static.append(_DYNAMIC)
+            dynamic.append(leaf._value)
+        elif isinstance(leaf, _ARRAYS) or type(leaf) in (float, complex) or (dynamic_ints and type(leaf) is int):
+            static.append(_DYNAMIC)
+            dynamic.append(leaf)
+        else:
+            static.append(_Static(leaf))
+    op = _op_for(fn, tree, tuple(static), tuple(diff))
+    out = op.forward(*dynamic)
+    return _wrap(fn, op, out, dynamic, diff, [leaf for leaf in tensors if recording and leaf._requires_grad])
+
+
+def _wrap(fn: Any, op: _Op, out: Any, dynamic: list[Any], diff: list[int], sources: list[Tensor]) -> Any:
+    outs, out_tree = (([out], None) if isinstance(out, jax.Array) else jax.tree.flatten(out))
+    moving = [i for i, value in enumerate(outs) if jnp.issubdtype(value.dtype, jnp.inexact)] if diff else []
+    results = [Tensor(value) if isinstance(value, jax.Array) else value for value in outs]
+    if moving:
+        edges = [source._edge("lift") for source in sources]
+        avals = [jax.typeof(outs[i]) for i in moving]
+        label = getattr(fn, "__name__", type(fn).__name__)
+        has_number = any(type(value) is float for value in dynamic)
+        node = OpNode(edges, avals, op.pullback, dynamic, label, has_number)
+        for slot, i in enumerate(moving):
+            results[i] = Tensor(outs[i], requires_grad=True, node=node, slot=slot)
+    return results[0] if out_tree is None else jax.tree.unflatten(out_tree, results)
+
+
+def _apply_traced(fn: Any, leaves: list[Any], tree: Any) -> Any:
+    """Inside a compiled function: call `fn` on tracers; each differentiable result is a hook point."""
+    trace = next(leaf._trace for leaf in leaves if isinstance(leaf, Tensor) and leaf._trace is not None)
+    values = [leaf._value if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    moving = grad_enabled() and any(isinstance(leaf, Tensor) and leaf._requires_grad for leaf in leaves)
+    args, kwargs = jax.tree.unflatten(tree, values)
+    return jax.tree.map(lambda value: trace.result(value, moving), fn(*args, **kwargs))
+
+
+def traced_result(trace: Any, value: Any, moving: bool) -> Any:
+    """A Tensor for a value computed inside a compiled function."""
+    if not isinstance(value, jax.Array):
+        return value
+    moving = moving and jnp.issubdtype(value.dtype, jnp.inexact)
+    result = Tensor(value, requires_grad=moving)
+    result._trace = trace
+    if moving:
+        result._hooks = HookList()
+        result._value = tensor_point(result._hooks, value)
+    return result
+
+
+def _is_leaf(value: Any) -> bool:
+    return isinstance(value, Tensor)
+
+
+class _Static:
+    """A static argument as a cache key: by type and value, or by identity where it cannot be hashed."""
+
+    __slots__ = ("key", "value")
+
+    def __init__(self, value: Any):
+        self.value = value
+        if isinstance(value, slice):  # hashable only from Python 3.12
+            self.key: Any = (slice, value.start, value.stop, value.step)
+        else:
+            try:
+                hash(value)
+                self.key = (type(value), value)
+            except TypeError:
+                self.key = (type(value), id(value))
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Static) and self.key == other.key
+
+
+_DYNAMIC = _Static("<dynamic>")
+
+
+def _op_for(fn: Any, tree: Any, static: tuple[_Static, ...], diff: tuple[int, ...]) -> _Op:
+    key = (fn, tree, static, diff)
+    try:
+        op = _cache.get(key)
+    except TypeError:  # an unhashable callable object
+        return _make_op(fn, tree, static, diff)
+    if op is None:
+        op = _cache[key] = _make_op(fn, tree, static, diff)
+    return op
+
+
+def _make_op(fn: Any, tree: Any, static: tuple[_Static, ...], diff: tuple[int, ...]) -> _Op:
+    def raw(*dynamic: Any) -> Any:
+        values = iter(dynamic)
+        leaves = [next(values) if item is _DYNAMIC else item.value for item in static]
+        args, kwargs = jax.tree.unflatten(tree, leaves)
+        return fn(*args, **kwargs)
+
+    def pullback(saved: list[Any], cts: list[Any]) -> list[Any]:
+        def of_moving(*moving: Any) -> list[Any]:
+            filled = list(saved)
+            for index, value in zip(diff, moving, strict=True):
+                filled[index] = value
+            outs = jax.tree.leaves(raw(*filled))
+            return [value for value in outs if jnp.issubdtype(value.dtype, jnp.inexact)]
+
+        _, pull = jax.vjp(of_moving, *(saved[index] for index in diff))
+        return list(pull(list(cts)))
+
+    name = getattr(fn, "__name__", type(fn).__name__)
+    raw.__name__ = name
+    pullback.__name__ = f"{name}_backward"
+    return _Op(jax.jit(raw), jax.jit(pullback), raw)
+
+
+def reset_ops() -> None:
+    """Forgets the compiled forwards and pullbacks."""
+    _cache.clear()
+
+
+# -- operators and methods ---------------------------------------------------------------------------------------------
+
+_BINARY = {
+    "add": jnp.add, "sub": jnp.subtract, "mul": jnp.multiply, "truediv": jnp.divide, "floordiv": jnp.floor_divide,
+    "mod": jnp.mod, "matmul": jnp.matmul, "and": jnp.bitwise_and, "or": jnp.bitwise_or, "xor": jnp.bitwise_xor,
+}  # fmt: skip
+_COMPARE = {
+    "lt": jnp.less, "le": jnp.less_equal, "gt": jnp.greater, "ge": jnp.greater_equal, "eq": jnp.equal,
+    "ne": jnp.not_equal,
+}  # fmt: skip
+_OPERANDS = (Tensor, jax.Array, np.ndarray, np.generic, int, float, complex, bool)
+
+
+def _binary(fn: Any, *, swapped: bool = False) -> Any:
+    def method(self: Tensor, other: Any) -> Any:
+        if not isinstance(other, _OPERANDS):
+            return NotImplemented
+        return apply(fn, (other, self) if swapped else (self, other), {}, dynamic_ints=True)
+
+    return method
+
+
+for _name, _fn in _BINARY.items():
+    setattr(Tensor, f"__{_name}__", _binary(_fn))
+    setattr(Tensor, f"__r{_name}__", _binary(_fn, swapped=True))
+for _name, _fn in _COMPARE.items():
+    setattr(Tensor, f"__{_name}__", _binary(_fn))
+
+
+def _getitem(x: Any, index: Any) -> Any:
+    return x[index]
+
+
+def _method(name: str) -> Any:
+    def call(x: Any, *args: Any, **kwargs: Any) -> Any:
+        return getattr(x, name)(*args, **kwargs)
+
+    call.__name__ = name
+    doc = getattr(getattr(jnp.ndarray, name, None), "__doc__", None)
+
+    def method(self: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return apply(call, (self, *args), kwargs)
+
+    method.__name__ = name
+    method.__doc__ = doc
+    return method
+
+
+# Static exponents keep `x ** 2` an integer power, whose derivative at 0 is defined.
+Tensor.__pow__ = lambda self, other: apply(operator.pow, (self, other), {})  # type: ignore[attr-defined]
+Tensor.__rpow__ = lambda self, other: apply(operator.pow, (other, self), {})  # type: ignore[attr-defined]
+Tensor.__neg__ = lambda self: apply(jnp.negative, (self,), {})  # type: ignore[attr-defined]
+Tensor.__pos__ = lambda self: self  # type: ignore[attr-defined]
+Tensor.__abs__ = lambda self: apply(jnp.abs, (self,), {})  # type: ignore[attr-defined]
+Tensor.__invert__ = lambda self: apply(jnp.invert, (self,), {})  # type: ignore[attr-defined]
+Tensor.__getitem__ = lambda self, index: apply(_getitem, (self, index), {})  # type: ignore[attr-defined]
+Tensor.T = property(lambda self: apply(jnp.transpose, (self,), {}))  # type: ignore[attr-defined]
+Tensor.real = property(lambda self: apply(jnp.real, (self,), {}))  # type: ignore[attr-defined]
+Tensor.imag = property(lambda self: apply(jnp.imag, (self,), {}))  # type: ignore[attr-defined]
+_METHODS = """all any argmax argmin argsort astype clip conj cumprod cumsum diagonal dot flatten max mean min nonzero prod
+ptp ravel repeat reshape round searchsorted sort squeeze std sum swapaxes take trace transpose var"""
+for _name in _METHODS.split():
+    setattr(Tensor, _name, _method(_name))

@@ -1,0 +1,164 @@
+"""The tape: one `Node` per recorded operation, linked to the nodes of its inputs.
+
+A node takes the cotangents of its outputs and gives those of its inputs. What it knows of derivatives is one function,
+made by `jax.vjp`; this file has no derivative rules.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from jhop._errors import JhopError
+from jhop._hook import HookList
+
+if TYPE_CHECKING:
+    from jhop._tensor import Tensor  # names a type only: the tape does not depend on what users hold
+
+_sequence = itertools.count()
+_mode = threading.local()
+
+
+class Edge(NamedTuple):
+    """Where a cotangent goes: the `slot`-th output of a node."""
+
+    node: Node
+    slot: int
+
+
+def grad_enabled() -> bool:
+    """Whether operations on Tensors are recorded in this thread."""
+    return getattr(_mode, "grad_enabled", True)
+
+
+def set_grad_enabled(enabled: bool) -> bool:
+    """Turns recording on or off in this thread; returns what it was."""
+    before = grad_enabled()
+    _mode.grad_enabled = enabled
+    return before
+
+
+class Node:
+    """One step of a backward pass.
+
+    Attributes:
+        edges: per differentiated input, where its cotangent goes.
+        avals: avals of the outputs whose cotangents it takes.
+        sequence: grows with creation; later nodes run earlier.
+        hooks: per output, the hooks of the Tensor there.
+        metadata: a dict for the user's own notes.
+    """
+
+    __slots__ = ("__weakref__", "avals", "edges", "hooks", "metadata", "post_hooks", "pre_hooks", "retain", "sequence")
+
+    def __init__(self, edges: Sequence[Edge], avals: Sequence[Any]):
+        self.edges = tuple(edges)
+        self.avals = tuple(avals)
+        self.sequence = next(_sequence)
+        self.hooks: list[HookList | None] = [None] * len(self.avals)
+        self.retain: list[Any] = [None] * len(self.avals)  # weak references to Tensors that keep their gradient
+        self.pre_hooks: HookList | None = None
+        self.post_hooks: HookList | None = None
+        self.metadata: dict[Any, Any] = {}
+
+    def name(self) -> str:
+        """The node's name, such as `MultiplyBackward`."""
+        return type(self).__name__
+
+    @property
+    def next_functions(self) -> tuple[tuple[Node, int], ...]:
+        """(node, output) pairs that cotangents flow to."""
+        return tuple((edge.node, edge.slot) for edge in self.edges)
+
+    def hooks_at(self, slot: int) -> HookList:
+        """The hook list of one output, made at first use."""
+        found = self.hooks[slot]
+        if found is None:
+            found = self.hooks[slot] = HookList()
+        return found
+
+    def register_prehook(self, fn: Callable[..., Any]) -> Any:
+        """Registers `fn(grad_outputs) -> tuple | None`, run before this node on the tuple of its cotangents."""
+        if self.pre_hooks is None:
+            self.pre_hooks = HookList()
+        return self.pre_hooks.add(fn, "Node.register_prehook")
+
+    def register_hook(self, fn: Callable[..., Any]) -> Any:
+        """Registers `fn(grad_inputs, grad_outputs) -> tuple | None`, run after this node."""
+        if self.post_hooks is None:
+            self.post_hooks = HookList()
+        return self.post_hooks.add(fn, "Node.register_hook")
+
+    def saved(self) -> list[Any]:
+        """Arrays that the node keeps for its backward."""
+        return []
+
+    def apply(self, cts: list[Any], saved: list[Any]) -> list[Any]:
+        """Cotangents of the inputs, one per edge, from those of the outputs and the saved arrays (or tracers)."""
+        raise NotImplementedError
+
+    def release(self) -> None:
+        """Frees what was saved; the node cannot run again."""
+
+    def __repr__(self) -> str:
+        return f"<{self.name()}>"
+
+
+class OpNode(Node):
+    """The node of one lifted function call.
+
+    Args:
+        pullback: `pullback(saved, cts) -> cotangents`, pure and cached by the caller.
+        label: the function's name.
+    """
+
+    __slots__ = ("_label", "_pullback", "_saved", "has_number")
+
+    def __init__(self, edges: Any, avals: Any, pullback: Any, saved: list[Any], label: str, has_number: bool):
+        super().__init__(edges, avals)
+        self._pullback = pullback
+        self._saved: list[Any] | None = saved
+        self._label = label
+        self.has_number = has_number  # whether a Python float is among what was saved
+
+    def name(self) -> str:
+        return "".join(part.capitalize() for part in self._label.strip("_").split("_")) + "Backward"
+
+    def saved(self) -> list[Any]:
+        if self._saved is None:
+            raise freed(self)
+        return self._saved
+
+    def apply(self, cts: list[Any], saved: list[Any]) -> list[Any]:
+        return list(self._pullback(saved, cts))
+
+    def release(self) -> None:
+        self._saved = None
+
+
+class AccumulateGrad(Node):
+    """The end of a path: adds the cotangent to a leaf's `.grad`."""
+
+    __slots__ = ("leaf",)
+
+    def __init__(self, leaf: Tensor, aval: Any):
+        super().__init__((), (aval,))
+        self.leaf = leaf
+
+    def apply(self, cts: list[Any], saved: list[Any]) -> list[Any]:
+        return []
+
+
+def freed(node: Node) -> JhopError:
+    """The error for a second backward through a node whose saved arrays are gone."""
+    return JhopError(
+        f"backward: {node.name()} was already run and its saved arrays were freed. Give retain_graph=True to the "
+        "first backward() if you need a second one through the same graph."
+    )
+
+
+def weak(tensor: Tensor) -> Any:
+    return weakref.ref(tensor)

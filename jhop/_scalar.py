@@ -1,0 +1,268 @@
+"""Lifted Python numbers: exact on the host, a weakly typed scalar on the device.
+
+While a hook is traced, each int and float that it reads from Python state is a `Scalar`. A `Scalar` behaves as the
+number that it stands for, and remembers how it was computed:
+
+- arithmetic with other Python numbers gives another `Scalar`, whose expression the host evaluates again at every run
+  (so ints stay exact, of any size, and reading one never waits for the device);
+- arithmetic with an array uses the number's device twin, a weakly typed scalar tracer;
+- a question about its value (`if n > 3`, `range(n)`, `str(n)`) is answered for the present value and leaves a guard
+  that holds for exactly the values that give the same answer.
+
+Each arithmetic step is also one `scalar` equation, so that the traced graph shows it where it happened.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.extend.core as jex_core
+import jax.numpy as jnp
+import numpy as np
+
+from jhop import _compat
+
+INFIX = {
+    "add": "+", "sub": "-", "mul": "*", "truediv": "/", "floordiv": "//", "mod": "%", "pow": "**",
+    "and_": "&", "or_": "|", "xor": "^", "lshift": "<<", "rshift": ">>",
+}  # fmt: skip
+COMPARE = {"lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!="}
+PREFIX = {"neg": "-", "invert": "~"}
+NUMBERS = (bool, int, float)
+
+
+class Expr(NamedTuple):
+    """A host expression: `leaf` (index,), `const` (value,), or an operator over expressions."""
+
+    op: str
+    args: tuple[Any, ...]
+
+
+def to_code(expr: Expr, leaf: Callable[[int], str]) -> str:
+    """Python source of an expression; `leaf(i)` is the source of the i-th lifted value."""
+    if expr.op == "leaf":
+        return leaf(expr.args[0])
+    if expr.op == "const":
+        value = expr.args[0]
+        if isinstance(value, float) and not math.isfinite(value):
+            return f"float({str(value)!r})"
+        return f"({value!r})"
+    args = [to_code(arg, leaf) for arg in expr.args]
+    if expr.op in PREFIX:
+        return f"({PREFIX[expr.op]}{args[0]})"
+    if expr.op == "is_nan":
+        return f"({args[0]} != {args[0]})"
+    if len(args) == 1:
+        return f"{expr.op}({args[0]})"  # abs, int, float: builtins under their own names
+    return f"({args[0]} {INFIX.get(expr.op) or COMPARE[expr.op]} {args[1]})"
+
+
+def leaves(expr: Expr) -> set[int]:
+    """Indices of the lifted values that an expression reads."""
+    if expr.op == "leaf":
+        return {expr.args[0]}
+    if expr.op == "const":
+        return set()
+    return set().union(*(leaves(arg) for arg in expr.args))
+
+
+# -- scalar_p: one step of host arithmetic, visible in the graph -------------------------------------------------------
+
+scalar_p = jex_core.Primitive("scalar")
+
+
+def apply_step(op: str, operands: Sequence[Any]) -> Any:
+    """Runs one arithmetic step on numbers or on scalar arrays."""
+    if op in ("abs", "int", "float"):
+        if op == "abs":
+            return abs(operands[0])
+        if isinstance(operands[0], NUMBERS):
+            return {"int": int, "float": float}[op](operands[0])
+        return jnp.trunc(operands[0]) if op == "int" else operands[0] * 1.0
+    return getattr(operator, op)(*operands)
+
+
+def fill(template: tuple[Any, ...], values: Sequence[Any]) -> list[Any]:
+    """Puts `values`, in order, where `template` has None."""
+    rest = iter(values)
+    return [next(rest) if item is None else item for item in template]
+
+
+def _scalar_impl(*args: Any, op: str, template: tuple[Any, ...], kind: type) -> Any:
+    return _as_weak(apply_step(op, fill(template, args)), kind)
+
+
+def _as_weak(value: Any, kind: type) -> Any:
+    return jax.lax.convert_element_type(value, weak_aval(kind).dtype) if isinstance(value, jax.Array) else value
+
+
+def _scalar_abstract_eval(*avals: Any, op: str, template: tuple[Any, ...], kind: type) -> Any:
+    return weak_aval(kind)
+
+
+def weak_aval(kind: type) -> Any:
+    """The aval that JAX gives a Python number of this type."""
+    return jax.typeof(kind(0))
+
+
+scalar_p.def_impl(_scalar_impl)
+scalar_p.def_abstract_eval(_scalar_abstract_eval)
+_compat.register_lowering(scalar_p, _scalar_impl, multiple_results=False)
+
+
+# -- Scalar: what the hook holds ---------------------------------------------------------------------------------------
+
+
+class Scalar:
+    """A lifted int, float or bool while a hook is traced. `isinstance(s, int)` answers as for the number itself."""
+
+    __slots__ = ("_expr", "_session", "_twin", "_value")
+
+    def __init__(self, session: Any, expr: Expr, value: Any, twin: Any):
+        self._session = session  # has .guard(expr, answer)
+        self._expr = expr
+        self._value = value
+        self._twin = twin  # the device scalar
+
+    @property
+    def __class__(self):  # isinstance must answer as for the number: hooks check types
+        return type(self._value)
+
+    def _specialise(self) -> Any:
+        """The present value, with a guard that it stays the same."""
+        value = self._value
+        if value != value:
+            self._session.guard(Expr("is_nan", (self._expr,)), True)
+        else:
+            self._session.guard(Expr("eq", (self._expr, Expr("const", (value,)))), True)
+        return value
+
+    def __jax_array__(self) -> Any:
+        return self._twin
+
+    def __bool__(self) -> bool:
+        answer = bool(self._value)
+        self._session.guard(self._expr, answer)
+        return answer
+
+    def __index__(self) -> int:
+        return operator.index(self._specialise())
+
+    def __int__(self) -> int:
+        return int(self._specialise())
+
+    def __float__(self) -> float:
+        return float(self._specialise())
+
+    def __hash__(self) -> int:
+        return hash(self._specialise())
+
+    def __repr__(self) -> str:
+        return repr(self._specialise())
+
+    def __str__(self) -> str:
+        return str(self._specialise())
+
+    def __format__(self, spec: str) -> str:
+        return format(self._specialise(), spec)
+
+    def __round__(self, digits: int | None = None) -> Any:
+        return round(self._specialise(), digits)
+
+    def __trunc__(self) -> Any:
+        return math.trunc(self._specialise())
+
+    def __divmod__(self, other: Any) -> Any:
+        return self // other, self % other
+
+    def __rdivmod__(self, other: Any) -> Any:
+        return other // self, other % self
+
+    def __pos__(self) -> Scalar:
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        # Anything else that a number has (is_integer, bit_length, real) depends on the value.
+        if name.startswith("__array"):
+            raise AttributeError(name)
+        return getattr(self._specialise(), name)
+
+
+def is_scalar(value: Any) -> bool:
+    """Whether a value is a `Scalar` (its `__class__` says that it is a number)."""
+    return type(value) is Scalar
+
+
+def _unary(op: str) -> Callable[[Any], Any]:
+    def method(self: Any) -> Any:
+        return step(op, self)
+
+    return method
+
+
+def step(op: str, *operands: Any) -> Any:
+    """One arithmetic step, at least one of whose operands is a `Scalar`: computed, recorded, and put in the graph."""
+    session = next(item._session for item in operands if is_scalar(item))
+    values = [item._value if is_scalar(item) else item for item in operands]
+    value = apply_step(op, values)
+    if not isinstance(value, NUMBERS):  # complex roots: not representable as a lifted number
+        return apply_step(op, [item._specialise() if is_scalar(item) else item for item in operands])
+    exprs = tuple(item._expr if is_scalar(item) else Expr("const", (item,)) for item in operands)
+    template = tuple(None if is_scalar(item) else item for item in operands)
+    twins = [item._twin for item in operands if is_scalar(item)]
+    twin = scalar_p.bind(*twins, op=op, template=template, kind=type(value))
+    result = Scalar(session, Expr(op, exprs), value, twin)
+    session.note_step(result)
+    return result
+
+
+def _binary(op: str, *, swapped: bool = False) -> Callable[[Any, Any], Any]:
+    apply = getattr(operator, op)
+
+    def method(self: Any, other: Any) -> Any:
+        if isinstance(other, np.generic):
+            other = other.item()
+        if is_scalar(other) or type(other) in NUMBERS:
+            return step(op, other, self) if swapped else step(op, self, other)
+        if isinstance(other, (jax.Array, np.ndarray)):
+            return apply(other, self._twin) if swapped else apply(self._twin, other)
+        return NotImplemented
+
+    return method
+
+
+def _comparison(op: str) -> Callable[[Any, Any], Any]:
+    apply = getattr(operator, op)
+
+    def method(self: Any, other: Any) -> Any:
+        if isinstance(other, np.generic):
+            other = other.item()
+        if is_scalar(other) or type(other) in NUMBERS:
+            known = is_scalar(other)
+            answer = bool(apply(self._value, other._value if known else other))
+            right = other._expr if known else Expr("const", (other,))
+            self._session.guard(Expr(op, (self._expr, right)), answer)
+            return answer
+        if isinstance(other, (jax.Array, np.ndarray)):
+            return apply(self._twin, other)
+        return NotImplemented
+
+    return method
+
+
+for _name in INFIX:
+    _dunder = _name.rstrip("_")
+    setattr(Scalar, f"__{_dunder}__", _binary(_name))
+    setattr(Scalar, f"__r{_dunder}__", _binary(_name, swapped=True))
+for _name in COMPARE:
+    setattr(Scalar, f"__{_name}__", _comparison(_name))
+for _name in ("neg", "abs", "invert"):
+    setattr(Scalar, f"__{_name}__", _unary(_name))
+
+
+# A Scalar passed to a jitted function is its device twin there.
+jax.tree_util.register_pytree_node(Scalar, lambda s: ((s._twin,), None), lambda _, children: children[0])

@@ -1,0 +1,325 @@
+"""`Tensor`: an array that records what is done to it, and knows its gradient and hooks.
+
+Operations on Tensors are JAX functions that were lifted (`_lift.lift`). Outside compiled functions each makes one node
+of the tape; inside, a Tensor wraps a tracer and every result is a hook point (`_hook.tensor_point`).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jhop import _compat, _engine, _state
+from jhop._errors import HookError, JhopError
+from jhop._hook import HookList, RemovableHandle
+from jhop._node import AccumulateGrad, Edge, Node
+
+
+class Tensor:
+    """An array on the tape. Make one with `jhop.tensor`.
+
+    Attributes:
+        value: the `jax.Array`.
+        grad: the accumulated gradient, a `jax.Array` of the Tensor's shape and dtype, or None.
+        requires_grad: whether gradients flow to or through it.
+        grad_fn: the node that made it; None for leaves.
+    """
+
+    __slots__ = (
+        "__weakref__", "_accumulate", "_grad", "_hooks", "_node", "_post_hooks", "_requires_grad", "_retains", "_slot",
+        "_trace", "_value",
+    )  # fmt: skip
+    __array_priority__ = 1000  # NumPy leaves binary operators to us
+
+    def __init__(self, value: Any, *, requires_grad: bool = False, node: Node | None = None, slot: int = 0):
+        self._value = value
+        self._requires_grad = requires_grad
+        self._node = node
+        self._slot = slot
+        self._grad: Any = None
+        self._hooks: HookList | None = None
+        self._post_hooks: HookList | None = None
+        self._accumulate: Any = None  # weak reference to the AccumulateGrad node of a leaf
+        self._retains = False
+        self._trace: Any = None  # the compiled function that is being traced, for a Tensor inside one
+
+    # -- what it is ----------------------------------------------------------------------------------------------------
+
+    @property
+    def value(self) -> Any:
+        return self._value
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._value.shape
+
+    @property
+    def dtype(self) -> Any:
+        return self._value.dtype
+
+    @property
+    def ndim(self) -> int:
+        return self._value.ndim
+
+    @property
+    def size(self) -> int:
+        return self._value.size
+
+    @property
+    def requires_grad(self) -> bool:
+        return self._requires_grad
+
+    @property
+    def is_leaf(self) -> bool:
+        return self._node is None
+
+    @property
+    def grad_fn(self) -> Node | None:
+        return self._node
+
+    @property
+    def retains_grad(self) -> bool:
+        return self._retains
+
+    @property
+    def grad(self) -> Any:
+        return self._grad
+
+    @grad.setter
+    def grad(self, grad: Any) -> None:
+        if grad is not None:
+            array = grad.value if isinstance(grad, Tensor) else grad
+            if not isinstance(array, (jax.Array, np.ndarray)):
+                raise JhopError(f"Tensor.grad: expected an array or None, got {type(grad).__name__}.")
+            self._check_like(array, "Tensor.grad")
+            grad = grad if isinstance(grad, Tensor) else jnp.asarray(array)
+        self._grad = grad
+
+    def _check_like(self, array: Any, where: str) -> None:
+        if array.shape != self.shape or array.dtype != self.dtype:
+            raise JhopError(
+                f"{where}: expected shape {self.shape} and dtype {self.dtype}, as the Tensor has, "
+                f"got shape {array.shape} and dtype {array.dtype}."
+            )
+
+    # -- hooks ---------------------------------------------------------------------------------------------------------
+
+    def _need_grad(self, where: str) -> None:
+        if not self._requires_grad:
+            raise HookError(
+                f"{where}: this Tensor does not require grad, so no gradient will ever pass here. Make it with "
+                "jhop.tensor(..., requires_grad=True), or call requires_grad_() first."
+            )
+
+    def register_hook(self, fn: Callable[[Any], Any]) -> RemovableHandle:
+        """Registers `fn(grad) -> grad | None`, run once per backward on the summed gradient of this Tensor.
+
+        Args:
+            fn: gets an array of this Tensor's shape and dtype and returns another, or None to keep it.
+
+        Returns:
+            A handle whose `remove()` removes the hook.
+
+        Raises:
+            HookError: `fn` is not callable, or the Tensor does not require grad.
+
+        Example:
+            >>> import jhop
+            >>> x = jhop.tensor([1.0, 2.0], requires_grad=True)
+            >>> _ = x.register_hook(lambda grad: grad * 5.0)
+            >>> (x * 3.0).sum().backward()
+            >>> x.grad.tolist()
+            [15.0, 15.0]
+
+        The counterpart in PyTorch is `torch.Tensor.register_hook`.
+        """
+        self._need_grad("Tensor.register_hook")
+        if self._node is not None:
+            return self._node.hooks_at(self._slot).add(fn, "Tensor.register_hook")
+        if self._hooks is None:
+            self._hooks = HookList()
+        return self._hooks.add(fn, "Tensor.register_hook")
+
+    def register_post_accumulate_grad_hook(self, fn: Callable[[Tensor], None]) -> RemovableHandle:
+        """Registers `fn(tensor)`, run after this leaf's `.grad` was updated.
+
+        Raises:
+            HookError: `fn` is not callable, or the Tensor is no leaf that requires grad.
+        """
+        self._need_grad("Tensor.register_post_accumulate_grad_hook")
+        if not self.is_leaf:
+            raise HookError(
+                "Tensor.register_post_accumulate_grad_hook: only leaves accumulate gradients; this Tensor was made by "
+                f"{self._node!r}. Use register_hook."
+            )
+        if self._post_hooks is None:
+            self._post_hooks = HookList()
+        return self._post_hooks.add(fn, "Tensor.register_post_accumulate_grad_hook")
+
+    def retain_grad(self) -> None:
+        """Makes a later backward store this Tensor's gradient in `.grad`, after its hooks. Nothing new for leaves."""
+        self._need_grad("Tensor.retain_grad")
+        if self._node is not None and not self._retains:
+            self._node.retain[self._slot] = weakref.ref(self)
+            self._retains = True
+
+    # -- backward ------------------------------------------------------------------------------------------------------
+
+    def backward(self, gradient: Any = None, retain_graph: bool = False) -> None:
+        """Runs the backward pass from this Tensor; leaves accumulate into `.grad`.
+
+        Args:
+            gradient: the cotangent to start with, of this Tensor's shape and dtype (an array or a Tensor); may be left
+                out for a scalar.
+            retain_graph: keep what was saved, so that backward can run again.
+
+        Raises:
+            JhopError: no gradient was given for a non-scalar, it has another shape or dtype, the Tensor does not
+                require grad, or the graph was freed by an earlier backward. Nothing was written then.
+        """
+        _engine.backward([(self._edge("backward"), self._seed(gradient))], keep_graph=retain_graph)
+
+    def _seed(self, gradient: Any) -> Any:
+        if gradient is None:
+            if self.size != 1:
+                raise JhopError(
+                    f"backward: a gradient can be left out only for a scalar, this Tensor has shape {self.shape}. "
+                    "Pass backward(gradient) with an array of this shape, or reduce first, e.g. with .sum()."
+                )
+            return jnp.ones(self.shape, self.dtype)
+        array = gradient.value if isinstance(gradient, Tensor) else gradient
+        if not isinstance(array, (jax.Array, np.ndarray)):
+            raise JhopError(f"backward: expected the gradient as an array or a Tensor, got {type(gradient).__name__}.")
+        self._check_like(array, "backward(gradient)")
+        return jnp.asarray(array)
+
+    def _edge(self, where: str) -> Edge:
+        """Where this Tensor's cotangent goes."""
+        if not self._requires_grad:
+            raise JhopError(
+                f"{where}: this Tensor does not require grad and was not made from one that does, so there is nothing "
+                "to differentiate."
+            )
+        if self._node is not None:
+            return Edge(self._node, self._slot)
+        node = self._accumulate() if self._accumulate is not None else None
+        if node is None:
+            node = AccumulateGrad(self, jax.typeof(self._value))
+            self._accumulate = weakref.ref(node)
+        return Edge(node, 0)
+
+    def detach(self) -> Tensor:
+        """A Tensor of the same value that takes no part in this graph; hooks stay behind."""
+        return Tensor(self._value)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Tensor:
+        """Sets whether gradients are wanted for this leaf; returns the Tensor."""
+        if not self.is_leaf and not requires_grad:
+            raise JhopError("Tensor.requires_grad_: only a leaf can stop requiring grad; use detach().")
+        if requires_grad:
+            check_floating(self.dtype, "Tensor.requires_grad_")
+        self._requires_grad = requires_grad or not self.is_leaf
+        return self
+
+    # -- leaving the tape ----------------------------------------------------------------------------------------------
+
+    def _plain(self, what: str) -> Any:
+        if self._requires_grad:
+            raise JhopError(
+                f"{what} on a Tensor that requires grad would lose its gradient without a word. Use jhop.numpy (or "
+                "jhop.lift(fn)) in place of jax.numpy, or .value or .detach() if no gradient is wanted."
+            )
+        return self._value
+
+    @property
+    def __jax_array__(self) -> Any:
+        # JAX asks whether this exists before it takes an unknown object for an array; an operator (`array * tensor`)
+        # asks too, and comes to our reflected method when it does not.
+        if _compat.asked_by_operator():
+            raise AttributeError("__jax_array__")
+        raise JhopError(
+            "A jax.numpy or other JAX function was given a jhop.Tensor, which would lose its gradient without a word. "
+            "Use jhop.numpy (or jhop.lift(fn)) in place of jax.numpy, or .value if no gradient is wanted."
+        )
+
+    @property
+    def __jhop_array__(self) -> Any:
+        """What a hook that returns a Tensor returns."""
+        return self._value
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
+        return np.asarray(self._plain("numpy.asarray"), dtype=dtype)
+
+    def numpy(self) -> np.ndarray:
+        """The value as a NumPy array."""
+        return np.asarray(self._plain("Tensor.numpy()"))
+
+    def item(self) -> Any:
+        """The value of a one-element Tensor as a Python number."""
+        return self._value.item()
+
+    def tolist(self) -> Any:
+        return self._value.tolist()
+
+    def __float__(self) -> float:
+        return float(self._value)
+
+    def __int__(self) -> int:
+        return int(self._value)
+
+    def __bool__(self) -> bool:
+        return bool(self._value)
+
+    def __len__(self) -> int:
+        return len(self._value)
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def __repr__(self) -> str:
+        text = repr(self._value).replace("Array(", "jhop.tensor(", 1)
+        if isinstance(self._value, _compat.Tracer):
+            text = f"jhop.tensor({self._value})"
+        end = f", grad_fn={self._node!r})" if self._node is not None else ", requires_grad=True)"
+        return f"{text[:-1]}{end}" if self._requires_grad else text
+
+
+_state.declare_state(Tensor, "_value")
+
+
+def check_floating(dtype: Any, where: str) -> None:
+    """Raises JhopError for dtypes that have no gradients."""
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        raise JhopError(f"{where}: only floating and complex values can require grad, got dtype {dtype}.")
+
+
+def tensor(data: Any, *, dtype: Any = None, requires_grad: bool = False) -> Tensor:
+    """Makes a leaf Tensor.
+
+    Args:
+        data: anything that `jax.numpy.asarray` takes, or a Tensor (whose value is taken).
+        dtype: as for `jax.numpy.asarray`.
+        requires_grad: whether a backward pass accumulates into its `.grad`.
+
+    Returns:
+        A leaf of the data's shape.
+
+    Raises:
+        JhopError: `requires_grad` for an integer or bool dtype.
+
+    Example:
+        >>> import jhop
+        >>> x = jhop.tensor([2.0, 3.0], requires_grad=True)
+        >>> (x * x).sum().backward()
+        >>> x.grad.tolist()
+        [4.0, 6.0]
+    """
+    value = jnp.asarray(data.value if isinstance(data, Tensor) else data, dtype=dtype)
+    if requires_grad:
+        check_floating(value.dtype, "jhop.tensor(requires_grad=True)")
+    return Tensor(value, requires_grad=requires_grad)

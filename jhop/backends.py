@@ -1,0 +1,84 @@
+"""Backends: `backend(gm, example_inputs) -> callable`, where the callable takes and returns flat lists.
+
+Any function of that form is a backend; these three come with jhop:
+
+- `eager` runs the graph one equation at a time;
+- `aot_eager` does too, and counts as an ahead-of-time compile (its graphs have an id, as in PyTorch);
+- `xla` compiles the graph with `jax.jit`. "inductor" is an alias of its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from jhop._errors import JhopError
+from jhop._graph import GraphModule
+
+Backend = Callable[[GraphModule, list[Any]], Callable[..., list[Any]]]
+
+_next_aot_id = 0
+
+
+def take_aot_id() -> int:
+    """The number of the next ahead-of-time compile; it is part of names in printed graphs (`aot3_tangents_1`)."""
+    global _next_aot_id
+    _next_aot_id += 1
+    return _next_aot_id - 1
+
+
+def aot_ids(start: int | None = None) -> int:
+    """The next number; with `start`, counting goes on from there and the old next number is returned."""
+    global _next_aot_id
+    before = _next_aot_id
+    if start is not None:
+        _next_aot_id = start
+    return before
+
+
+def eager(gm: GraphModule, example_inputs: list[Any]) -> Callable[..., list[Any]]:
+    """Runs the graph one equation at a time.
+
+    Args:
+        gm: the graph.
+        example_inputs: the values that it is about to run on: arrays, then lifted numbers and arrays.
+    """
+    return gm.lower_with(lambda device: device)
+
+
+def aot_eager(gm: GraphModule, example_inputs: list[Any]) -> Callable[..., list[Any]]:
+    """As `eager`, with an ahead-of-time id. Arguments as for `eager`."""
+    take_aot_id()
+    return eager(gm, example_inputs)
+
+
+def xla(gm: GraphModule, example_inputs: list[Any]) -> Callable[..., list[Any]]:
+    """Compiles the graph with XLA, through `jax.jit`. Arguments as for `eager`."""
+    take_aot_id()
+    return xla_program(gm)
+
+
+def xla_program(gm: GraphModule) -> Callable[..., list[Any]]:
+    """What `xla` returns, for stages that took their id themselves."""
+    return gm.lower_with(jax.jit)
+
+
+NAMED: dict[str, Backend] = {"eager": eager, "aot_eager": aot_eager, "xla": xla, "inductor": xla}
+
+
+def find(backend: Any, where: str) -> Backend:
+    """The backend function for a name or a callable.
+
+    Raises:
+        JhopError: there is no such backend.
+    """
+    if callable(backend):
+        return backend
+    if backend in NAMED:
+        return NAMED[backend]
+    raise JhopError(
+        f"{where}: unknown backend {backend!r}. Expected one of {', '.join(map(repr, NAMED))}, "
+        "or a function `backend(gm, example_inputs) -> callable`."
+    )

@@ -1,0 +1,38 @@
+"""What every test runs under: eight CPU devices, strict dtype promotion, and no graph left over from another test."""
+
+import os
+
+# XLA reads these once, when JAX starts its first backend, so they stand before the imports below.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+_xla_flags = os.environ.get("XLA_FLAGS", "")
+if "--xla_force_host_platform_device_count" not in _xla_flags:
+    _xla_flags += " --xla_force_host_platform_device_count=8"
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # The workers already share the cores among them.
+    if "--xla_cpu_multi_thread_eigen" not in _xla_flags:
+        _xla_flags += " --xla_cpu_multi_thread_eigen=false"
+    for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ.setdefault(_name, "1")
+os.environ["XLA_FLAGS"] = _xla_flags.strip()
+
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+# The autouse fixture below runs once per test and not per example, which is what the suppressed check is about.
+_suppressed = [hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow]
+hypothesis.settings.register_profile(
+    "ci", derandomize=True, max_examples=20, deadline=None, database=None, suppress_health_check=_suppressed
+)
+hypothesis.settings.register_profile("nightly", max_examples=500, deadline=None, suppress_health_check=_suppressed)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    """Starts each test with no compiled graph and no guard."""
+    import jhop
+
+    jhop.reset()
