@@ -1,2 +1,33 @@
-from jhop._lift import lift
-from jhop._tensor import Tensor, tensor
+"""Backward hooks for JAX that are traced.
+
+`jhop.hook(x, fn)` puts a hook on a value inside any JAX function; `jhop.tensor` and `Tensor.register_hook` do it in the
+manner of PyTorch. See README.md.
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from jhop import autograd as autograd
+from jhop import backends as backends
+from jhop import compiled_autograd as compiled_autograd
+from jhop import numpy as numpy
+from jhop import testing as testing
+from jhop._capture import make_fx as make_fx
+from jhop._errors import HookError as HookError
+from jhop._errors import JhopError as JhopError
+from jhop._errors import Unsupported as Unsupported
+from jhop._forward import compile as compile
+from jhop._graph import GraphModule as GraphModule
+from jhop._hook import RemovableHandle as RemovableHandle
+from jhop._hook import hook as hook
+from jhop._inline import inline as inline
+from jhop._jit import jit as jit
+from jhop._lift import lift as lift
+from jhop._reset import reset as reset
+from jhop._tensor import Tensor as Tensor
+from jhop._tensor import tensor as tensor
+from jhop._trace_wrapped import trace_wrapped as trace_wrapped
+
+try:
+    __version__ = version("jhop")
+except PackageNotFoundError:  # a checkout that was never installed
+    __version__ = "0+unknown"

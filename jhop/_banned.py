@@ -85,6 +85,7 @@ def remedy_for(label: str) -> str | None:
     return next((remedy for key, remedy in _REMEDIES.items() if f"{label}.".startswith(f"{key}.")), None)
 
 
+@functools.lru_cache(maxsize=4096)
 def label_of_name(module: str, qualname: str) -> str | None:
     """The name to show for a banned function, such as `time.sleep`, or None for one that may be called."""
     key = _ALIASES.get(module, module)
@@ -107,6 +108,11 @@ def label_of_name(module: str, qualname: str) -> str | None:
 
 def label_of(callee: Any, arg: Any = None) -> str | None:
     """The name to show for a banned callable, called with `arg` first; None for one that may be called."""
+    if isinstance(callee, types.FunctionType):  # most are
+        module = str(callee.__module__)
+        return _label_of_method(callee, callee.__name__, arg) or label_of_name(module, callee.__qualname__)
+    if isinstance(callee, types.ModuleType):
+        return None
     for _ in range(8):  # a partial of a method of ...
         if isinstance(callee, functools.partial):
             callee = callee.func
@@ -118,7 +124,8 @@ def label_of(callee: Any, arg: Any = None) -> str | None:
             break
     if isinstance(callee, type):
         return label_of_name(type.__getattribute__(callee, "__module__"), callee.__qualname__)
-    if isinstance(inspect.getattr_static(type(callee), "__call__", None), types.FunctionType):
+    caller = _defining_class(callee, "__call__")
+    if caller is not None and isinstance(vars(caller)["__call__"], types.FunctionType):
         return None  # an object of a Python class: what its `__call__` does is seen there
     name = getattr(callee, "__name__", None)
     if not isinstance(name, str):
@@ -143,11 +150,13 @@ def _label_of_method(function: Any, name: str, owner: Any) -> str | None:
 
 
 def _defining_class(owner: Any, name: str) -> type | None:
-    """The class that a bound method of a C type comes from; None for a function of a module."""
+    """The class that a method of `owner` comes from; None for a function of a module."""
     if owner is None or isinstance(owner, types.ModuleType):
         return None
-    classes = owner.__mro__ if isinstance(owner, type) else type(owner).__mro__
-    return next((cls for cls in classes if name in cls.__dict__), None)
+    for cls in owner.__mro__ if isinstance(owner, type) else type(owner).__mro__:
+        if name in cls.__dict__:
+            return cls
+    return None
 
 
 # Calls that C code makes: what does the text of a call mention?
@@ -247,10 +256,19 @@ def label_in_call(frame: types.FrameType, offset: int) -> str | None:
 
 def mentions_banned(frame: types.FrameType) -> bool:
     """True if a call in the code of `frame`, which has just been entered, mentions something banned."""
-    paths = {path for call in calls_in(frame.f_code).values() for path in (call.callee, *call.mentioned) if path}
-    # An object such as `numpy.random.Generator` is not banned, but its methods are, under whatever name it goes.
-    values = [_value_of(frame, path[:length]) for path in paths for length in range(1, len(path) + 1)]
-    return any(label_of(value) or type(value).__module__.startswith("numpy.random") for value in values)
+    for path in _paths_in(frame.f_code):
+        value = _value_of(frame, path)
+        # An object such as `numpy.random.Generator` is not banned, but its methods are, under whatever name it goes.
+        if value is not None and (type(value).__module__.startswith("numpy.random") or label_of(value) is not None):
+            return True
+    return False
+
+
+@functools.lru_cache(maxsize=512)
+def _paths_in(code: types.CodeType) -> frozenset[_Path]:
+    """The dotted names in all calls of `code`, and what they start with: of `rng.normal`, also `rng`."""
+    paths = {path for call in calls_in(code).values() for path in (call.callee, *call.mentioned) if path}
+    return frozenset(path[:length] for path in paths for length in range(1, len(path) + 1))
 
 
 def _value_of(frame: types.FrameType, path: _Path) -> Any:
@@ -259,6 +277,9 @@ def _value_of(frame: types.FrameType, path: _Path) -> Any:
         if path[0] in names:
             value = names[path[0]]
             for attribute in path[1:]:
-                value = inspect.getattr_static(value, attribute, None)
+                if isinstance(value, types.ModuleType):
+                    value = vars(value).get(attribute)
+                else:
+                    value = inspect.getattr_static(value, attribute, None)
             return value
     return None

@@ -26,18 +26,17 @@ class Backward:
     """What print needs to know of a captured backward pass besides its jaxpr.
 
     Attributes:
-        n_roots: how many gradients start the pass (the first inputs).
-        sizes: dimension sizes that PyTorch lifts, in its order, each as (input index, axis) or a plain number.
-        n_hooks: length of the list of hooks and backward objects.
-        hook_index: per hook equation, in order, its place in that list.
+        shapes: concrete shapes of the inputs.
+        sizes: every dimension size that PyTorch lifts, in its order.
+        checked: per `validate_outputs` equation, where the sizes that it checks begin in `sizes`.
+        hook_index: per hook equation, in order, its place in PyTorch's list of hooks and backward objects.
         grads: per gradient output, the input index of the leaf.
         number_inputs: whether a Python float was among the captured values.
-        schedule: permutation of equations in which hooks follow their gradients and accumulation follows both.
     """
 
-    n_roots: int
-    sizes: tuple[tuple[int, int], ...]
-    n_hooks: int
+    shapes: tuple[tuple[int, ...], ...]
+    sizes: tuple[int, ...]
+    checked: tuple[int, ...]
     hook_index: tuple[int, ...]
     grads: tuple[int, ...]
     number_inputs: bool = False

@@ -333,26 +333,38 @@ def _profiling() -> Iterator[None]:
 
 
 def _profiler(before: Callable[..., Any] | None) -> Callable[..., None]:
-    """Makes the profile function; it runs at each call and return, so it sorts out the common cases first."""
+    """Makes the profile function. It runs at each call and return of all code, so it does little for most of them."""
     c_names, operator_code = _banned_c_names(), _OPERATOR_CODE
+    libraries: set[str] = set()
 
     def profile(frame: types.FrameType, event: str, arg: Any) -> None:
-        if before is not None:
-            before(frame, event, arg)
-        if event == "c_call":
-            if arg.__name__ in c_names and (label := _banned.label_of(arg)) is not None:
-                _refuse(label, frame)
-        elif event == "call":
-            kind = file_kind(frame.f_code.co_filename)
-            if kind is _USER:
-                _step_if_needed(frame)
-            elif kind is _STDLIB and _thread.current is not None:
-                _check_python_call(frame)
-        elif event == "return" and frame.f_code is operator_code and arg is not None:
-            _record_operator(frame, arg)
+        if event == "call":
+            if frame.f_code.co_filename not in libraries:
+                _enter(frame, libraries)
+        elif event == "return":
+            if frame.f_code is operator_code and arg is not None:
+                _record_operator(frame, arg)
+        elif event == "c_call" and arg.__name__ in c_names and (label := _banned.label_of(arg)) is not None:
+            _refuse(label, frame)
 
-    profile.before = before  # type: ignore[attr-defined]
-    return profile
+    def chained(frame: types.FrameType, event: str, arg: Any) -> None:
+        before(frame, event, arg)  # type: ignore[misc]
+        profile(frame, event, arg)
+
+    made: Any = profile if before is None else chained
+    made.before = before
+    return made
+
+
+def _enter(frame: types.FrameType, libraries: set[str]) -> None:
+    """Looks at a function that has just been entered; notes its file if there is never anything to see in it."""
+    kind = file_kind(frame.f_code.co_filename)
+    if kind is _USER:
+        _step_if_needed(frame)
+    elif kind is _STDLIB:
+        _check_python_call(frame)
+    else:
+        libraries.add(frame.f_code.co_filename)
 
 
 @functools.cache
@@ -360,13 +372,14 @@ def _banned_c_names() -> frozenset[str]:
     """Names of the C functions that may be banned: most calls are told apart by this alone."""
     names = {"print", "input", "open", "breakpoint", "start_new_thread", "warn", "warn_explicit"}
     names |= {"now", "today", "utcnow", "tofile", "dump"}
-    modules = "time posix nt _io _random _socket _ssl _sqlite3 _queue select mmap _signal _posixsubprocess".split()
-    for module_name in modules:
+    for module_name in "time posix nt _io _random _socket _ssl _sqlite3 _queue select mmap _posixsubprocess".split():
         with contextlib.suppress(ImportError):
-            module = importlib.import_module(module_name)
-            classes = [value for value in vars(module).values() if isinstance(value, type)]
-            names |= {name for space in (module, *classes) for name in dir(space) if not name.startswith("__")}
-    return frozenset(names)
+            space = vars(importlib.import_module(module_name))
+            names |= {name for name, value in space.items() if isinstance(value, types.BuiltinFunctionType)}
+            for cls in (value for value in space.values() if isinstance(value, type)):
+                names |= {name for name, value in vars(cls).items() if isinstance(value, types.MethodDescriptorType)}
+    # A method of a common type is called too often to be looked into for the few others of its name.
+    return frozenset(names - (set(dir(dict)) - vars(os).keys()) - set(dir(tuple)))
 
 
 def _step_if_needed(frame: types.FrameType) -> None:

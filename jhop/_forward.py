@@ -26,7 +26,7 @@ from jhop._graph import GraphModule, Info, Input
 from jhop._hook import HookList
 from jhop._lift import _Static, traced_result
 from jhop._node import Node, freed, grad_enabled
-from jhop._source import hook_name
+from jhop._source import hook_name, origin_of, user_frames
 from jhop._tensor import Tensor
 from jhop._text._aten import joint_names
 
@@ -258,8 +258,10 @@ class CompiledFunction:
         """The graph of the backward: residuals, then cotangents."""
         closed, info = trace(pull, [*(v.aval for v in saved), *cts], Recorder())
         jaxpr, _ = _compat.open_jaxpr(closed)
+        frames = {variable: user_frames(eqn) for eqn in jaxpr.eqns for variable in eqn.outvars}
         for variable, name in joint_names(forward, jaxpr, list(residuals), saved).items():
-            info[variable] = Info(name=name)
+            at = frames.get(variable)
+            info[variable] = Info(name=name, origin=origin_of(*at[0]) if at else None)
         inputs = tuple(Input(name=info[variable].name or "") for variable in jaxpr.invars)
         return GraphModule(jaxpr=closed, inputs=inputs, info=info, name=f"{hook_name(self._fn)}_backward")
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from jhop import _engine, _state
+from jhop import _compat, _engine, _state
 from jhop._boundary import accumulate_grad, aot_prologue, validate_outputs
 from jhop._capture import Backward, Recorder, trace
 from jhop._errors import HookError, JhopError
@@ -162,9 +162,9 @@ class _Tape:
         closed, order = schedule(closed)
         hooks = [place for _, place in sorted(zip(_hook_order(closed, order), places, strict=True))]
         backward = Backward(
-            n_roots=len(self.seeds),
+            shapes=tuple(jax.numpy.shape(value) for value in self.inputs),
             sizes=tuple(captured.sizes),
-            n_hooks=captured.n_hooks,
+            checked=tuple(captured.checked),
             hook_index=tuple(hooks),
             grads=tuple(self.saved[node][0] for node in self.leaves),
             number_inputs=any(getattr(node, "has_number", False) for node in self.order),
@@ -195,7 +195,7 @@ class _Tape:
 
 def _hook_order(closed: Any, order: list[int]) -> list[int]:
     """Position, in the scheduled graph, of each hook in order of capture."""
-    eqns = closed.jaxpr.eqns
+    eqns = _compat.open_jaxpr(closed)[0].eqns
     new = {old: position for position, old in enumerate(order)}
     by_old = {old: eqns[position] for old, position in new.items()}
     return [new[old] for old in sorted(by_old) if by_old[old].primitive is trace_wrapped_p]
@@ -232,7 +232,8 @@ class _CapturePass(_engine.Pass):
         self._grads: dict[int, Any] = {}
         self._uses: dict[int, int] = {}  # how often a compiled function occurs
         self._origin: Any = None
-        self.sizes: list[Any] = []
+        self.sizes: list[int] = []
+        self.checked: list[int] = []
         self.n_hooks = 0
         self.hook_places: list[int] = []
 
@@ -242,8 +243,9 @@ class _CapturePass(_engine.Pass):
         self._flat = flat
         seeds = [flat[i] for i in range(len(tape.seeds))]
         self._origin = "GraphRoot (NodeCall 0)"
+        self.checked.append(0)
         for (edge, _), ct in zip(tape.seeds, seeds, strict=True):
-            self._shape_sizes(edge.node.avals[edge.slot].shape)
+            self.sizes.extend(edge.node.avals[edge.slot].shape)
         checked = validate_outputs(seeds)
         self._note(checked)
         self.run(tape.order, [(edge, ct) for (edge, _), ct in zip(tape.seeds, checked, strict=True)])
@@ -254,9 +256,6 @@ class _CapturePass(_engine.Pass):
         for value in values:
             self._recorder.note(value, Info(origin=self._origin, stage="captured", **known))
 
-    def _shape_sizes(self, shape: Any) -> None:
-        self.sizes.extend(shape)
-
     def visit(self, node: Node, cts: list[Any]) -> list[Any]:
         self._origin = f"{node.name()} (NodeCall {self._tape.order.index(node) + 1})"
         return super().visit(node, cts)
@@ -266,8 +265,9 @@ class _CapturePass(_engine.Pass):
         cts = _engine.full_cts(node, cts)
         if isinstance(node, CompiledNode):
             return self._compiled(node, saved, cts)
+        self.checked.append(len(self.sizes))
         for edge in node.edges:
-            self._shape_sizes(edge.node.avals[edge.slot].shape)
+            self.sizes.extend(edge.node.avals[edge.slot].shape)
         outs = node.apply(cts, saved)
         self._note(outs)
         checked = validate_outputs(outs)
@@ -277,9 +277,9 @@ class _CapturePass(_engine.Pass):
     def _compiled(self, node: CompiledNode, saved: list[Any], cts: list[Any]) -> list[Any]:
         self.n_hooks += 1  # the backward object itself stands in PyTorch's list of hooks
         for shape in [aval.shape for aval in node.avals] + node.input_shapes:
-            self._shape_sizes(shape)
+            self.sizes.extend(shape)
         for edge in node.edges:
-            self._shape_sizes(edge.node.avals[edge.slot].shape)
+            self.sizes.extend(edge.node.avals[edge.slot].shape)
         compiled = node.compiled
         use = self._uses[compiled.aot_id] = self._uses.get(compiled.aot_id, -1) + 1
         gm = compiled.backward.gm
@@ -291,7 +291,7 @@ class _CapturePass(_engine.Pass):
             origin = self._origin if info.origin is None else info.origin
             self._recorder.update(value, name=info.name, origin=origin, aot=(compiled.aot_id, use), stage="captured")
 
-        for eqn in gm.jaxpr.jaxpr.eqns:
+        for eqn in _compat.open_jaxpr(gm.jaxpr)[0].eqns:
             if eqn.primitive is trace_wrapped_p:
                 self._hook_place()
         return evaluate(gm.jaxpr, values, note=note)

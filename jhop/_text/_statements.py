@@ -107,7 +107,7 @@ def remove_unused(
         stays carries the symbol; of several for one symbol the first.
     """
     pure = pure or is_bookkeeping
-    symbols_of = symbols_of or _annotated_symbols
+    symbols_of = symbols_of or annotated_symbols
     used: set[Stmt] = set()
     kept: list[Stmt] = []
     for stmt in reversed(stmts):
@@ -269,6 +269,6 @@ def _bound_symbol(stmt: Stmt) -> str | None:
     return found[1] if found and found[1].isidentifier() else None
 
 
-def _annotated_symbols(stmt: Stmt) -> list[str]:
+def annotated_symbols(stmt: Stmt) -> list[str]:
     # What stands before the bracket is a dtype, and `u8` must not pass for a symbol.
     return re.findall(r"\b[suz][a-z]*\d+\b", str(stmt.annotation).partition("[")[2])

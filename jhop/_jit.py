@@ -1,0 +1,1 @@
+def jit(fn, **kw): raise NotImplementedError

@@ -1,0 +1,32 @@
+"""Helpers for tests of printed graphs."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+
+from jhop import backends
+
+
+def normalize_gm(text: str) -> str:
+    """A printed graph without what differs from run to run: comments, trailing blanks, runs of empty lines.
+
+    Example:
+        >>> normalize_gm("a = 1  \\n# File: x.py:3\\n\\n\\nb = 2\\n")
+        'a = 1\\n\\nb = 2\\n'
+
+    The counterpart in PyTorch is `torch._dynamo.testing.normalize_gm`.
+    """
+    lines = [line.rstrip() for line in text.split("\n") if not line.lstrip().startswith("#")]
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines))
+
+
+@contextlib.contextmanager
+def fresh_aot_ids() -> Iterator[None]:
+    """Inside the block, numbers of ahead-of-time compiles, which are part of printed names, start at 0."""
+    before = backends.aot_ids(0)
+    try:
+        yield
+    finally:
+        backends.aot_ids(before)
