@@ -224,14 +224,11 @@ class CompiledFunction:
         n = len(out_moving)
         position = {variable: i for i, variable in enumerate(jaxpr.invars)}
         # A residual that is an input is kept by reference; one that is read twice is kept once.
-        kept: dict[Any, int | None] = {}
-        for variable in jaxpr.outvars[n:]:
-            kept.setdefault(_atom_key(variable), None if _is_literal(variable) else position.get(variable))
-        order = sorted(kept, key=lambda key: (kept[key] is None, kept[key] or 0))
-        place = {key: i for i, key in enumerate(order)}
-        atoms = {_atom_key(variable): variable for variable in jaxpr.outvars[n:]}
-        residuals = tuple(kept[key] for key in order)
-        computed = [atoms[key] for key in order if kept[key] is None]
+        wanted = jaxpr.outvars[n:]
+        kept = {v: position.get(v) for v in wanted if not isinstance(v, jex_core.Literal)}
+        order = sorted(kept, key=lambda v: (kept[v] is None, kept[v] or 0))
+        residuals = tuple(kept[v] for v in order)
+        computed = [v for v in order if kept[v] is None]
         trimmed = jaxpr.replace(
             outvars=[*jaxpr.outvars[:n], *computed], debug_info=jaxpr.debug_info._replace(result_paths=None)
         )
@@ -242,10 +239,10 @@ class CompiledFunction:
         run = self._callable(gm, [_value(leaf) for leaf in dynamic])
         backward = None
         if any(out_moving):
-            read = [place[_atom_key(variable)] for variable in jaxpr.outvars[n:]]
-            pull = _pullback(vjp_tree, slots, read, len(order))
+            place = {v: i for i, v in enumerate(order)}
+            pull = _pullback(vjp_tree, slots, wanted, place)
             cts = [v.aval for v, moves in zip(jaxpr.outvars[:n], out_moving, strict=True) if moves]
-            bwd = self._backward(pull, jaxpr, [atoms[key] for key in order], residuals, cts)
+            bwd = self._backward(pull, jaxpr, order, residuals, cts)
             backward = CompiledGraph(
                 bwd, backend=self._callable, fullgraph=self._fullgraph, dynamic=False, where="jhop.compile"
             )
@@ -273,36 +270,29 @@ class CompiledFunction:
         return self._backend(gm, example)
 
 
-def _pullback(vjp_tree: Any, slots: list[_state.Leaf], read: list[int], n: int) -> Callable[..., list[Any]]:
-    """The backward as a function of `n` residuals, then cotangents.
+def _pullback(vjp_tree: Any, slots: list[_state.Leaf], wanted: list[Any], place: Any) -> Callable[..., list[Any]]:
+    """The backward as a function of residuals, then cotangents.
 
     Args:
         vjp_tree: structure of what `jax.vjp` returned.
-        slots: places in hooks that held values of the forward; these residuals come last.
-        read: per leaf of `vjp_tree`, then per slot, the residual that it is.
+        slots: places in hooks that held values of the forward.
+        wanted: per leaf of `vjp_tree`, then per slot, the forward's variable or literal for it.
+        place: which residual each variable is.
     """
-    n_pull = len(read) - len(slots)
+    n_pull = len(wanted) - len(slots)
 
     def backward(*flat: Any) -> list[Any]:
-        values = [flat[k] for k in read]
+        values = [atom.val if isinstance(atom, jex_core.Literal) else flat[place[atom]] for atom in wanted]
         with _state.LOCK:
             try:
                 for slot, value in zip(slots, values[n_pull:], strict=True):
                     slot.container.put(slot.key, value)
-                return list(jax.tree.unflatten(vjp_tree, values[:n_pull])(list(flat[n:])))
+                return list(jax.tree.unflatten(vjp_tree, values[:n_pull])(list(flat[len(place) :])))
             finally:
                 for slot in slots:
                     slot.container.put(slot.key, None)  # the forward's tracer, which was there, is dead
 
     return backward
-
-
-def _is_literal(atom: Any) -> bool:
-    return isinstance(atom, jex_core.Literal)
-
-
-def _atom_key(atom: Any) -> Any:
-    return ("literal", id(atom)) if _is_literal(atom) else atom
 
 
 _functions: list[CompiledFunction] = []

@@ -20,7 +20,7 @@ from jhop._errors import JhopError, Unsupported
 from jhop._graph import I32_MAX, I32_MIN, GraphModule, Info, Input, Operator
 from jhop._guards import Guards
 from jhop._interp import contains, evaluate, inner_jaxprs, retrace, rewrite
-from jhop._scalar import Expr, Scalar, scalar_p
+from jhop._scalar import Expr, Scalar, is_scalar, scalar_p
 from jhop._source import describe_hook, eqn_name, is_user_file, origin_of, user_frames
 from jhop._trace_wrapped import HookFn, inlining, trace_wrapped_p
 
@@ -169,7 +169,7 @@ class _Inliner:
         """Turns what the hooks wrote into templates over further outputs."""
 
         def note(value: Any, where: str) -> int:
-            twin = value._twin if isinstance(value, Scalar) or type(value) is Scalar else value
+            twin = value._twin if is_scalar(value) else value
             if not _compat.same_trace(twin, self._recorder.anchor):
                 raise Unsupported(
                     f"a hook stored a value in `{where}` from inside a JAX transformation (jit, scan, grad, vmap ...) "
@@ -218,14 +218,14 @@ class _Inliner:
         except Exception as error:
             raise Unsupported(_explain(hook, error)) from error
         for record in seen.operators:
-            operator = Operator(name=record.name, operands=record.operands)
-            for operand in record.operands:
+            operands = tuple(item._twin if is_scalar(item) else item for item in record.operands)
+            operator = Operator(name=record.name, operands=operands)
+            for operand in operands:
                 self._recorder.add(operand)
             origin = origin_of(record.code, record.lasti)
             self._recorder.note(record.result, Info(operator=operator, origin=origin, stage="hook"))
-        for out in outs:
-            if self._recorder.add(out) is not None:
-                self._recorder.mark_result(out)
+        for out in outs if hook.kind != "post_acc_grad_hook" else ():
+            self._recorder.mark_result(out)  # PyTorch's call of a tensor hook has a local variable `result`
         return list(outs)
 
     def _prune(self, jaxpr: Any, n: int) -> tuple[Any, tuple[_state.Leaf, ...]]:

@@ -96,7 +96,8 @@ class Tensor:
             array = grad.value if isinstance(grad, Tensor) else grad
             if not isinstance(array, (jax.Array, np.ndarray)):
                 raise JhopError(f"Tensor.grad: expected an array or None, got {type(grad).__name__}.")
-            self._check_like(array, "Tensor.grad")
+            if not isinstance(array, _compat.Tracer):  # a hook that is being traced: its result is checked as a whole
+                self._check_like(array, "Tensor.grad")
             grad = grad if isinstance(grad, Tensor) else jnp.asarray(array)
         self._grad = grad
 
