@@ -11,6 +11,7 @@ from jhop import backends as backends
 from jhop import compiled_autograd as compiled_autograd
 from jhop import numpy as numpy
 from jhop import testing as testing
+from jhop._backward_graph import backward_graph as backward_graph
 from jhop._capture import make_fx as make_fx
 from jhop._errors import HookError as HookError
 from jhop._errors import JhopError as JhopError

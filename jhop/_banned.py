@@ -16,6 +16,8 @@ import os
 import types
 from typing import Any, NamedTuple
 
+from jhop._source import FileKind, file_kind
+
 # Names banned in a module: all but some, or only some. A function, class or method is known by either end of its
 # qualified name: "Thread" and "start" for `Thread.start`.
 
@@ -76,6 +78,9 @@ _REMEDIES = {
     "os": "call it outside the hook, which may close over the result",
 }
 
+# Syntax reads and writes the environment (`os.environ[name]`), so no call of these is seen, only their code running.
+ENVIRON_CODES = {id(fn.__code__) for fn in vars(type(os.environ)).values() if isinstance(fn, types.FunctionType)}
+
 _IOBASE = io.IOBase.__bases__[0]  # the C class: an abstract base class is slow to ask
 _CachedFunction: Any = type(functools.lru_cache(len))
 
@@ -111,7 +116,7 @@ def label_of(callee: Any, arg: Any = None) -> str | None:
     if isinstance(callee, types.FunctionType):  # most are
         module = str(callee.__module__)
         return _label_of_method(callee, callee.__name__, arg) or label_of_name(module, callee.__qualname__)
-    if isinstance(callee, types.ModuleType):
+    if not callable(callee):
         return None
     for _ in range(8):  # a partial of a method of ...
         if isinstance(callee, functools.partial):
@@ -123,7 +128,8 @@ def label_of(callee: Any, arg: Any = None) -> str | None:
         else:
             break
     if isinstance(callee, type):
-        return label_of_name(type.__getattribute__(callee, "__module__"), callee.__qualname__)
+        names = [str(type.__getattribute__(callee, name)) for name in ("__module__", "__qualname__")]
+        return label_of_name(*names)
     caller = _defining_class(callee, "__call__")
     if caller is not None and isinstance(vars(caller)["__call__"], types.FunctionType):
         return None  # an object of a Python class: what its `__call__` does is seen there
@@ -132,7 +138,7 @@ def label_of(callee: Any, arg: Any = None) -> str | None:
         return None
     owner = getattr(callee, "__objclass__", None) or _defining_class(getattr(callee, "__self__", None), name)
     if owner is not None:
-        return label_of_name(owner.__module__, f"{owner.__name__}.{name}")
+        return label_of_name(str(owner.__module__), f"{owner.__name__}.{name}")
     if (label := _label_of_method(callee, name, arg)) is not None:
         return label
     module, qualname = getattr(callee, "__module__", None), getattr(callee, "__qualname__", name)
@@ -157,6 +163,35 @@ def _defining_class(owner: Any, name: str) -> type | None:
         if name in cls.__dict__:
             return cls
     return None
+
+
+# Who makes a call?
+
+
+def blamed_frame(frame: types.FrameType | None) -> types.FrameType | None:
+    """The user's frame that made a call found in `frame`, through the standard library at most; None if none did."""
+    while frame is not None:
+        kind = file_kind(frame.f_code.co_filename)
+        if kind is FileKind.USER:
+            return frame
+        # Finalizers run whenever memory is freed, under any frame.
+        if (
+            kind is not FileKind.STDLIB
+            or frame.f_code.co_name == "__del__"
+            or frame.f_code.co_qualname == "finalize.__call__"
+        ):
+            return None
+        frame = frame.f_back
+    return None
+
+
+def count_imports(frame: types.FrameType | None) -> int:
+    """How many frames of the import system `frame` runs in."""
+    count = 0
+    while frame is not None:
+        count += file_kind(frame.f_code.co_filename) is FileKind.IMPORT
+        frame = frame.f_back
+    return count
 
 
 # Calls that C code makes: what does the text of a call mention?
@@ -212,22 +247,17 @@ def calls_in(code: types.CodeType) -> dict[int, Call]:
 @functools.lru_cache(maxsize=512)
 def starred_calls(code: types.CodeType) -> frozenset[int]:
     """The byte offsets of calls `f(*xs)` in which `xs` may be anything but a tuple."""
-    found, before = set(), None
-    for instruction in dis.get_instructions(code):
-        # The first makes a tuple of many arguments; the second loads the arguments of `def wrapper(*args)`.
-        is_tuple = before is not None and (
-            before.opname == "CALL_INTRINSIC_1"
-            or (code.co_flags & inspect.CO_VARARGS and before.argval == code.co_varnames[_count_named(code)])
-        )
-        if instruction.opname == "CALL_FUNCTION_EX" and not is_tuple:
-            found.add(instruction.offset)
-        before = instruction
+    instructions = list(dis.get_instructions(code))
+    star = code.co_varnames[code.co_argcount + code.co_kwonlyargcount] if code.co_flags & inspect.CO_VARARGS else None
+    if any(each.opname.startswith("STORE_") and each.argval == star for each in instructions):
+        star = None  # `args` of `def f(*args)`, but no longer what it was
+    found = set()
+    for before, call in itertools.pairwise(instructions):
+        if call.opname == "CALL_FUNCTION_EX":
+            is_tuple = before.argrepr == "INTRINSIC_LIST_TO_TUPLE" or (star is not None and before.argval == star)
+            if not is_tuple or call.arg:  # with keywords, they come before the call
+                found.add(call.offset)
     return frozenset(found)
-
-
-def _count_named(code: types.CodeType) -> int:
-    """How many parameters come before `*args` in the variables of a function."""
-    return code.co_argcount + code.co_kwonlyargcount
 
 
 def label_mentioned(frame: types.FrameType, offset: int) -> str | None:

@@ -5,10 +5,11 @@ a random number, opens a file) would happen once, at trace time, and never again
 user code, into `Unsupported` before it happens. User code makes a call if the innermost frame that is not of the
 standard library is a user's: what JAX, NumPy or jhop call for their own ends, or an import runs, is their business.
 
-Calls are seen through `sys.monitoring` where Python has it (3.12 and later), at the first instruction of each call in
-user code. Python 3.11 has only `sys.setprofile`, which is slower and blind to a call made by a C function
-(`map(print, xs)`), through a C object (`partial(print)()`) or to a compiled function of another kind (all of
-`numpy.random`). So a function that *mentions* something banned is stepped through by instruction (`sys.settrace`).
+Calls are seen through `sys.monitoring` where Python has it (3.12 and later): its events are set on user code as that
+starts to run, and cost JAX's own code next to nothing. Python 3.11 has only `sys.setprofile`, which is slower, and
+blind to a call made by a C function (`map(print, xs)`), through a C object (`partial(print)()`) or to a compiled
+function of another kind (all of `numpy.random`). So a function that *mentions* something banned is stepped through by
+instruction (`sys.settrace`).
 
 What stays unseen:
 
@@ -18,8 +19,7 @@ What stays unseen:
 - on 3.12 and later, before it happens, a call `callbacks["log"](*xs)` whose text does not name what it calls: it is an
   error at the end of the watch only;
 - everywhere, iteration over an open file, a banned function that C code gets other than as an argument of the call
-  that runs it (`sorted(xs, **options)`), calls in a frame that was running before the watch began, and NumPy arrays'
-  own `tofile` and `dump` on 3.11.
+  that runs it (`sorted(xs, **options)`), and calls in a frame that was running before the watch began.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from jhop import _banned
 from jhop._errors import Unsupported
 from jhop._source import FileKind, describe_hook, file_kind, origin_of
 
-_USER, _STDLIB, _JHOP, _IMPORT = FileKind.USER, FileKind.STDLIB, FileKind.JHOP, FileKind.IMPORT  # looked up often
+_USER, _STDLIB, _JHOP = FileKind.USER, FileKind.STDLIB, FileKind.JHOP  # enum members are slow to look up
 
 
 class OperatorRecord(NamedTuple):
@@ -61,7 +61,7 @@ class Watch:
         self.remedy = remedy
         self.operators: list[OperatorRecord] = []
         self.error: Unsupported | None = None
-        self.imports = _count_imports(sys._getframe())
+        self.imports = _banned.count_imports(sys._getframe())
 
 
 class _Thread(threading.local):
@@ -105,39 +105,17 @@ def watch(hook: Any, *, remedy: str | None = None) -> Iterator[Watch]:
         seen.error = None  # its traceback leads back here
 
 
-# Who is to blame
+# Refusing a call
 
 _LAST_RESORT = "pass `fullgraph=False`, which runs this hook on the host each time"
 
 
-def _blame(frame: types.FrameType | None) -> types.FrameType | None:
-    """The user's frame that made a call found in `frame`, through the standard library at most; None if none did."""
-    while frame is not None:
-        kind = file_kind(frame.f_code.co_filename)
-        if kind is _USER:
-            return frame
-        # Finalizers run whenever memory is freed, under any frame.
-        if kind is not _STDLIB or frame.f_code.co_name == "__del__" or frame.f_code.co_qualname == "finalize.__call__":
-            return None
-        frame = frame.f_back
-    return None
-
-
-def _count_imports(frame: types.FrameType | None) -> int:
-    """How many frames of the import system `frame` runs in."""
-    count = 0
-    while frame is not None:
-        count += file_kind(frame.f_code.co_filename) is _IMPORT
-        frame = frame.f_back
-    return count
-
-
 def _refuse(label: str | None, frame: types.FrameType | None) -> None:
     """Raises `Unsupported` if the call of `label`, found in `frame`, is user code's."""
-    user, seen = _blame(frame), _thread.current
+    user, seen = _banned.blamed_frame(frame), _thread.current
     if label is None or seen is None or user is None or (label in _banned.BUFFER_WRITES and user is not frame):
         return
-    if _count_imports(user) > seen.imports:
+    if _banned.count_imports(user) > seen.imports:
         return  # in a module that the hook imports, which is run but once in any case
     where = origin_of(user.f_code, user.f_lasti)
     remedies = [remedy for remedy in (_banned.remedy_for(label), seen.remedy or _LAST_RESORT) if remedy]
@@ -158,13 +136,10 @@ def _refuse(label: str | None, frame: types.FrameType | None) -> None:
 def _check_python_call(frame: types.FrameType) -> None:
     """Refuses the function that `frame` has just entered, if it is one of the standard library's banned ones."""
     code, caller = frame.f_code, frame.f_back
-    if id(code) in _ENVIRON_CODES:  # `os.environ[name]` makes no call that could be seen
+    if id(code) in _banned.ENVIRON_CODES:  # `os.environ[name]` makes no call that could be seen
         _refuse("os.environ", caller)
     elif caller is not None and file_kind(caller.f_code.co_filename) is _USER:
         _refuse(_banned.label_of_name(frame.f_globals.get("__name__", ""), code.co_qualname), caller)
-
-
-_ENVIRON_CODES = {id(fn.__code__) for fn in vars(type(os.environ)).values() if isinstance(fn, types.FunctionType)}
 
 
 # Operators: all of them are one function of JAX, `def op(self, *args)`, that closes over `name`
@@ -273,7 +248,7 @@ class _Monitor:
             return None
         frame = sys._getframe(1)
         if kind is _STDLIB:
-            if _blame(frame) is None:
+            if _banned.blamed_frame(frame) is None:
                 return None
             _check_python_call(frame)
         if id(code) not in self._marked:

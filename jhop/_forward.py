@@ -29,6 +29,7 @@ from jhop._node import Node, freed, grad_enabled
 from jhop._source import hook_name, origin_of, user_frames
 from jhop._tensor import Tensor
 from jhop._text._aten import joint_names
+from jhop._walk import Leaf, closed_over_tracers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -171,7 +172,7 @@ class CompiledFunction:
         out_tree: Any = None
         out_moving: tuple[bool, ...] = ()
         vjp_tree: Any = None
-        slots: list[_state.Leaf] = []
+        slots: list[Leaf] = []
 
         def call(values: list[Any]) -> list[Any]:
             """The user's function on tracers: its flat outputs."""
@@ -199,7 +200,7 @@ class CompiledFunction:
                     filled[i] = value
                 outs = call(filled)
                 # Values of the forward that hooks close over are residuals of the backward.
-                slots.extend(s for point in session.points for fn in point.snapshot() for s in _tracers_of(fn))
+                slots.extend(s for point in session.points for fn in point.snapshot() for s in closed_over_tracers(fn))
                 moves = [o for o, m in zip(outs, out_moving, strict=True) if m]
                 return moves, (outs, [slot.value for slot in slots])
 
@@ -270,7 +271,7 @@ class CompiledFunction:
         return self._backend(gm, example)
 
 
-def _pullback(vjp_tree: Any, slots: list[_state.Leaf], wanted: list[Any], place: Any) -> Callable[..., list[Any]]:
+def _pullback(vjp_tree: Any, slots: list[Leaf], wanted: list[Any], place: Any) -> Callable[..., list[Any]]:
     """The backward as a function of residuals, then cotangents.
 
     Args:
@@ -296,10 +297,6 @@ def _pullback(vjp_tree: Any, slots: list[_state.Leaf], wanted: list[Any], place:
 
 
 _functions: list[CompiledFunction] = []
-
-
-def _tracers_of(fn: Any) -> list[_state.Leaf]:
-    return _state.closed_over_tracers(fn)
 
 
 def _is_dynamic(leaf: Any) -> bool:

@@ -16,9 +16,7 @@ import jax.extend.core as jex_core
 from jhop import _compat
 from jhop._errors import JhopError
 from jhop._interp import evaluate, has_symbols, with_sizes
-from jhop._scalar import apply_step, fill, scalar_p
-
-I32_MIN, I32_MAX = -(2**31), 2**31 - 1
+from jhop._scalar import I32_MAX, I32_MIN, apply_step, fill, scalar_p
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -281,12 +279,12 @@ class _Program:
     def _make_device(self, device: Any) -> Callable[..., list[Any]]:
         symbolic = bool(self._gm.shapes) and any(has_symbols(v.aval) for v in device.invars)
 
-        def run(arrays: list[Any], feeds: list[Any]) -> list[Any]:
+        def run(*flat: Any) -> list[Any]:
             rule = None
             if symbolic:
-                rest = iter(arrays[len(self._consts) :])
+                rest = iter(flat[len(self._consts) :])
                 rule = self._gm.rule_for([0 if number else next(rest) for number in self._is_number])
-            return evaluate(device, [*arrays, *feeds], rule)
+            return evaluate(device, list(flat), rule)
 
         run.__name__ = self._gm.name
         return run
@@ -303,9 +301,17 @@ class _Program:
         for eqn in self._host_eqns:
             operands = fill(eqn.params["template"], [env[v] for v in eqn.invars])
             env[eqn.outvars[0]] = apply_step(eqn.params["op"], operands)
-        feeds = [env[v] for v in self._feeds]
-        for variable, value in zip(self._feeds, feeds, strict=True):
-            if type(value) is int and not I32_MIN <= value <= I32_MAX and variable.aval.dtype.itemsize < 8:
-                raise DoesNotFit
-        results = iter(self._device(arrays, feeds))
+        arrays.extend(_feed(env[v], v.aval) for v in self._feeds)
+        results = iter(self._device(*arrays))
         return [env[v] if on_host else next(results) for v, on_host in self._outs]
+
+
+def _feed(value: Any, aval: Any) -> Any:
+    """A lifted number as the device takes it."""
+    if type(value) is not int or aval.dtype.itemsize == 8:
+        return value
+    if jax.numpy.issubdtype(aval.dtype, jax.numpy.inexact):
+        return float(value)
+    if not I32_MIN <= value <= I32_MAX:
+        raise DoesNotFit
+    return value

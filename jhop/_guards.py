@@ -12,8 +12,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from jhop import _state
+from jhop._container import MISSING
 from jhop._scalar import Expr, leaves, to_code
+from jhop._walk import Walk
 
 _BY_VALUE = (str, bytes, complex, bool, np.dtype)
 
@@ -26,12 +27,11 @@ class Guards:
         answers: host expressions over `walk.leaves`, with the truth value that each had.
     """
 
-    def __init__(self, walk: _state.Walk, answers: list[tuple[Expr, bool]]):
+    def __init__(self, walk: Walk, answers: list[tuple[Expr, bool]]):
         self._codes = walk.codes
         self._keys = [
             (container, frozenset(key for key, _ in container.items()))
             for container in walk.containers
-            if container.kind in ("dict", "attrs", "list", "slots", "cell")
         ]
         self._fixed = walk.fixed
         self._leaves = [(leaf, _kind(leaf.value)) for leaf in walk.leaves]
@@ -73,7 +73,7 @@ def _kind(value: Any) -> Any:
 
 
 def _short(value: Any) -> str:
-    if _state.is_missing(value):
+    if value is MISSING:
         return "nothing"
     if isinstance(value, (jax.Array, np.ndarray)):
         return f"{value.dtype}{list(value.shape)}"

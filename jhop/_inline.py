@@ -14,15 +14,17 @@ import jax
 import jax.extend.core as jex_core
 
 from jhop import _compat, _state
+from jhop._container import MISSING
 from jhop._capture import Recorder, trace
 from jhop._effects import watch
 from jhop._errors import JhopError, Unsupported
-from jhop._graph import I32_MAX, I32_MIN, GraphModule, Info, Input, Operator
+from jhop._graph import GraphModule, Info, Input, Operator
 from jhop._guards import Guards
 from jhop._interp import contains, evaluate, inner_jaxprs, retrace, rewrite
-from jhop._scalar import Expr, Scalar, is_scalar, scalar_p
+from jhop._scalar import Expr, Scalar, device_kind, is_scalar, scalar_p, weak_aval
 from jhop._source import describe_hook, eqn_name, is_user_file, origin_of, user_frames
 from jhop._trace_wrapped import HookFn, inlining, trace_wrapped_p
+from jhop._walk import Leaf, Walk, is_number
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,7 +38,7 @@ class Lifted:
         guards: when the graph may be used again.
     """
 
-    slots: tuple[_state.Leaf, ...]
+    slots: tuple[Leaf, ...]
     n_outs: int
     writes: tuple[_state.Write, ...]
     guards: Guards
@@ -48,7 +50,7 @@ class Lifted:
     def commit(self, outs: list[Any]) -> None:
         """Writes the new state; all of it, or none if anything is raised."""
         final = [
-            write if _state.is_missing(write.value) else write._replace(value=_state.rebuild(write.value, outs))
+            write if write.value is MISSING else write._replace(value=_state.rebuild(write.value, outs))
             for write in self.writes
         ]
         _state.commit(final)
@@ -108,7 +110,7 @@ class _Inliner:
         self._jaxpr, _ = _compat.open_jaxpr(gm.jaxpr)
         self._recorder = Recorder()
         self._session = _Session(self._recorder)
-        self._walk = _state.Walk(_hook_roots(gm, self._jaxpr))
+        self._walk = Walk(_hook_roots(gm, self._jaxpr))
         self._writes: list[_state.Write] = []
         self._state_outs: list[Any] = []
         self._results: set[int] = set()  # ids of recorded values that hooks returned
@@ -127,11 +129,11 @@ class _Inliner:
         lifted = Lifted(
             slots=slots,
             n_outs=n_outs,
-            writes=tuple(_resolve_writes(self._writes, n_outs)),
+            writes=tuple(_after_results(self._writes, n_outs)),
             guards=Guards(self._walk, self._session.answers),
         )
         state_inputs = (
-            Input(name="state", role="state", source=s.path, number=type(s.value) if _state.is_number(s.value) else None)
+            Input(name="state", role="state", source=s.path, number=type(s.value) if is_number(s.value) else None)
             for s in slots
         )
         return dataclasses.replace(
@@ -150,7 +152,7 @@ class _Inliner:
     def _traced(self, *flat: Any) -> list[Any]:
         n = len(self._jaxpr.invars)
         symbols = [
-            Scalar(self._session, Expr("leaf", (i,)), leaf.value, twin) if _state.is_number(leaf.value) else twin
+            Scalar(self._session, Expr("leaf", (i,)), leaf.value, twin) if is_number(leaf.value) else twin
             for i, (leaf, twin) in enumerate(zip(self._walk.leaves, flat[n:], strict=True))
         ]
         with _state.Lift(self._walk, symbols) as lift:
@@ -171,10 +173,7 @@ class _Inliner:
         def note(value: Any, where: str) -> int:
             twin = value._twin if is_scalar(value) else value
             if not _compat.same_trace(twin, self._recorder.anchor):
-                raise Unsupported(
-                    f"a hook stored a value in `{where}` from inside a JAX transformation (jit, scan, grad, vmap ...) "
-                    "that it called itself. Return the value from there, and store it outside."
-                )
+                raise _state.explain_leak(where)
             for index, known in enumerate(self._state_outs):
                 if known is twin:
                     return index
@@ -182,10 +181,9 @@ class _Inliner:
             return len(self._state_outs) - 1
 
         for write in lift.writes():
-            where = write.container.path if write.key is None else write.container.path_of(write.key)
             value = write.value
-            if not _state.is_missing(value):
-                value = _state.template(value, note, where)
+            if value is not MISSING:
+                value = _state.template(value, self._walk, note, write.container.path_of(write.key))
             self._writes.append(write._replace(value=value))
 
     def _rule(self, eqn: Any, values: list[Any]) -> list[Any] | None:
@@ -228,7 +226,7 @@ class _Inliner:
             self._recorder.mark_result(out)  # PyTorch's call of a tensor hook has a local variable `result`
         return list(outs)
 
-    def _prune(self, jaxpr: Any, n: int) -> tuple[Any, tuple[_state.Leaf, ...]]:
+    def _prune(self, jaxpr: Any, n: int) -> tuple[Any, tuple[Leaf, ...]]:
         """Drops state inputs that no equation and no output reads."""
         used = {v for eqn in jaxpr.eqns for v in eqn.invars if not isinstance(v, jex_core.Literal)}
         used.update(v for v in jaxpr.outvars if not isinstance(v, jex_core.Literal))
@@ -256,25 +254,15 @@ def _hook_roots(gm: GraphModule, jaxpr: Any) -> list[tuple[str, Any]]:
 
 def _leaf_aval(value: Any) -> Any:
     """The aval of a lifted value's device twin."""
-    if type(value) is int and not I32_MIN <= value <= I32_MAX and jax.typeof(0).dtype.itemsize < 8:
-        return jax.typeof(0.0)  # as JAX itself rounds such an int when it meets a floating array
-    return jax.typeof(value)
+    return weak_aval(device_kind(value)) if is_number(value) else jax.typeof(value)
 
 
-def _resolve_writes(writes: list[_state.Write], n_outs: int) -> list[_state.Write]:
+def _after_results(writes: list[_state.Write], n_outs: int) -> list[_state.Write]:
     """Templates count state outputs from 0; the graph's outputs begin with its results."""
-
-    def shift(spec: Any) -> Any:
-        kind, content = spec[0], spec[1]
-        if kind in ("array", "number"):
-            return (kind, content + n_outs, *spec[2:])
-        if kind == "dict":
-            return (kind, [(key, shift(item)) for key, item in content])
-        if kind in ("list", "tuple", "set"):
-            return (kind, [shift(item) for item in content])
-        return spec
-
-    return [w if _state.is_missing(w.value) else w._replace(value=shift(w.value)) for w in writes]
+    return [
+        write if write.value is MISSING else write._replace(value=_state.map_outputs(write.value, lambda i: i + n_outs))
+        for write in writes
+    ]
 
 
 def _describe_hook_values(jaxpr: Any, info: dict[Any, Info]) -> dict[Any, Info]:

@@ -1,1 +1,174 @@
-def jit(fn, **kw): raise NotImplementedError
+"""`jhop.jit`: `jax.jit` for functions with hooks. Hooks are inlined, the Python state they touch is lifted.
+
+The function is traced by `jax.jit` itself, with hooks opaque; what comes out goes through the same stages as a captured
+backward pass (`_compile.CompiledGraph`).
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from jhop import _compat
+from jhop._capture import parameter_names
+from jhop._compile import CompiledGraph
+from jhop._errors import JhopError
+from jhop._graph import GraphModule, Input
+from jhop._lift import _Static
+from jhop._source import hook_name
+
+_TRACE_OPTIONS = {"static_argnums", "static_argnames", "donate_argnums", "donate_argnames", "keep_unused", "inline"}
+
+
+def jit(fn: Callable[..., Any], *, fullgraph: bool = False, **jax_jit_kwargs: Any) -> Callable[..., Any]:
+    """Compiles a JAX function, hooks and their Python state included.
+
+    Args:
+        fn: a function of arrays and pytrees that JAX can trace; hooks sit on values inside it (`jhop.hook`).
+        fullgraph: whether a hook that cannot be traced is an error. Otherwise the function then runs operation by
+            operation, with its hooks on the host, and a warning says so.
+        **jax_jit_kwargs: options of `jax.jit`: static_argnums, static_argnames, donate_argnums, donate_argnames,
+            keep_unused, inline.
+
+    Returns:
+        A function of the same arguments. After each call, what hooks wrote is in the Python objects: ints are ints.
+
+    Raises:
+        JhopError: `fn` is not callable, or an option is not supported.
+        HookError: at the call, a hook broke its contract.
+        Unsupported: at the call, with fullgraph=True, a hook cannot be traced.
+
+    Example:
+        >>> import jax, jhop
+        >>> class Counter:
+        ...     n = 0
+        >>> counter = Counter()
+        >>> def count(ct):
+        ...     counter.n += 1
+        >>> step = jhop.jit(jax.grad(lambda x: (jhop.hook(x, count) ** 2).sum()))
+        >>> for _ in range(3):
+        ...     _ = step(jax.numpy.ones(2))
+        >>> counter.n
+        3
+    """
+    if not callable(fn):
+        raise JhopError(f"jhop.jit: expected a function, got {type(fn).__name__}.")
+    unknown = set(jax_jit_kwargs) - _TRACE_OPTIONS
+    if unknown:
+        raise JhopError(
+            f"jhop.jit: option {sorted(unknown)} is not supported; supported are {sorted(_TRACE_OPTIONS)}. Put a "
+            "`jax.jit` with that option inside the function."
+        )
+    return Jitted(fn, fullgraph, jax_jit_kwargs)
+
+
+class Jitted:
+    """What `jhop.jit` returns."""
+
+    def __init__(self, fn: Callable[..., Any], fullgraph: bool, options: dict[str, Any]):
+        functools.update_wrapper(self, fn, updated=())
+        self._fn = fn
+        self._fullgraph = fullgraph
+        self._options = options
+        self._jitted = jax.jit(fn, **options)
+        self._static_nums, self._static_names = _statics(fn, options)
+        self._cache: dict[Any, tuple[CompiledGraph, Any]] = {}
+        _jitted.append(self)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        static = [
+            *((i, _Static(arg)) for i, arg in enumerate(args) if i in self._static_nums),
+            *((name, _Static(kwargs[name])) for name in sorted(kwargs) if name in self._static_names),
+        ]
+        dynamic = (
+            [arg for i, arg in enumerate(args) if i not in self._static_nums],
+            {name: value for name, value in kwargs.items() if name not in self._static_names},
+        )
+        flat, tree = jax.tree.flatten(dynamic)
+        if any(isinstance(leaf, _compat.Tracer) for leaf in flat):
+            return self._jitted(*args, **kwargs)  # part of an outer trace, whose hooks are inlined out there
+        key = (tree, tuple(static), tuple(map(_aval_key, flat)), len(args))
+        found = self._cache.get(key)
+        if found is None:
+            found = self._cache[key] = self._capture(args, kwargs, flat, dynamic)
+        compiled, out_tree = found
+        return jax.tree.unflatten(out_tree, compiled(*flat))
+
+    def _capture(self, args: Any, kwargs: Any, flat: list[Any], dynamic: Any) -> tuple[CompiledGraph, Any]:
+        traced = self._jitted.trace(*args, **kwargs)
+        names = _input_names(self._fn, args, kwargs, len(flat))
+        name = hook_name(self._fn)
+        gm = GraphModule(
+            jaxpr=traced.jaxpr, inputs=tuple(Input(name=name) for name in names), name=name, made_by="jit"
+        )
+        donated = _donated(traced)
+        compiled = CompiledGraph(
+            gm, backend=functools.partial(_xla, donated=donated), fullgraph=self._fullgraph, dynamic=False,
+            where="jhop.jit",
+        )  # fmt: skip
+        return compiled, jax.tree.structure(traced.out_info)
+
+    def graph(self, *args: Any, **kwargs: Any) -> GraphModule:
+        """The graph for these arguments with hooks opaque; `jhop.inline` of it is what runs."""
+        traced = self._jitted.trace(*args, **kwargs)
+        return GraphModule(
+            jaxpr=traced.jaxpr,
+            inputs=tuple(Input(name=name) for name in _input_names(self._fn, args, kwargs, len(traced.jaxpr.in_avals))),
+            name=hook_name(self._fn), made_by="jit",
+        )  # fmt: skip
+
+    def reset(self) -> None:
+        """Forgets what was compiled."""
+        self._cache.clear()
+
+
+_jitted: list[Jitted] = []
+
+
+def _aval_key(leaf: Any) -> Any:
+    return jax.typeof(leaf)
+
+
+def _xla(gm: GraphModule, example_inputs: list[Any], *, donated: tuple[bool, ...]) -> Callable[..., list[Any]]:
+    """The xla backend, with donated inputs."""
+    _, consts = _compat.open_jaxpr(gm.jaxpr)
+    places = tuple(len(consts) + i for i, given in enumerate(donated) if given)
+    return gm.lower_with(functools.partial(jax.jit, donate_argnums=places))
+
+
+def _input_names(fn: Any, args: Any, kwargs: Any, count: int) -> list[str]:
+    names = parameter_names(fn, args, kwargs)
+    return names if len(names) == count else [f"arg{i}" for i in range(count)]  # static arguments are no inputs
+
+
+def _donated(traced: Any) -> tuple[bool, ...]:
+    return tuple(bool(getattr(info, "donated", False)) for info in jax.tree.leaves(traced.args_info))
+
+
+def _statics(fn: Any, options: dict[str, Any]) -> tuple[frozenset[int], frozenset[str]]:
+    """Static arguments by position and by name, each completed from the other as `jax.jit` does."""
+    nums = options.get("static_argnums", ())
+    names = options.get("static_argnames", ())
+    nums = {nums} if isinstance(nums, int) else set(nums or ())
+    names = {names} if isinstance(names, str) else set(names or ())
+    try:
+        parameters = list(inspect.signature(fn).parameters)
+    except (TypeError, ValueError):
+        return frozenset(nums), frozenset(names)
+    nums = {n % len(parameters) for n in nums}
+    positions = {name: i for i, name in enumerate(parameters)}
+    if names:
+        nums |= {positions[name] for name in names if name in positions}
+    names |= {parameters[n] for n in nums}
+    return frozenset(nums), frozenset(names)
+
+
+def reset_jitted() -> None:
+    """Forgets what jitted functions compiled."""
+    for jitted in _jitted:
+        jitted.reset()
+

@@ -5,6 +5,7 @@ from __future__ import annotations
 from jhop import compiled_autograd
 from jhop._compile import reset_compiled
 from jhop._forward import reset_functions
+from jhop._jit import reset_jitted
 from jhop._lift import reset_ops
 
 
@@ -18,4 +19,5 @@ def reset() -> None:
     compiled_autograd.reset()
     reset_compiled()
     reset_functions()
+    reset_jitted()
     reset_ops()

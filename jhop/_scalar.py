@@ -33,6 +33,7 @@ INFIX = {
 COMPARE = {"lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!="}
 PREFIX = {"neg": "-", "invert": "~"}
 NUMBERS = (bool, int, float)
+I32_MIN, I32_MAX = -(2**31), 2**31 - 1
 
 
 class Expr(NamedTuple):
@@ -90,6 +91,16 @@ def fill(template: tuple[Any, ...], values: Sequence[Any]) -> list[Any]:
     """Puts `values`, in order, where `template` has None."""
     rest = iter(values)
     return [next(rest) if item is None else item for item in template]
+
+
+def device_kind(value: Any, twins: Sequence[Any] = ()) -> type:
+    """The type that a number has on the device: ints too large for JAX's int32 are rounded to floats, as where JAX
+    itself meets such an int and a floating array.
+    """
+    if type(value) is not int or weak_aval(int).dtype.itemsize == 8:
+        return type(value)
+    large = not I32_MIN <= value <= I32_MAX
+    return float if large or any(jnp.issubdtype(twin.dtype, jnp.inexact) for twin in twins) else int
 
 
 def _scalar_impl(*args: Any, op: str, template: tuple[Any, ...], kind: type) -> Any:
@@ -214,7 +225,7 @@ def step(op: str, *operands: Any) -> Any:
     exprs = tuple(item._expr if is_scalar(item) else Expr("const", (item,)) for item in operands)
     template = tuple(None if is_scalar(item) else item for item in operands)
     twins = [item._twin for item in operands if is_scalar(item)]
-    twin = scalar_p.bind(*twins, op=op, template=template, kind=type(value))
+    twin = scalar_p.bind(*twins, op=op, template=template, kind=device_kind(value, twins))
     result = Scalar(session, Expr(op, exprs), value, twin)
     session.note_step(result)
     return result

@@ -100,8 +100,8 @@ class FileKind(enum.Enum):
     LIBRARY = "library"  # JAX and what it is built on
 
 
-# Packages JAX calls while tracing: a user never writes the code in them.
-_LIBRARIES = ("jax", "jaxlib", "numpy", "chex", "ml_dtypes", "opt_einsum", "scipy", "absl")
+# Packages whose frames stand between a user's call and what JAX does for it.
+_LIBRARIES = ("jax", "jaxlib", "numpy", "chex", "ml_dtypes", "opt_einsum")
 
 
 @functools.cache
@@ -129,7 +129,7 @@ def file_kind(filename: str) -> FileKind:
         return FileKind.IMPORT
     if filename.startswith("<frozen"):
         return FileKind.STDLIB
-    if filename.startswith("<__array_function__"):  # made by NumPy at run time
+    if filename.startswith(("<__array_function__", "<@beartype")):  # made by NumPy and by beartype at run time
         return FileKind.LIBRARY
     for folder, kind in _known_folders():
         if filename.startswith(folder):

@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jhop import _compat, _engine, _state
+from jhop import _compat, _engine
 from jhop._errors import HookError, JhopError
 from jhop._hook import HookList, RemovableHandle
 from jhop._node import AccumulateGrad, Edge, Node
+from jhop._walk import declare_state
 
 
 class Tensor:
@@ -290,7 +291,7 @@ class Tensor:
         return f"{text[:-1]}{end}" if self._requires_grad else text
 
 
-_state.declare_state(Tensor, "_value")
+declare_state(Tensor, "_value")
 
 
 def check_floating(dtype: Any, where: str) -> None:

@@ -33,6 +33,7 @@ from jhop import _compat, _state
 from jhop._effects import watch
 from jhop._errors import HookError, Unsupported
 from jhop._source import describe_hook, hook_name
+from jhop._walk import Leaf, Walk, closed_over_tracers
 
 trace_wrapped_p = jex_core.Primitive("trace_wrapped")
 trace_wrapped_p.multiple_results = True
@@ -151,7 +152,7 @@ def flat_caller(
     return call
 
 
-def _with_operands(call: Callable[..., Any], slots: Sequence[_state.Leaf], n: int) -> Callable[..., Any]:
+def _with_operands(call: Callable[..., Any], slots: Sequence[Leaf], n: int) -> Callable[..., Any]:
     """`call`, whose inputs beyond the first `n` go where the hook's closure held tracers."""
 
     def substituted(*flat: Any) -> Any:
@@ -257,7 +258,7 @@ def identity_key(fn: Any) -> Any:
 
 def bind_hook(hook: HookFn, flat: list[Any], n_cts: int) -> list[Any]:
     """Binds one equation; tracers that the hook closes over become operands."""
-    slots = _state.closed_over_tracers(hook.base)
+    slots = closed_over_tracers(hook.base)
     if slots:
         call = _with_operands(hook.call, slots, len(flat))
         hook = hook.derive("closed", call, Token([leaf.value for leaf in slots]))
@@ -351,13 +352,13 @@ def run_pure(fn: HookFn, args: Sequence[Any]) -> list[Any]:
         Unsupported: the hook writes Python state, or does something that cannot be traced.
     """
     with _state.LOCK:
-        walk = _state.Walk([(hook_name(fn.base), fn.base)])
+        walk = Walk([(hook_name(fn.base), fn.base)])
         with _state.Lift(walk, [leaf.value for leaf in walk.leaves]) as lift:
             with inlining(), watch(fn.base):
                 outs = fn.call(*args)
             writes = list(lift.writes())
     if writes:
-        place = writes[0].container.path_of(writes[0].key) if writes[0].key is not None else writes[0].container.path
+        place = writes[0].container.path_of(writes[0].key)
         raise Unsupported(
             f"{describe_hook(fn.base)} writes Python state (`{place}`), but the function that it hooks was compiled "
             "by plain `jax.jit`, which would run it once and never again. Compile with `jhop.jit` instead: it makes "

@@ -168,6 +168,7 @@ BANNED = [
     ("numpy.random.rand", lambda: state.rand()),
     ("numpy.random.shuffle", lambda: np.random.shuffle([1, 2])),
     ("numpy.save", lambda: np.save(target, np.ones(3))),
+    ("numpy.ndarray.tofile", lambda: np.ones(3).tofile(target)),
     ("secrets.token_hex", lambda: secrets.token_hex()),
     ("uuid.uuid4", lambda: uuid.uuid4()),
     ("uuid.uuid1", lambda: uuid.uuid1()),
@@ -296,7 +297,29 @@ def untaken(flag=False):
         print("no"), list(map(print, [])), np.random.rand()
 
 
+class Awkward:
+    __module__ = 3
+
+    def __getattr__(self, name):
+        raise RuntimeError(name)
+
+    def __call__(self):
+        return 1
+
+    def __iter__(self):
+        return iter((1, 2))
+
+
+class NotCallable:
+    def __getattr__(self, name):
+        raise RuntimeError(name)
+
+    def __iter__(self):
+        return iter((1, 2))
+
+
 ALLOWED = [
+    lambda: (Awkward()(), max(Awkward()), sorted(NotCallable()), list(map(Awkward, ()))),
     lambda: math.sqrt(2.0) + math.sin(1) + abs(-1) + round(1.5) + sum([1, 2]),
     lambda: functools.reduce(lambda a, b: a * b, [1, 2, 3]),
     lambda: functools.partial(math.pow, 2)(3),
@@ -714,7 +737,7 @@ def test_every_watch_finds_what_the_first_found():
         (lambda g: -g, "neg", ()),
         (lambda g: abs(g), "abs", ()),
         (lambda g: g / 4, "truediv", (4,)),
-        (lambda g: g - True, "sub", (True,)),
+        (lambda g: g - 5, "sub", (5,)),
         (lambda g: g > 0, "gt", (0,)),
         (lambda g: g[0], "getitem", (0,)),
         (lambda g: g[1:], "getitem", (slice(1, None),)),

@@ -147,6 +147,7 @@ STDLIB = sysconfig.get_paths()["stdlib"]
         (os.path.join(STDLIB, "json", "decoder.py"), False),
         ("<frozen importlib._bootstrap>", False),
         ("<frozen posixpath>", False),
+        ("<@beartype(train.clip) at 0x7f0>", False),
         (_source.__file__, False),
         (os.path.join(os.path.dirname(_source.__file__), "_text", "html.py"), False),
     ],

@@ -17,8 +17,10 @@ import numpy as np
 
 from jhop import _compat
 from jhop._boundary import accumulate_grad_p, aot_prologue_p, validate_outputs_p
+from jhop._container import MISSING
 from jhop._graph import NO_INFO, GraphModule, Info
 from jhop._scalar import INFIX, PREFIX, apply_step, fill, scalar_p
+from jhop._state import outputs_in
 from jhop._text._aten import COMMUTATIVE, ATEN, aten_name, aten_target
 from jhop._text._namespace import Namespace, snake_case
 from jhop._text._statements import RawCode, Stmt, annotated_symbols, print_module, remove_unused, share_symbols
@@ -383,22 +385,11 @@ class BackwardPrinter:
         made = {v: i for i, eqn in enumerate(self._jaxpr.eqns) for v in eqn.outvars}
         groups: dict[int, list[int]] = {}
         for write in self._gm.lifted.writes:
-            groups.setdefault(id(write.container.obj), []).extend(_outputs_in(write.value))
+            groups.setdefault(id(write.container.obj), []).extend([] if write.value is MISSING else outputs_in(write.value))
         order: list[int] = []
         for group in groups.values():
             order += sorted(group, key=lambda i: made.get(self._jaxpr.outvars[i], -1), reverse=True)
         return [i for i in dict.fromkeys(order) if i >= n]
-
-
-def _outputs_in(spec: Any) -> list[int]:
-    if not isinstance(spec, tuple):
-        return []
-    kind, content = spec[0], spec[1]
-    if kind in ("array", "number"):
-        return [content]
-    if kind == "dict":
-        return [i for _, item in content for i in _outputs_in(item)]
-    return [i for item in content for i in _outputs_in(item)] if kind in ("list", "tuple", "set") else []
 
 
 def _is_float(expr: SymExpr | None) -> bool:

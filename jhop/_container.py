@@ -1,0 +1,161 @@
+"""Mutable Python objects as sets of slots that can be read, written and put back."""
+
+from __future__ import annotations
+
+import collections
+from typing import Any
+
+MISSING: Any = object()  # what stands for the value of a slot that does not exist
+
+# Kinds whose slots are positions: they are compared and put back as a whole.
+_SEQUENCES = ("list", "deque", "set")
+
+
+class Container:
+    """A mutable object whose slots a hook can read or write.
+
+    Attributes:
+        obj: the object: a dict, list, set, deque, cell, partial, function, class or instance.
+        kind: "dict", "list", "deque", "set", "cell", "partial" (its positional arguments), "defaults" (of a function),
+            "attrs" (an instance's `__dict__`), "slots" (its `__slots__`) or "class".
+        path: Python source that reaches it from the hooks, e.g. `L['hooks'][0].keywords['box']`.
+        names: the keys that matter, or None for all.
+    """
+
+    __slots__ = ("kind", "names", "obj", "path")
+
+    def __init__(self, obj: Any, kind: str, path: str, names: set[str] | None = None):
+        self.obj = obj
+        self.kind = kind
+        self.path = path
+        self.names = names
+
+    @property
+    def whole(self) -> bool:
+        """Whether the container is written as a whole and not slot by slot."""
+        return self.kind in _SEQUENCES
+
+    def items(self) -> list[tuple[Any, Any]]:
+        """The slots as they are now, restricted to `names`."""
+        obj = self.obj
+        if self.kind in ("list", "deque"):
+            return list(enumerate(obj))
+        if self.kind == "set":
+            return [(item, item) for item in obj]
+        if self.kind == "cell":
+            try:
+                return [(None, obj.cell_contents)]
+            except ValueError:  # an empty cell: a variable not assigned yet
+                return []
+        if self.kind == "partial":
+            return list(enumerate(obj.args))
+        if self.kind == "defaults":
+            return list(enumerate(obj.__defaults__ or ()))
+        if self.kind == "slots":
+            found = [(name, self.get(name)) for name in sorted(self.names or ())]
+            return [(name, value) for name, value in found if value is not MISSING]
+        table = obj.__dict__ if self.kind in ("attrs", "class") else obj
+        if self.names is None:
+            return list(table.items())
+        return [(name, value) for name, value in list(table.items()) if name in self.names]
+
+    def get(self, key: Any) -> Any:
+        """One slot, or MISSING."""
+        obj = self.obj
+        try:
+            if self.kind in ("dict", "list", "deque"):
+                return obj[key]
+            if self.kind in ("attrs", "class"):
+                return obj.__dict__[key]
+            if self.kind == "cell":
+                return obj.cell_contents
+            if self.kind == "set":
+                return key if key in obj else MISSING
+            if self.kind == "slots":
+                return object.__getattribute__(obj, key)
+            return (obj.args if self.kind == "partial" else obj.__defaults__)[key]
+        except (KeyError, IndexError, AttributeError, ValueError, TypeError):
+            return MISSING
+
+    def put(self, key: Any, value: Any) -> None:
+        """Writes one slot, past any `__setattr__` of the user's (reading went past `__getattr__` too)."""
+        obj = self.obj
+        if self.kind in ("dict", "list", "deque"):
+            obj[key] = value
+        elif self.kind == "attrs":
+            obj.__dict__[key] = value
+        elif self.kind == "cell":
+            obj.cell_contents = value
+        elif self.kind == "partial":
+            args = (*obj.args[:key], value, *obj.args[key + 1 :])
+            obj.__setstate__((obj.func, args, obj.keywords, obj.__dict__))
+        elif self.kind == "defaults":
+            obj.__defaults__ = (*obj.__defaults__[:key], value, *obj.__defaults__[key + 1 :])
+        elif self.kind == "class":
+            type.__setattr__(obj, key, value)
+        else:
+            object.__setattr__(obj, key, value)
+
+    def remove(self, key: Any) -> None:
+        """Deletes one slot."""
+        obj = self.obj
+        if self.kind == "dict":
+            del obj[key]
+        elif self.kind == "attrs":
+            del obj.__dict__[key]
+        elif self.kind == "cell":
+            del obj.cell_contents
+        elif self.kind == "class":
+            type.__delattr__(obj, key)
+        else:
+            object.__delattr__(obj, key)
+
+    def replace(self, values: list[Any]) -> None:
+        """Gives a container that is written as a whole its new contents."""
+        if self.kind == "list":
+            self.obj[:] = values
+        else:
+            self.obj.clear()
+            (self.obj.update if self.kind == "set" else self.obj.extend)(values)
+
+    def restore(self, snapshot: list[tuple[Any, Any]]) -> None:
+        """Puts the slots back exactly as `items()` gave them earlier, and in that order."""
+        now = self.items()
+        if len(now) == len(snapshot) and all(
+            key is old_key and value is old for (key, value), (old_key, old) in zip(now, snapshot, strict=True)
+        ):
+            return
+        if self.whole:
+            self.replace([value for _, value in snapshot])
+            return
+        before = dict(snapshot)
+        for key, _ in now:
+            if key not in before:
+                self.remove(key)
+        present = dict(self.items())
+        for key, value in before.items():
+            if present.get(key, MISSING) is not value:
+                self.put(key, value)
+
+    def path_of(self, key: Any) -> str:
+        """Python source that reaches a slot from the hooks."""
+        if key is None or self.kind == "set":
+            return f"{self.path}.cell_contents" if self.kind == "cell" else self.path
+        if self.kind == "partial":
+            return f"{self.path}.args[{key}]"
+        if self.kind == "defaults":
+            return f"{self.path}.__defaults__[{key}]"
+        if self.kind in ("attrs", "slots", "class"):
+            return f"{self.path}.{key}"
+        return f"{self.path}[{key!r}]"
+
+
+def builtin_kind(value: Any) -> str | None:
+    """The kind of a built-in mutable container, or of an instance of a subclass."""
+    if isinstance(value, dict):
+        return "dict"
+    if isinstance(value, list):
+        return "list"
+    if isinstance(value, set):
+        return "set"
+    return "deque" if isinstance(value, collections.deque) else None

@@ -1,0 +1,296 @@
+"""What a hook can reach: the Python state that its code can read or write, found without running it.
+
+`Walk` follows partials, closures, defaults, bound objects, the globals and modules that code names, attributes whose
+names occur in reachable code, and containers. Each place that holds a value is a slot (container, key):
+
+- ints, floats and arrays are *lifted*: they become inputs of the graph;
+- JAX tracers are *operands* (a hook may close over a value of the function that is being traced);
+- everything else is taken for granted, and a guard says when it changed.
+"""
+
+from __future__ import annotations
+
+import array
+import collections
+import dis
+import enum
+import functools
+import sys
+import types
+import weakref
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jhop import _compat
+from jhop._container import Container, builtin_kind
+from jhop._errors import Unsupported
+from jhop._source import hook_name, is_user_file
+
+MAX_CONTAINERS = 10_000
+# Code that uses one of these can reach any attribute, so names say nothing about what it reads.
+_REFLECTION = {"__dict__", "vars", "setattr", "getattr", "delattr", "eval", "exec", "globals", "asdict", "fields"}
+_IMMUTABLE = (str, bytes, bool, complex, range, enum.Enum, np.dtype, type(None), type(Ellipsis), type(NotImplemented))
+# Their instances hold no Python state that a hook could read past JAX.
+_OPAQUE_ROOTS = {"jax", "jaxlib", "numpy", "ml_dtypes", "jhop"}
+_NEVER = ("__init__", "__new__", "__dict__", "__weakref__", "__doc__", "__module__", "__slots__", "__qualname__")
+
+
+class Leaf(NamedTuple):
+    """A slot with a number, array or tracer."""
+
+    container: Container
+    key: Any
+    path: str
+    value: Any
+
+
+class Fixed(NamedTuple):
+    """A slot whose value the traced graph takes for granted."""
+
+    container: Container
+    key: Any
+    value: Any
+
+
+def is_number(value: Any) -> bool:
+    """Numbers that are lifted; bools are flags, and steer control flow too often to be worth lifting."""
+    return type(value) in (int, float)
+
+
+def is_array(value: Any) -> bool:
+    """Arrays that are lifted."""
+    return isinstance(value, (jax.Array, np.ndarray, np.generic)) and not isinstance(value, _compat.Tracer)
+
+
+# Library classes that hold state a hook may read, with the slots that hold it.
+_DECLARED: dict[type, tuple[str, ...]] = {}
+
+
+def declare_state(cls: type, *slots: str) -> None:
+    """Says which slots of a library class hold state: jhop's own classes are not walked like a user's."""
+    _DECLARED[cls] = slots
+
+
+class Walk:
+    """What a list of hooks can reach.
+
+    Args:
+        roots: pairs of (path, callable).
+
+    Attributes:
+        containers: every container met, in order of meeting.
+        leaves: slots with ints, floats and arrays.
+        tracers: slots with JAX tracers.
+        fixed: slots with anything else.
+        codes: pairs of a function and its code.
+    """
+
+    def __init__(self, roots: list[tuple[str, Any]]):
+        self._names: set[str] = set()
+        self._everything = False
+        # Code met late may name attributes of objects met early, so walk until no new names turn up.
+        while True:
+            known = (len(self._names), self._everything)
+            self.containers: list[Container] = []
+            self.leaves: list[Leaf] = []
+            self.tracers: list[Leaf] = []
+            self.fixed: list[Fixed] = []
+            self.codes: list[tuple[Any, Any]] = []
+            self._by_id: dict[tuple[int, str], Container] = {}
+            self._seen: dict[int, Any] = {}
+            self._work: collections.deque[tuple[Any, str]] = collections.deque()
+            for path, fn in roots:
+                self._work.append((fn, path))
+                while self._work:
+                    self._visit(*self._work.popleft())
+            if (len(self._names), self._everything) == known:
+                break
+
+    def knows(self, value: Any) -> bool:
+        """Whether an object was met, so that it existed before the hooks ran."""
+        return id(value) in self._seen
+
+    def _attribute_names(self) -> set[str] | None:
+        return None if self._everything else self._names
+
+    def _add(self, obj: Any, kind: str, path: str, names: set[str] | frozenset[str] | None = None) -> None:
+        container = self._by_id.get((id(obj), kind))
+        new_names = names
+        if container is not None:
+            if container.names is None or names is None or names <= container.names:
+                return
+            new_names = names - container.names  # a globals dict, met again from other code
+            container.names |= names
+        else:
+            if len(self.containers) >= MAX_CONTAINERS:
+                raise Unsupported(
+                    f"jhop walked more than {MAX_CONTAINERS} objects of Python state at {path}. A hook should reach "
+                    "only the state that it uses: pass it the small object it needs."
+                )
+            container = Container(obj, kind, path, names if names is None else set(names))
+            self._by_id[id(obj), kind] = container
+            self.containers.append(container)
+        for key, value in container.items():
+            if new_names is None or key in new_names:
+                self._slot(container, key, value)
+
+    def _slot(self, container: Container, key: Any, value: Any) -> None:
+        path = container.path_of(key)
+        if isinstance(value, _compat.Tracer):
+            self.tracers.append(Leaf(container, key, path, value))
+        elif (is_number(value) or is_array(value)) and container.kind != "set":
+            self.leaves.append(Leaf(container, key, path, value))
+        else:
+            self.fixed.append(Fixed(container, key, value))
+            self._work.append((value, path))
+
+    def _visit(self, value: Any, path: str) -> None:
+        if isinstance(value, _IMMUTABLE) or is_number(value) or id(value) in self._seen:
+            return
+        self._seen[id(value)] = value  # also keeps it alive, so that ids stay its own
+        kind = builtin_kind(value)
+        if kind is not None:
+            self._add(value, kind, path)
+        if isinstance(value, types.FunctionType):
+            self._visit_function(value, path)
+        elif isinstance(value, types.MethodType):
+            self._work.append((value.__self__, f"{path}.__self__"))
+            self._work.append((value.__func__, f"{path}.__func__"))
+        elif isinstance(value, functools.partial):
+            self._work.append((value.func, f"{path}.func"))
+            self._add(value, "partial", path)
+            self._add(value.keywords, "dict", f"{path}.keywords")
+        elif isinstance(value, (tuple, frozenset)):
+            for index, item in enumerate(value):
+                self._work.append((item, f"{path}[{index}]"))
+        elif isinstance(value, types.ModuleType):
+            self._visit_module(value)
+        elif isinstance(value, type):
+            self._visit_class(value)
+        elif isinstance(value, property):
+            for name in ("fget", "fset", "fdel"):
+                self._work.append((getattr(value, name), f"{path}.{name}"))
+        elif isinstance(value, (staticmethod, classmethod)):
+            self._work.append((value.__func__, f"{path}.__func__"))
+        elif isinstance(value, weakref.ref):
+            self._work.append((value(), f"{path}()"))
+        else:
+            self._visit_instance(value, path)
+
+    def _visit_function(self, fn: types.FunctionType, path: str) -> None:
+        if not is_user_file(fn.__code__.co_filename):
+            return
+        self.codes.append((fn, fn.__code__))
+        names, loaded, imported = _code_names(fn.__code__)
+        self._names |= names
+        self._everything |= not _REFLECTION.isdisjoint(names)
+        for index, cell in enumerate(fn.__closure__ or ()):
+            self._add(cell, "cell", f"{path}.__closure__[{index}]")
+        if fn.__defaults__:
+            self._add(fn, "defaults", path)
+        if fn.__kwdefaults__:
+            self._add(fn.__kwdefaults__, "dict", f"{path}.__kwdefaults__")
+        if loaded:
+            # Names that are not there yet count too: the hook may create them.
+            self._add(fn.__globals__, "dict", "G", loaded)
+        for name in imported:
+            self._work.append((sys.modules.get(name), f"G[{name!r}]"))
+        self._add(fn.__dict__, "dict", f"{path}.__dict__", self._attribute_names())
+
+    def _visit_module(self, module: types.ModuleType) -> None:
+        filename = getattr(module, "__file__", None)
+        if filename is not None and is_user_file(filename):
+            self._add(module.__dict__, "dict", f"G[{module.__name__!r}].__dict__", self._names - set(_NEVER))
+
+    def _visit_class(self, cls: type) -> None:
+        for base in cls.__mro__:
+            if not is_user_class(base) or (id(base) in self._seen and base is not cls):
+                continue
+            self._seen[id(base)] = base
+            special = {
+                name
+                for name, value in base.__dict__.items()
+                if name.startswith("__") and isinstance(value, types.FunctionType)
+            }
+            members = {
+                name
+                for name, value in base.__dict__.items()
+                if isinstance(value, (types.MemberDescriptorType, types.GetSetDescriptorType))
+            }
+            names = ((self._names | special) - members) - set(_NEVER)
+            self._add(base, "class", f"G[{base.__qualname__!r}]", names)
+
+    def _visit_instance(self, value: Any, path: str) -> None:
+        cls = type(value)
+        if hasattr(cls, "__next__"):
+            raise Unsupported(
+                f"a hook reads `{path}`, a {cls.__name__}: an iterator keeps a position that cannot be lifted into a "
+                "graph. Keep a counter and index with it, or use fullgraph=False."
+            )
+        if isinstance(value, (bytearray, array.array, functools._lru_cache_wrapper)):
+            raise Unsupported(
+                f"a hook reads `{path}`, a {cls.__name__}, whose contents cannot be lifted into a graph. Use a list or "
+                "an array, or fullgraph=False."
+            )
+        if cls in _DECLARED:
+            self._add(value, "slots", path, set(_DECLARED[cls]))
+            return
+        if cls.__module__.split(".")[0] in _OPAQUE_ROOTS:
+            return
+        if is_user_class(cls):
+            self._work.append((cls, path))
+        if isinstance(getattr(value, "__dict__", None), dict):
+            self._add(value, "attrs", path, self._attribute_names())
+        slots = slot_names(cls)
+        if not self._everything:
+            slots &= self._names
+        if slots:
+            self._add(value, "slots", path, slots)
+
+
+@functools.lru_cache(maxsize=4096)
+def _code_names(code: types.CodeType) -> tuple[frozenset[str], frozenset[str], frozenset[str]]:
+    """(names and identifier-like strings in code, globals that it uses, modules that it imports), nested code too."""
+    names = set(code.co_names)
+    loaded: set[str] = set()
+    imported: set[str] = set()
+    for instruction in dis.get_instructions(code):
+        if instruction.opname in ("LOAD_GLOBAL", "STORE_GLOBAL", "DELETE_GLOBAL", "LOAD_NAME"):
+            loaded.add(instruction.argval)
+        elif instruction.opname == "IMPORT_NAME":
+            imported.add(instruction.argval)
+    for const in code.co_consts:
+        if isinstance(const, types.CodeType):
+            for found, inner in zip((names, loaded, imported), _code_names(const), strict=True):
+                found |= inner
+        elif isinstance(const, str) and const.isidentifier():
+            names.add(const)
+    return frozenset(names), frozenset(loaded), frozenset(imported)
+
+
+def slot_names(cls: type) -> set[str]:
+    """Attributes that instances of a class keep in `__slots__`."""
+    found: set[str] = set()
+    for base in cls.__mro__:
+        slots = base.__dict__.get("__slots__", ())
+        found.update((slots,) if isinstance(slots, str) else slots)
+    return found - {"__dict__", "__weakref__"}
+
+
+def is_user_class(cls: type) -> bool:
+    """Classes whose code a hook may run: written in Python by someone other than JAX, NumPy, jhop and the stdlib."""
+    if cls.__module__.split(".")[0] in _OPAQUE_ROOTS or cls.__module__ == "builtins":
+        return False
+    module = sys.modules.get(cls.__module__)
+    filename = getattr(module, "__file__", None)
+    if filename is not None:
+        return is_user_file(filename)
+    functions = [value for value in cls.__dict__.values() if isinstance(value, types.FunctionType)]
+    return cls.__module__ == "__main__" or any(is_user_file(fn.__code__.co_filename) for fn in functions)
+
+
+def closed_over_tracers(fn: Any) -> list[Leaf]:
+    """Slots reachable from a hook that hold JAX tracers."""
+    return Walk([(hook_name(fn), fn)]).tracers
