@@ -6,6 +6,7 @@ manner of PyTorch. See README.md.
 
 from importlib.metadata import PackageNotFoundError, version
 
+from jhop import _text as _text
 from jhop import autograd as autograd
 from jhop import backends as backends
 from jhop import compiled_autograd as compiled_autograd

@@ -139,10 +139,10 @@ def label_of(callee: Any, arg: Any = None) -> str | None:
     owner = getattr(callee, "__objclass__", None) or _defining_class(getattr(callee, "__self__", None), name)
     if owner is not None:
         return label_of_name(str(owner.__module__), f"{owner.__name__}.{name}")
-    if (label := _label_of_method(callee, name, arg)) is not None:
-        return label
-    module, qualname = getattr(callee, "__module__", None), getattr(callee, "__qualname__", name)
-    return label_of_name(module, qualname) if isinstance(module, str) else None
+    if (method := _label_of_method(callee, name, arg)) is not None:
+        return method
+    home = getattr(callee, "__module__", None)
+    return label_of_name(home, getattr(callee, "__qualname__", name)) if isinstance(home, str) else None
 
 
 def _label_of_method(function: Any, name: str, owner: Any) -> str | None:

@@ -14,59 +14,54 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.extend.core as jex_core
 import jax.numpy as jnp
-import numpy as np
 
-from jhop import _compat, _state, backends
-from jhop._capture import Recorder, parameter_names, trace
+from jhop import backends
+from jhop._capture import parameter_names
 from jhop._compile import CompiledGraph
-from jhop._errors import JhopError
-from jhop._graph import GraphModule, Info, Input
-from jhop._hook import HookList
-from jhop._lift import _Static, traced_result
+from jhop._errors import JhopError, Unsupported
+from jhop._graph import GraphModule
+from jhop._guards import Guards
+from jhop._joint import Joint, Tracing, is_dynamic, value_of
 from jhop._node import Node, freed, grad_enabled
-from jhop._source import hook_name, origin_of, user_frames
+from jhop._source import hook_name
+from jhop._static import Static
 from jhop._tensor import Tensor
-from jhop._text._aten import joint_names
-from jhop._walk import Leaf, closed_over_tracers
+from jhop._walk import Walk
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class _Compiled:
     """One traced version of a function.
 
     Attributes:
-        forward: flat inputs -> outputs, then computed residuals.
-        backward: residuals, then cotangents -> cotangents of the differentiated inputs.
+        joint: its graphs.
+        forward, backward: the graphs as the backend compiled them.
         aot_id: the number in printed names.
-        residuals: per residual of the backward, the index of the input that it is, or None for a computed one.
-        out_tree, out_moving: structure of the results, and which carry gradients.
         diff: indices of the differentiated inputs.
-        registered: (input index, hook) for hooks that the function registers on its inputs, in order.
+        captured: Tensors that the function reaches by itself, which are inputs after its arguments.
+        guards: what the function takes for granted.
     """
 
+    joint: Joint
     forward: Callable[..., list[Any]]
-    backward: CompiledGraph
+    backward: CompiledGraph | None
     aot_id: int
-    residuals: tuple[int | None, ...]
-    out_tree: Any
-    out_moving: tuple[bool, ...]
     diff: tuple[int, ...]
-    registered: tuple[tuple[int, Any], ...]
+    captured: tuple[Tensor, ...]
+    guards: Guards | None
 
 
 class CompiledNode(Node):
     """The backward of one call of a compiled function."""
 
-    __slots__ = ("_saved", "compiled", "input_shapes", "label")
+    __slots__ = ("_saved", "compiled", "input_shapes")
 
-    def __init__(self, edges: Any, avals: Any, compiled: _Compiled, saved: list[Any], input_shapes: Any, label: str):
+    def __init__(self, edges: Any, avals: Any, compiled: _Compiled, saved: list[Any], input_shapes: list[Any]):
         super().__init__(edges, avals)
         self.compiled = compiled
         self._saved: list[Any] | None = saved
         self.input_shapes = input_shapes
-        self.label = label
 
     def name(self) -> str:
         return "CompiledFunctionBackward"
@@ -77,38 +72,11 @@ class CompiledNode(Node):
         return self._saved
 
     def apply(self, cts: list[Any], saved: list[Any]) -> list[Any]:
+        assert self.compiled.backward is not None  # a node is made only for outputs that carry gradients
         return list(self.compiled.backward(*saved, *cts))
 
     def release(self) -> None:
         self._saved = None
-
-
-class _Trace:
-    """One tracing of a function: the Tensors in it, and the hooks that it registers."""
-
-    def __init__(self) -> None:
-        self.inputs: list[tuple[int, Tensor]] = []
-        self.points: list[HookList] = []
-
-    def input(self, index: int, value: Any, requires_grad: bool) -> Tensor:
-        tensor = Tensor(value, requires_grad=requires_grad)
-        tensor._trace = self
-        self.inputs.append((index, tensor))
-        return tensor
-
-    def result(self, value: Any, moving: bool) -> Any:
-        result = traced_result(self, value, moving)
-        if isinstance(result, Tensor) and result._hooks is not None:
-            self.points.append(result._hooks)
-        return result
-
-    def registered(self) -> tuple[tuple[int, Any], ...]:
-        return tuple((i, fn) for i, tensor in self.inputs for fn in (tensor._hooks or HookList()).snapshot())
-
-    def close(self) -> None:
-        """Tensors of the trace may live on in hooks; they must not carry tracers."""
-        for _, tensor in self.inputs:
-            tensor._value = None
 
 
 class CompiledFunction:
@@ -120,7 +88,7 @@ class CompiledFunction:
         self._backend_name = backend
         self._backend = backends.find(backend, "jhop.compile")
         self._fullgraph = fullgraph
-        self._cache: dict[Any, _Compiled] = {}
+        self._cache: dict[Any, list[_Compiled]] = {}
         _functions.append(self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -131,9 +99,11 @@ class CompiledFunction:
             return self._fn(*args, **kwargs)  # called inside another compiled function: part of that
         recording = grad_enabled()
         key = (tree, recording, *(_leaf_key(leaf) for leaf in leaves))
-        compiled = self._cache.get(key)
+        known = self._cache.setdefault(key, [])
+        compiled = next((c for c in reversed(known) if c.guards is None or c.guards.broken() is None), None)
         if compiled is None:
-            compiled = self._cache[key] = self._trace(args, kwargs, leaves, tree, recording)
+            compiled = self._trace(args, kwargs, leaves, tree, recording)
+            known.append(compiled)
         return self._run(compiled, leaves)
 
     def reset(self) -> None:
@@ -141,127 +111,50 @@ class CompiledFunction:
         self._cache.clear()
 
     def _run(self, compiled: _Compiled, leaves: list[Any]) -> Any:
-        values = [_value(leaf) for leaf in leaves if _is_dynamic(leaf)]
+        joint = compiled.joint
+        dynamic = [*(leaf for leaf in leaves if is_dynamic(leaf)), *compiled.captured]
+        values = [value_of(leaf) for leaf in dynamic]
         outs = compiled.forward(*values)
-        n = len(compiled.out_moving)
+        n = len(joint.out_moving)
         results = [Tensor(value) for value in outs[:n]]
-        for index, fn in compiled.registered:
-            [leaf for leaf in leaves if _is_dynamic(leaf)][index].register_hook(fn)
-        if any(compiled.out_moving):
-            dynamic = [leaf for leaf in leaves if _is_dynamic(leaf)]
+        for index, fn in joint.registered:
+            dynamic[index].register_hook(fn)
+        if any(joint.out_moving):
             edges = [dynamic[i]._edge("jhop.compile") for i in compiled.diff]
             computed = iter(outs[n:])
-            saved = [next(computed) if i is None else values[i] for i in compiled.residuals]
-            moving = [i for i, moves in enumerate(compiled.out_moving) if moves]
+            saved = [next(computed) if i is None else values[i] for i in joint.residuals]
+            moving = [i for i, moves in enumerate(joint.out_moving) if moves]
             avals = [jax.typeof(outs[i]) for i in moving]
-            shapes = [jnp.shape(value) for value in values]
-            node = CompiledNode(edges, avals, compiled, saved, shapes, hook_name(self._fn))
+            node = CompiledNode(edges, avals, compiled, saved, [jnp.shape(value) for value in values])
             for slot, i in enumerate(moving):
                 results[i] = Tensor(outs[i], requires_grad=True, node=node, slot=slot)
-        return jax.tree.unflatten(compiled.out_tree, results)
-
-    # -- tracing -------------------------------------------------------------------------------------------------------
+        return jax.tree.unflatten(joint.out_tree, results)
 
     def _trace(self, args: Any, kwargs: Any, leaves: list[Any], tree: Any, recording: bool) -> _Compiled:
         aot_id = backends.take_aot_id()
-        dynamic = [leaf for leaf in leaves if _is_dynamic(leaf)]
+        walk = _walk(self._fn)
+        captured = () if walk is None or not recording else tuple(walk.instances(Tensor, _wants_grad))
+        arguments = [leaf for leaf in leaves if is_dynamic(leaf)]
+        dynamic = [*arguments, *captured]
         diff = [
             i for i, leaf in enumerate(dynamic) if recording and isinstance(leaf, Tensor) and leaf.requires_grad
         ]
-        session = _Trace()
-        out_tree: Any = None
-        out_moving: tuple[bool, ...] = ()
-        vjp_tree: Any = None
-        slots: list[Leaf] = []
-
-        def call(values: list[Any]) -> list[Any]:
-            """The user's function on tracers: its flat outputs."""
-            nonlocal out_tree, out_moving
-            rest = iter(enumerate(values))
-            given = []
-            for leaf in leaves:
-                if not _is_dynamic(leaf):
-                    given.append(leaf)
-                    continue
-                index, value = next(rest)
-                given.append(session.input(index, value, index in diff) if isinstance(leaf, Tensor) else value)
-            in_args, in_kwargs = jax.tree.unflatten(tree, given)
-            out = self._fn(*in_args, **in_kwargs)
-            outs, out_tree = jax.tree.flatten(out, is_leaf=lambda leaf: isinstance(leaf, Tensor))
-            out_moving = tuple(isinstance(o, Tensor) and o.requires_grad for o in outs)
-            return [jnp.asarray(o.value if isinstance(o, Tensor) else o) for o in outs]
-
-        def forward(*values: Any) -> list[Any]:
-            nonlocal vjp_tree
-
-            def of_diff(*moving: Any) -> Any:
-                filled = list(values)
-                for i, value in zip(diff, moving, strict=True):
-                    filled[i] = value
-                outs = call(filled)
-                # Values of the forward that hooks close over are residuals of the backward.
-                slots.extend(s for point in session.points for fn in point.snapshot() for s in closed_over_tracers(fn))
-                moves = [o for o, m in zip(outs, out_moving, strict=True) if m]
-                return moves, (outs, [slot.value for slot in slots])
-
-            if not diff:
-                return call(list(values))
-            moves, pull, (outs, closed) = jax.vjp(of_diff, *(values[i] for i in diff), has_aux=True)
-            residuals, vjp_tree = jax.tree.flatten(pull)
-            rest = iter(moves)
-            return [*(next(rest) if m else o for o, m in zip(outs, out_moving, strict=True)), *residuals, *closed]
-
-        try:
-            fwd, _ = trace(forward, [jax.typeof(_value(leaf)) for leaf in dynamic], Recorder())
-            names = parameter_names(self._fn, args, kwargs) if len(dynamic) == len(leaves) else []
-            return self._split(fwd, aot_id, names, diff, session, out_tree, out_moving, vjp_tree, slots, dynamic)
-        finally:
-            session.close()
-
-    def _split(self, fwd: Any, aot_id: int, names: list[str], diff: Any, session: _Trace, out_tree: Any,
-               out_moving: Any, vjp_tree: Any, slots: Any, dynamic: Any) -> _Compiled:  # fmt: skip
-        """Makes the two graphs out of one trace of the forward with its residuals."""
-        jaxpr, consts = _compat.open_jaxpr(fwd)
-        n = len(out_moving)
-        position = {variable: i for i, variable in enumerate(jaxpr.invars)}
-        # A residual that is an input is kept by reference; one that is read twice is kept once.
-        wanted = jaxpr.outvars[n:]
-        kept = {v: position.get(v) for v in wanted if not isinstance(v, jex_core.Literal)}
-        order = sorted(kept, key=lambda v: (kept[v] is None, kept[v] or 0))
-        residuals = tuple(kept[v] for v in order)
-        computed = [v for v in order if kept[v] is None]
-        trimmed = jaxpr.replace(
-            outvars=[*jaxpr.outvars[:n], *computed], debug_info=jaxpr.debug_info._replace(result_paths=None)
-        )
-        inputs = tuple(Input(name=names[i] if i < len(names) else f"arg{i}") for i in range(len(jaxpr.invars)))
-        gm = GraphModule(
-            jaxpr=jex_core.ClosedJaxpr(trimmed, consts), inputs=inputs, name=f"{hook_name(self._fn)}_forward"
-        )
-        run = self._callable(gm, [_value(leaf) for leaf in dynamic])
+        names = parameter_names(self._fn, args, kwargs) if len(arguments) == len(leaves) else []
+        joint = Tracing(self._fn, leaves, tree, captured, diff, names).run()
         backward = None
-        if any(out_moving):
-            place = {v: i for i, v in enumerate(order)}
-            pull = _pullback(vjp_tree, slots, wanted, place)
-            cts = [v.aval for v, moves in zip(jaxpr.outvars[:n], out_moving, strict=True) if moves]
-            bwd = self._backward(pull, jaxpr, order, residuals, cts)
+        if joint.backward is not None:
             backward = CompiledGraph(
-                bwd, backend=self._callable, fullgraph=self._fullgraph, dynamic=False, where="jhop.compile"
+                joint.backward, backend=self._callable, fullgraph=self._fullgraph, dynamic=False, where="jhop.compile"
             )
         return _Compiled(
-            forward=run, backward=backward, aot_id=aot_id, residuals=residuals, out_tree=out_tree,
-            out_moving=out_moving, diff=tuple(diff), registered=session.registered(),
-        )  # fmt: skip
-
-    def _backward(self, pull: Any, forward: Any, saved: list[Any], residuals: Any, cts: list[Any]) -> GraphModule:
-        """The graph of the backward: residuals, then cotangents."""
-        closed, info = trace(pull, [*(v.aval for v in saved), *cts], Recorder())
-        jaxpr, _ = _compat.open_jaxpr(closed)
-        frames = {variable: user_frames(eqn) for eqn in jaxpr.eqns for variable in eqn.outvars}
-        for variable, name in joint_names(forward, jaxpr, list(residuals), saved).items():
-            at = frames.get(variable)
-            info[variable] = Info(name=name, origin=origin_of(*at[0]) if at else None)
-        inputs = tuple(Input(name=info[variable].name or "") for variable in jaxpr.invars)
-        return GraphModule(jaxpr=closed, inputs=inputs, info=info, name=f"{hook_name(self._fn)}_backward")
+            joint=joint,
+            forward=self._callable(joint.forward, [value_of(leaf) for leaf in dynamic]),
+            backward=backward,
+            aot_id=aot_id,
+            diff=tuple(diff),
+            captured=captured,
+            guards=None if walk is None else Guards(walk, [], frozen=True),
+        )
 
     def _callable(self, gm: GraphModule, example: list[Any]) -> Callable[..., list[Any]]:
         if self._backend is backends.xla:
@@ -271,46 +164,25 @@ class CompiledFunction:
         return self._backend(gm, example)
 
 
-def _pullback(vjp_tree: Any, slots: list[Leaf], wanted: list[Any], place: Any) -> Callable[..., list[Any]]:
-    """The backward as a function of residuals, then cotangents.
-
-    Args:
-        vjp_tree: structure of what `jax.vjp` returned.
-        slots: places in hooks that held values of the forward.
-        wanted: per leaf of `vjp_tree`, then per slot, the forward's variable or literal for it.
-        place: which residual each variable is.
-    """
-    n_pull = len(wanted) - len(slots)
-
-    def backward(*flat: Any) -> list[Any]:
-        values = [atom.val if isinstance(atom, jex_core.Literal) else flat[place[atom]] for atom in wanted]
-        with _state.LOCK:
-            try:
-                for slot, value in zip(slots, values[n_pull:], strict=True):
-                    slot.container.put(slot.key, value)
-                return list(jax.tree.unflatten(vjp_tree, values[:n_pull])(list(flat[len(place) :])))
-            finally:
-                for slot in slots:
-                    slot.container.put(slot.key, None)  # the forward's tracer, which was there, is dead
-
-    return backward
-
-
 _functions: list[CompiledFunction] = []
 
 
-def _is_dynamic(leaf: Any) -> bool:
-    return isinstance(leaf, (Tensor, jax.Array, np.ndarray, np.generic)) or type(leaf) is float
+def _walk(fn: Any) -> Walk | None:
+    """What a function can reach; None if that cannot be said, and then nothing of it is guarded."""
+    try:
+        return Walk([(hook_name(fn), fn)])
+    except Unsupported:
+        return None
 
 
-def _value(leaf: Any) -> Any:
-    return leaf._value if isinstance(leaf, Tensor) else leaf
+def _wants_grad(tensor: Tensor) -> bool:
+    return tensor.requires_grad and tensor._trace is None
 
 
 def _leaf_key(leaf: Any) -> Any:
-    if not _is_dynamic(leaf):
-        return _Static(leaf)
-    aval = jax.typeof(_value(leaf))
+    if not is_dynamic(leaf):
+        return Static(leaf)
+    aval = jax.typeof(value_of(leaf))
     return (type(leaf) is Tensor, isinstance(leaf, Tensor) and leaf._requires_grad, aval)
 
 

@@ -52,6 +52,9 @@ class Info:
 
 NO_INFO = Info()
 
+# What makes text of a graph, by name. `jhop._text` fills it: printers know graphs, graphs do not know printers.
+PRINTERS: dict[str, Callable[[GraphModule], str]] = {}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Input:
@@ -161,9 +164,9 @@ class GraphModule:
         Raises:
             JhopError: there is no such dialect.
         """
-        from jhop import _text
-
-        text = _text.render(self, dialect)
+        if dialect not in ("torch", "jax"):
+            raise JhopError(f"print_readable: unknown dialect {dialect!r}. Expected 'torch' or 'jax'.")
+        text = PRINTERS[dialect](self)
         if print_output:
             print(text)
         return text
@@ -182,9 +185,7 @@ class GraphModule:
         return self.code
 
     def _repr_html_(self) -> str:
-        from jhop import _text
-
-        return _text.to_html(self)
+        return PRINTERS["html"](self)
 
 
 @dataclasses.dataclass(frozen=True)

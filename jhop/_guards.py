@@ -14,9 +14,9 @@ import numpy as np
 
 from jhop._container import MISSING
 from jhop._scalar import Expr, leaves, to_code
-from jhop._walk import Walk
+from jhop._walk import Fixed, Walk
 
-_BY_VALUE = (str, bytes, complex, bool, np.dtype)
+_BY_VALUE = (str, bytes, complex, bool, int, float, np.dtype)
 
 
 class Guards:
@@ -25,16 +25,17 @@ class Guards:
     Args:
         walk: what the hooks could reach when they were traced.
         answers: host expressions over `walk.leaves`, with the truth value that each had.
+        frozen: numbers and arrays are part of the graph, not inputs: they too must stay what they are.
     """
 
-    def __init__(self, walk: Walk, answers: list[tuple[Expr, bool]]):
+    def __init__(self, walk: Walk, answers: list[tuple[Expr, bool]], *, frozen: bool = False):
         self._codes = walk.codes
         self._keys = [
             (container, frozenset(key for key, _ in container.items()))
             for container in walk.containers
         ]
-        self._fixed = walk.fixed
-        self._leaves = [(leaf, _kind(leaf.value)) for leaf in walk.leaves]
+        self._fixed = [*walk.fixed, *(Fixed(leaf.container, leaf.key, leaf.value) for leaf in walk.leaves if frozen)]
+        self._leaves = [(leaf, _kind(leaf.value)) for leaf in walk.leaves if not frozen]
         self._answers = []
         for expr, answer in dict.fromkeys(answers):
             used = sorted(leaves(expr))

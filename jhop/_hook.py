@@ -205,7 +205,7 @@ def _hook_transpose(cts: Any, *args: Any, fn: HookFn) -> list[Any]:
 def _hook_batch(axis_data: Any, args: Any, dims: Any, *, fn: HookFn) -> Any:
     if all(d is None for d in dims):
         return hook_p.bind(*args, fn=fn), dims
-    args = [batching.bdim_at_front(arg, d, axis_data.size) for arg, d in zip(args, dims)]
+    args = [batching.bdim_at_front(arg, d, axis_data.size) for arg, d in zip(args, dims, strict=True)]
     kwargs = _compat.vmap_kwargs(axis_data)
 
     def batched_call(*flat: Any) -> list[Any]:

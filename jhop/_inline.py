@@ -14,8 +14,8 @@ import jax
 import jax.extend.core as jex_core
 
 from jhop import _compat, _state
-from jhop._container import MISSING
 from jhop._capture import Recorder, trace
+from jhop._container import MISSING
 from jhop._effects import watch
 from jhop._errors import JhopError, Unsupported
 from jhop._graph import GraphModule, Info, Input, Operator

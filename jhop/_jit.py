@@ -18,8 +18,8 @@ from jhop._capture import parameter_names
 from jhop._compile import CompiledGraph
 from jhop._errors import JhopError
 from jhop._graph import GraphModule, Input
-from jhop._lift import _Static
 from jhop._source import hook_name
+from jhop._static import Static
 
 _TRACE_OPTIONS = {"static_argnums", "static_argnames", "donate_argnums", "donate_argnames", "keep_unused", "inline"}
 
@@ -81,8 +81,8 @@ class Jitted:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         static = [
-            *((i, _Static(arg)) for i, arg in enumerate(args) if i in self._static_nums),
-            *((name, _Static(kwargs[name])) for name in sorted(kwargs) if name in self._static_names),
+            *((i, Static(arg)) for i, arg in enumerate(args) if i in self._static_nums),
+            *((name, Static(kwargs[name])) for name in sorted(kwargs) if name in self._static_names),
         ]
         dynamic = (
             [arg for i, arg in enumerate(args) if i not in self._static_nums],

@@ -17,8 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jhop import _compat
 from jhop._hook import HookList, tensor_point
 from jhop._node import OpNode, grad_enabled
+from jhop._static import Static
 from jhop._tensor import Tensor
 
 _ARRAYS = (jax.Array, np.ndarray, np.generic)
@@ -79,11 +81,11 @@ def apply(fn: Callable[..., Any], args: Any, kwargs: Any, *, dynamic_ints: bool 
                 diff.append(len(dynamic))
             static.append(_DYNAMIC)
             dynamic.append(leaf._value)
-        elif isinstance(leaf, _ARRAYS) or type(leaf) in (float, complex) or (dynamic_ints and type(leaf) is int):
+        elif isinstance(leaf, _ARRAYS) and not isinstance(leaf, (np.integer, np.bool_)) or type(leaf) in (float, complex) or (dynamic_ints and type(leaf) is int):
             static.append(_DYNAMIC)
             dynamic.append(leaf)
         else:
-            static.append(_Static(leaf))
+            static.append(Static(leaf))
     op = _op_for(fn, tree, tuple(static), tuple(diff))
     out = op.forward(*dynamic)
     return _wrap(fn, op, out, dynamic, diff, [leaf for leaf in tensors if recording and leaf._requires_grad])
@@ -107,6 +109,7 @@ def _wrap(fn: Any, op: _Op, out: Any, dynamic: list[Any], diff: list[int], sourc
 def _apply_traced(fn: Any, leaves: list[Any], tree: Any) -> Any:
     """Inside a compiled function: call `fn` on tracers; each differentiable result is a hook point."""
     trace = next(leaf._trace for leaf in leaves if isinstance(leaf, Tensor) and leaf._trace is not None)
+    leaves = [trace.enter(leaf) if isinstance(leaf, Tensor) and leaf._trace is None else leaf for leaf in leaves]
     values = [leaf._value if isinstance(leaf, Tensor) else leaf for leaf in leaves]
     moving = grad_enabled() and any(isinstance(leaf, Tensor) and leaf._requires_grad for leaf in leaves)
     args, kwargs = jax.tree.unflatten(tree, values)
@@ -130,33 +133,10 @@ def _is_leaf(value: Any) -> bool:
     return isinstance(value, Tensor)
 
 
-class _Static:
-    """A static argument as a cache key: by type and value, or by identity where it cannot be hashed."""
-
-    __slots__ = ("key", "value")
-
-    def __init__(self, value: Any):
-        self.value = value
-        if isinstance(value, slice):  # hashable only from Python 3.12
-            self.key: Any = (slice, value.start, value.stop, value.step)
-        else:
-            try:
-                hash(value)
-                self.key = (type(value), value)
-            except TypeError:
-                self.key = (type(value), id(value))
-
-    def __hash__(self) -> int:
-        return hash(self.key)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Static) and self.key == other.key
+_DYNAMIC = Static("<dynamic>")
 
 
-_DYNAMIC = _Static("<dynamic>")
-
-
-def _op_for(fn: Any, tree: Any, static: tuple[_Static, ...], diff: tuple[int, ...]) -> _Op:
+def _op_for(fn: Any, tree: Any, static: tuple[Static, ...], diff: tuple[int, ...]) -> _Op:
     key = (fn, tree, static, diff)
     try:
         op = _cache.get(key)
@@ -167,7 +147,7 @@ def _op_for(fn: Any, tree: Any, static: tuple[_Static, ...], diff: tuple[int, ..
     return op
 
 
-def _make_op(fn: Any, tree: Any, static: tuple[_Static, ...], diff: tuple[int, ...]) -> _Op:
+def _make_op(fn: Any, tree: Any, static: tuple[Static, ...], diff: tuple[int, ...]) -> _Op:
     def raw(*dynamic: Any) -> Any:
         values = iter(dynamic)
         leaves = [next(values) if item is _DYNAMIC else item.value for item in static]
@@ -229,6 +209,19 @@ def _getitem(x: Any, index: Any) -> Any:
     return x[index]
 
 
+def _index(self: Tensor, index: Any) -> Any:
+    return apply(_getitem, (self, jax.tree.map(_positions, index, is_leaf=_is_leaf)), {})
+
+
+def _positions(item: Any) -> Any:
+    """A mask as the positions of its true entries, whose number must be known before tracing."""
+    mask = item._value if isinstance(item, Tensor) else item
+    if isinstance(mask, _ARRAYS) and mask.dtype == bool and not isinstance(mask, _compat.Tracer):
+        found = np.nonzero(np.asarray(mask))
+        return found[0] if len(found) == 1 else found
+    return item
+
+
 def _method(name: str) -> Any:
     def call(x: Any, *args: Any, **kwargs: Any) -> Any:
         return getattr(x, name)(*args, **kwargs)
@@ -244,18 +237,26 @@ def _method(name: str) -> Any:
     return method
 
 
-# Static exponents keep `x ** 2` an integer power, whose derivative at 0 is defined.
-Tensor.__pow__ = lambda self, other: apply(operator.pow, (self, other), {})  # type: ignore[attr-defined]
-Tensor.__rpow__ = lambda self, other: apply(operator.pow, (other, self), {})  # type: ignore[attr-defined]
-Tensor.__neg__ = lambda self: apply(jnp.negative, (self,), {})  # type: ignore[attr-defined]
-Tensor.__pos__ = lambda self: self  # type: ignore[attr-defined]
-Tensor.__abs__ = lambda self: apply(jnp.abs, (self,), {})  # type: ignore[attr-defined]
-Tensor.__invert__ = lambda self: apply(jnp.invert, (self,), {})  # type: ignore[attr-defined]
-Tensor.__getitem__ = lambda self, index: apply(_getitem, (self, index), {})  # type: ignore[attr-defined]
-Tensor.T = property(lambda self: apply(jnp.transpose, (self,), {}))  # type: ignore[attr-defined]
-Tensor.real = property(lambda self: apply(jnp.real, (self,), {}))  # type: ignore[attr-defined]
-Tensor.imag = property(lambda self: apply(jnp.imag, (self,), {}))  # type: ignore[attr-defined]
-_METHODS = """all any argmax argmin argsort astype clip conj cumprod cumsum diagonal dot flatten max mean min nonzero prod
-ptp ravel repeat reshape round searchsorted sort squeeze std sum swapaxes take trace transpose var"""
+def _unary(fn: Any) -> Any:
+    return lambda self: apply(fn, (self,), {})
+
+
+_SPECIAL = {
+    # Static exponents keep `x ** 2` an integer power, whose derivative at 0 is defined.
+    "__pow__": lambda self, other: apply(operator.pow, (self, other), {}),
+    "__rpow__": lambda self, other: apply(operator.pow, (other, self), {}),
+    "__neg__": _unary(jnp.negative),
+    "__pos__": lambda self: self,
+    "__abs__": _unary(jnp.abs),
+    "__invert__": _unary(jnp.invert),
+    "__getitem__": _index,
+    "T": property(_unary(jnp.transpose)),
+    "real": property(_unary(jnp.real)),
+    "imag": property(_unary(jnp.imag)),
+}
+for _name, _fn in _SPECIAL.items():
+    setattr(Tensor, _name, _fn)
+_METHODS = """all any argmax argmin argsort astype clip conj cumprod cumsum diagonal dot flatten max mean min nonzero
+prod ptp ravel repeat reshape round searchsorted sort squeeze std sum swapaxes take trace transpose var"""
 for _name in _METHODS.split():
     setattr(Tensor, _name, _method(_name))

@@ -8,15 +8,11 @@ from __future__ import annotations
 
 import itertools
 import threading
-import weakref
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from jhop._errors import JhopError
 from jhop._hook import HookList
-
-if TYPE_CHECKING:
-    from jhop._tensor import Tensor  # names a type only: the tape does not depend on what users hold
 
 _sequence = itertools.count()
 _mode = threading.local()
@@ -38,6 +34,18 @@ def set_grad_enabled(enabled: bool) -> bool:
     """Turns recording on or off in this thread; returns what it was."""
     before = grad_enabled()
     _mode.grad_enabled = enabled
+    return before
+
+
+def inside() -> Any:
+    """The compiled function that is being traced in this thread (`_joint.Inside`), or None."""
+    return getattr(_mode, "inside", None)
+
+
+def set_inside(trace: Any) -> Any:
+    """Says which compiled function is being traced in this thread; returns what was said before."""
+    before = inside()
+    _mode.inside = trace
     return before
 
 
@@ -144,7 +152,7 @@ class AccumulateGrad(Node):
 
     __slots__ = ("leaf",)
 
-    def __init__(self, leaf: Tensor, aval: Any):
+    def __init__(self, leaf: Any, aval: Any):
         super().__init__((), (aval,))
         self.leaf = leaf
 
@@ -158,7 +166,3 @@ def freed(node: Node) -> JhopError:
         f"backward: {node.name()} was already run and its saved arrays were freed. Give retain_graph=True to the "
         "first backward() if you need a second one through the same graph."
     )
-
-
-def weak(tensor: Tensor) -> Any:
-    return weakref.ref(tensor)

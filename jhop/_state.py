@@ -1,8 +1,8 @@
 """Python state while hooks are traced: swapped for symbols, compared, restored; and written after each run.
 
 `Lift` swaps the lifted slots of a `Walk` in place, lets the hooks run, and restores every container in `finally`. What
-the hooks wrote is a `Write` per slot, whose value is a template over the graph's outputs; `commit` applies the writes to
-the real objects after the compiled graph ran: all of them, or none.
+the hooks wrote is a `Write` per slot, whose value is a template over the graph's outputs; `commit` applies the writes
+to the real objects after the compiled graph ran: all of them, or none.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ of the tape; inside, a Tensor wraps a tracer and every result is a hook point (`
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ import numpy as np
 from jhop import _compat, _engine
 from jhop._errors import HookError, JhopError
 from jhop._hook import HookList, RemovableHandle
-from jhop._node import AccumulateGrad, Edge, Node
+from jhop._node import AccumulateGrad, Edge, Node, inside
 from jhop._walk import declare_state
 
 
@@ -141,6 +141,8 @@ class Tensor:
         The counterpart in PyTorch is `torch.Tensor.register_hook`.
         """
         self._need_grad("Tensor.register_hook")
+        if self._trace is None and inside() is not None:
+            return inside().enter(self).register_hook(fn)
         if self._node is not None:
             return self._node.hooks_at(self._slot).add(fn, "Tensor.register_hook")
         if self._hooks is None:
@@ -280,8 +282,27 @@ class Tensor:
     def __len__(self) -> int:
         return len(self._value)
 
+    def __iter__(self) -> Iterator[Tensor]:
+        if self.ndim == 0:
+            raise TypeError("iteration over a 0-d Tensor")
+        return (self[i] for i in range(len(self)))  # type: ignore[index]
+
     def __hash__(self) -> int:
         return id(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        """A leaf of the same value and gradient; hooks stay behind, as in PyTorch."""
+        if not self.is_leaf:
+            raise JhopError("copy.deepcopy: only leaf Tensors can be copied; this one is part of a graph. detach() it.")
+        copied = Tensor(self._value, requires_grad=self._requires_grad)
+        copied._grad = self._grad
+        memo[id(self)] = copied
+        return copied
+
+    def __reduce__(self) -> Any:
+        if not self.is_leaf:
+            raise JhopError("pickle: only leaf Tensors can be pickled; this one is part of a graph. detach() it first.")
+        return (_unpickle, (np.asarray(self._value), self._requires_grad))
 
     def __repr__(self) -> str:
         text = repr(self._value).replace("Array(", "jhop.tensor(", 1)
@@ -292,6 +313,10 @@ class Tensor:
 
 
 declare_state(Tensor, "_value")
+
+
+def _unpickle(value: Any, requires_grad: bool) -> Tensor:
+    return Tensor(jnp.asarray(value), requires_grad=requires_grad)
 
 
 def check_floating(dtype: Any, where: str) -> None:

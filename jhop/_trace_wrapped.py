@@ -94,7 +94,8 @@ def check_contract(fn: Any, out: Any, aval: Any) -> Any:
         HookError: it is no array, or has another shape or dtype.
     """
     out = getattr(out, "__jhop_array__", out)  # a Tensor returned by a hook counts as its array
-    if not isinstance(out, (jax.Array, np.ndarray, np.generic)) or jnp.shape(out) != aval.shape or out.dtype != aval.dtype:
+    is_array = isinstance(out, (jax.Array, np.ndarray, np.generic))
+    if not is_array or (jnp.shape(out), out.dtype) != (aval.shape, aval.dtype):
         raise HookError(
             f"{describe_hook(fn)} must return an array of type {aval.str_short()}, the shape and dtype of its "
             f"cotangent, but returned {_type_of(out)}. A hook may change values, never shape, dtype or type. "
@@ -330,7 +331,10 @@ def _trace_wrapped_transpose(cts: Any, *args: Any, fn: HookFn, out_avals: Any) -
 
 
 def _trace_wrapped_batch(axis_data: Any, args: Any, dims: Any, *, fn: HookFn, out_avals: Any) -> Any:
-    args = [arg if d is None else batching.bdim_at_front(arg, d, axis_data.size) for arg, d in zip(args, dims)]
+    args = [
+        arg if d is None else batching.bdim_at_front(arg, d, axis_data.size)
+        for arg, d in zip(args, dims, strict=True)
+    ]
     in_axes = tuple(None if d is None else 0 for d in dims)
     kwargs = _compat.vmap_kwargs(axis_data)
     mapped = any(axis == 0 for axis in in_axes)

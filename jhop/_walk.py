@@ -18,7 +18,8 @@ import functools
 import sys
 import types
 import weakref
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -35,6 +36,9 @@ _IMMUTABLE = (str, bytes, bool, complex, range, enum.Enum, np.dtype, type(None),
 # Their instances hold no Python state that a hook could read past JAX.
 _OPAQUE_ROOTS = {"jax", "jaxlib", "numpy", "ml_dtypes", "jhop"}
 _NEVER = ("__init__", "__new__", "__dict__", "__weakref__", "__doc__", "__module__", "__slots__", "__qualname__")
+
+
+T = TypeVar("T")
 
 
 class Leaf(NamedTuple):
@@ -111,6 +115,10 @@ class Walk:
     def knows(self, value: Any) -> bool:
         """Whether an object was met, so that it existed before the hooks ran."""
         return id(value) in self._seen
+
+    def instances(self, cls: type[T], keep: Callable[[T], bool]) -> list[T]:
+        """The instances of a class that were met."""
+        return [value for value in self._seen.values() if isinstance(value, cls) and keep(value)]
 
     def _attribute_names(self) -> set[str] | None:
         return None if self._everything else self._names

@@ -60,7 +60,7 @@ def backward(tensors: Tensor | Sequence[Tensor], gradients: Any = None, *, retai
     given = [given] if isinstance(tensors, Tensor) and not isinstance(given, (list, tuple)) else list(given)
     if len(given) != len(roots) or not all(isinstance(root, Tensor) for root in roots):
         raise JhopError(
-            f"autograd.backward: expected Tensors and one gradient (or None) for each, got {len(roots)} and {len(given)}."
+            f"autograd.backward: expected Tensors and a gradient (or None) for each, got {len(roots)} and {len(given)}."
         )
     seeds = [(root._edge("autograd.backward"), root._seed(ct)) for root, ct in zip(roots, given, strict=True)]
     _engine.backward(seeds, keep_graph=retain_graph)

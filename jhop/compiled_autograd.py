@@ -1,9 +1,9 @@
 """Compiled autograd: a whole backward pass, over everything on the tape, captured as one graph.
 
 Inside `enable(compiler_fn)`, `backward()` does not run node by node. The engine walks the tape once over tracers, which
-gives a `GraphModule` whose inputs are the incoming gradient and everything that nodes saved, whose hooks are opaque, and
-whose outputs are the new gradients. `compiler_fn` makes a callable of it. Gradients are assigned after it returned, so
-either all of them are, or none.
+gives a `GraphModule` whose inputs are the incoming gradient and everything that nodes saved, whose hooks are opaque,
+and whose outputs are the new gradients. `compiler_fn` makes a callable of it. Gradients are assigned after it returned,
+so either all of them are, or none.
 """
 
 from __future__ import annotations
@@ -244,7 +244,7 @@ class _CapturePass(_engine.Pass):
         seeds = [flat[i] for i in range(len(tape.seeds))]
         self._origin = "GraphRoot (NodeCall 0)"
         self.checked.append(0)
-        for (edge, _), ct in zip(tape.seeds, seeds, strict=True):
+        for edge, _ in tape.seeds:
             self.sizes.extend(edge.node.avals[edge.slot].shape)
         checked = validate_outputs(seeds)
         self._note(checked)
@@ -282,6 +282,7 @@ class _CapturePass(_engine.Pass):
             self.sizes.extend(edge.node.avals[edge.slot].shape)
         compiled = node.compiled
         use = self._uses[compiled.aot_id] = self._uses.get(compiled.aot_id, -1) + 1
+        assert compiled.backward is not None
         gm = compiled.backward.gm
         values = aot_prologue(saved, cts, aot_id=compiled.aot_id, call=use)
         self._note(values)

@@ -13,6 +13,7 @@ Example:
 
 from __future__ import annotations
 
+import types as _types
 from typing import Any
 
 import jax.numpy as _jnp
@@ -21,14 +22,36 @@ from jhop._lift import lift as _lift
 
 
 def __getattr__(name: str) -> Any:
-    try:
-        found = getattr(_jnp, name)
-    except AttributeError:
-        raise AttributeError(f"jhop.numpy has no attribute {name!r}, because jax.numpy has none.") from None
-    if callable(found) and not isinstance(found, type) and not hasattr(found, "dtype"):
-        found = _lift(found)
-    globals()[name] = found
+    found = globals()[name] = _lifted(_jnp, name)
     return found
+
+
+def _lifted(module: Any, name: str) -> Any:
+    try:
+        found = getattr(module, name)
+    except AttributeError:
+        theirs = module.__name__
+        ours = theirs.replace("jax", "jhop", 1)
+        raise AttributeError(f"{ours} has no attribute {name!r}, because {theirs} has none.") from None
+    if isinstance(found, _types.ModuleType):
+        return _Lifted(found)
+    if callable(found) and not isinstance(found, type) and not hasattr(found, "dtype"):
+        return _lift(found)
+    return found
+
+
+class _Lifted:
+    """A submodule of `jax.numpy` (`linalg`, `fft`), accepting Tensors."""
+
+    def __init__(self, module: Any):
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        found = self.__dict__[name] = _lifted(self._module, name)
+        return found
+
+    def __dir__(self) -> list[str]:
+        return dir(self._module)
 
 
 def __dir__() -> list[str]:

@@ -1,7 +1,7 @@
 """The seven behaviours that jhop began with, at numbers which an implementation that ignores hooks would miss.
 
-x = [0.5, 0.25], y = [3, -2] and the incoming gradient is [2, 5]. Without its hook x would get [6, -10] from a product and
-[2, 5] from a sum; with it, [36, 100] and [4, 25].
+x = [0.5, 0.25], y = [3, -2] and the incoming gradient is [2, 5]. Without its hook x would get [6, -10] from a product
+and [2, 5] from a sum; with it, [36, 100] and [4, 25].
 """
 
 import functools

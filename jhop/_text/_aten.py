@@ -58,9 +58,9 @@ def joint_names(forward: Any, backward: Any, given: list[int | None], computed: 
         for variable in eqn.outvars:
             forward_names[variable] = space.make(aten_name(eqn.primitive.name))
     n = len(given)
-    for variable, index, source in zip(backward.invars[:n], given, computed, strict=True):
-        if index is not None:
-            names[variable] = f"primals_{index + 1}"
+    for variable, place, source in zip(backward.invars[:n], given, computed, strict=True):
+        if place is not None:
+            names[variable] = f"primals_{place + 1}"
         elif isinstance(source, jex_core.Literal) or source not in forward_names:
             names[variable] = space.make("saved")
         else:

@@ -12,7 +12,7 @@ from jhop._scalar import INFIX, PREFIX, fill, scalar_p
 from jhop._text._aten import aten_name, aten_target
 from jhop._text._namespace import Namespace
 from jhop._text._statements import Stmt, print_module
-from jhop._text.torch_text import extra_args, python_value, tensor_type
+from jhop._text._words import extra_args, python_value, tensor_type
 from jhop._trace_wrapped import trace_wrapped_p
 
 _INVOKE = "torch__dynamo__trace_wrapped_higher_order_op_self_invoke"

@@ -3,7 +3,7 @@
 Two name spaces are followed at once, as the text is the product of two tracers: names that the captured graph has in
 PyTorch (`getitem_9`: three inputs and six sizes come before it), and names that Dynamo gives while it traces that
 graph's source, where a value is renamed once, to the first local variable that it is stored to. Equations become
-statements one by one; what each means is a matter of its primitive, and what it is called a matter of `GraphModule.info`.
+statements one by one: what each means is a matter of its primitive, what it is called one of `GraphModule.info`.
 """
 
 from __future__ import annotations
@@ -11,40 +11,25 @@ from __future__ import annotations
 import re
 from typing import Any
 
-import jax
 import jax.extend.core as jex_core
-import numpy as np
 
 from jhop import _compat
 from jhop._boundary import accumulate_grad_p, aot_prologue_p, validate_outputs_p
 from jhop._container import MISSING
 from jhop._graph import NO_INFO, GraphModule, Info
-from jhop._scalar import INFIX, PREFIX, apply_step, fill, scalar_p
+from jhop._scalar import COMPARE, INFIX, PREFIX, apply_step, fill, scalar_p
 from jhop._state import outputs_in
-from jhop._text._aten import COMMUTATIVE, ATEN, aten_name, aten_target
+from jhop._text._aten import ATEN, COMMUTATIVE, aten_name, aten_target
 from jhop._text._namespace import Namespace, snake_case
 from jhop._text._statements import RawCode, Stmt, annotated_symbols, print_module, remove_unused, share_symbols
 from jhop._text._symbols import ShapeEnv, SymExpr, constant, render, symbol
+from jhop._text._words import device, dtype_code, extra_args, python_value, tensor_type
 
 _OPS = "torch__dynamo_compiled_autograd_ops_"
-# Number and short name of each dtype in PyTorch.
-_DTYPES = {
-    "uint8": (0, "u8"), "int8": (1, "i8"), "int16": (2, "i16"), "int32": (3, "i32"), "int64": (4, "i64"),
-    "float16": (5, "f16"), "float32": (6, "f32"), "float64": (7, "f64"), "complex64": (9, "c64"),
-    "complex128": (10, "c128"), "bool": (11, "b8"), "bfloat16": (15, "bf16"),
+_TOKENS = {
+    **INFIX, **PREFIX, **COMPARE, "getitem": "getitem", "matmul": "@", "and": "&", "or": "|", "xor": "^",
 }  # fmt: skip
-
-
-def dtype_name(dtype: Any) -> str:
-    """PyTorch's short name of a dtype; JAX's own where PyTorch has none."""
-    return _DTYPES.get(str(dtype), (0, str(dtype)))[1]
-
-
-def tensor_type(aval: Any) -> str:
-    """`f32[2, s21]`: an array's dtype and shape as printed."""
-    return f"{dtype_name(aval.dtype)}[{', '.join(str(dim) for dim in aval.shape)}]"
-
-
+_REFLECTED = {"add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor"}
 class Lazy:
     """An annotation whose symbols are looked up when the text is made, as later statements may settle them."""
 
@@ -114,9 +99,10 @@ class BackwardPrinter:
 
     def _lift_sizes(self) -> None:
         """A statement per size that a check of gradients reads; those that nothing reads are not passed at all."""
-        counts = [len(eqn.invars) and sum(v.aval.ndim for v in eqn.invars) for eqn in self._jaxpr.eqns
-                  if eqn.primitive is validate_outputs_p]  # fmt: skip
-        read = [i for start, count in zip(self._backward.checked, counts, strict=True) for i in range(start, start + count)]
+        checks = [eqn for eqn in self._jaxpr.eqns if eqn.primitive is validate_outputs_p]
+        counts = [sum(v.aval.ndim for v in eqn.invars) for eqn in checks]
+        begins = zip(self._backward.checked, counts, strict=True)
+        read = [i for start, count in begins for i in range(start, start + count)]
         for number, index in enumerate(read):
             size = self._backward.sizes[index]
             if size in (0, 1):
@@ -201,8 +187,8 @@ class BackwardPrinter:
                     dims.append(stmt)
                 else:
                     dims.append(size)
-            code = _DTYPES.get(str(variable.aval.dtype), (0, ""))[0]
-            described.append(((None, None, RawCode(_device()), code, 0, None), dims, False, code))
+            code = dtype_code(variable.aval.dtype)
+            described.append(((None, None, RawCode(device()), code, 0, None), dims, False, code))
         args = ([self._read(v) for v in eqn.invars], described)
         stmt = self._add("call_function", "validate_outputs", f"{_OPS}validate_outputs", args, origin=origin)
         count = len(self._backward.shapes) + len(self._backward.sizes)
@@ -290,18 +276,17 @@ class BackwardPrinter:
         if info.operator is not None:
             name = info.operator.name
             operands = [self._operand(item, origin) for item in info.operator.operands]
-            if name.startswith("r") and name[1:] in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul"):
+            if name.startswith("r") and name[1:] in _REFLECTED:
                 name, operands = name[1:], operands[::-1]
-            token = {**INFIX, **PREFIX, "getitem": "getitem", "matmul": "@", "lt": "<", "le": "<=", "gt": ">",
-                     "ge": ">=", "eq": "==", "ne": "!=", "and": "&", "or": "|", "xor": "^"}.get(name)  # fmt: skip
-            target = token or f"torch.{name}"
+            target = _TOKENS.get(name) or f"torch.{name}"
             stmt = self._add("call_function", name, target, tuple(operands), variable.aval, origin=origin)
         else:
             stmt = self._function(eqn, origin)
         self._rename(stmt, info.name)
         self._value[variable] = stmt
         for index, other in enumerate(eqn.outvars[1:]):
-            self._value[other] = self._add("call_function", "getitem", "getitem", (stmt, index + 1), other.aval, origin=origin)
+            item = self._add("call_function", "getitem", "getitem", (stmt, index + 1), other.aval, origin=origin)
+            self._value[other] = item
 
     def _function(self, eqn: Any, origin: Any) -> Stmt:
         """A step that no Python operator made: a function of the `torch` name space where it has one."""
@@ -385,7 +370,8 @@ class BackwardPrinter:
         made = {v: i for i, eqn in enumerate(self._jaxpr.eqns) for v in eqn.outvars}
         groups: dict[int, list[int]] = {}
         for write in self._gm.lifted.writes:
-            groups.setdefault(id(write.container.obj), []).extend([] if write.value is MISSING else outputs_in(write.value))
+            group = groups.setdefault(id(write.container.obj), [])
+            group += [] if write.value is MISSING else outputs_in(write.value)
         order: list[int] = []
         for group in groups.values():
             order += sorted(group, key=lambda i: made.get(self._jaxpr.outvars[i], -1), reverse=True)
@@ -411,28 +397,3 @@ def _apply_symbolic(op: str, operands: list[Any]) -> SymExpr:
     return apply_step(op, lifted)
 
 
-def python_value(value: Any) -> Any:
-    """A literal as Python prints it."""
-    if isinstance(value, (np.ndarray, np.generic, jax.Array)) or hasattr(value, "dtype"):
-        return np.asarray(value).item() if np.ndim(value) == 0 else RawCode(f"array{np.shape(value)}")
-    return value
-
-
-def extra_args(eqn: Any) -> tuple[Any, ...]:
-    """Parameters that PyTorch's operator takes as arguments."""
-    name, params = eqn.primitive.name, eqn.params
-    if name == "integer_pow":
-        return (params["y"],)
-    if name == "reduce_sum":
-        return (list(params["axes"]),)
-    if name == "reshape":
-        return (list(params["new_sizes"]),)
-    if name == "broadcast_in_dim":
-        return (list(params["shape"]),)
-    if name == "transpose":
-        return (list(params["permutation"]),)
-    return ()
-
-
-def _device() -> str:
-    return "device(type='cpu')" if jax.default_backend() == "cpu" else "device(type='cuda', index=0)"

@@ -1,0 +1,243 @@
+"""One trace of a function of Tensors, cut into a forward and a backward graph.
+
+The function runs once, on Tensors that wrap tracers, under `jax.vjp`. What `jax.vjp` keeps for the backward becomes
+outputs of the forward graph and inputs of the backward one. The backward is traced after the function has returned, so
+hooks that were registered late are in it; they stay opaque.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.extend.core as jex_core
+import jax.numpy as jnp
+import numpy as np
+
+from jhop import _compat, _state
+from jhop._capture import Recorder, trace
+from jhop._errors import JhopError
+from jhop._graph import GraphModule, Info, Input
+from jhop._hook import HookList
+from jhop._lift import traced_result
+from jhop._node import grad_enabled, set_inside
+from jhop._source import hook_name, origin_of, user_frames
+from jhop._tensor import Tensor
+from jhop._text._aten import joint_names
+from jhop._walk import Leaf, closed_over_tracers
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Joint:
+    """The two graphs of one traced function.
+
+    Attributes:
+        forward: flat inputs -> outputs, then computed residuals.
+        backward: residuals, then cotangents -> cotangents of the differentiated inputs; None if no output has any.
+        residuals: per residual of the backward, the index of the input that it is, or None for a computed one.
+        out_tree, out_moving: structure of the results, and which carry gradients.
+        registered: (input index, hook) for hooks that the function registers on its inputs, in order.
+    """
+
+    forward: GraphModule
+    backward: GraphModule | None
+    residuals: tuple[int | None, ...]
+    out_tree: Any
+    out_moving: tuple[bool, ...]
+    registered: tuple[tuple[int, Any], ...]
+
+
+class Inside:
+    """One tracing of a function: the Tensors in it, and the hooks that it registers."""
+
+    def __init__(self, name: str) -> None:
+        self.inputs: list[tuple[int, Tensor]] = []
+        self.points: list[HookList] = []
+        self.captured: dict[int, Tensor] = {}  # by id of the Tensor outside
+        self._name = name
+
+    def enter(self, outside: Tensor) -> Tensor:
+        """The Tensor in here that stands for one which the function reached by itself."""
+        found = self.captured.get(id(outside))
+        if found is None and outside.requires_grad and grad_enabled():
+            raise JhopError(
+                f"jhop.compile: `{self._name}` uses a Tensor that requires grad and that it did not get as an "
+                "argument, in a way that jhop cannot follow; its gradient would be lost. Pass it as an argument."
+            )
+        return outside if found is None else found
+
+    def input(self, index: int, value: Any, requires_grad: bool) -> Tensor:
+        tensor = Tensor(value, requires_grad=requires_grad)
+        tensor._trace = self
+        self.inputs.append((index, tensor))
+        return tensor
+
+    def result(self, value: Any, moving: bool) -> Any:
+        result = traced_result(self, value, moving)
+        if isinstance(result, Tensor) and result._hooks is not None:
+            self.points.append(result._hooks)
+        return result
+
+    def registered(self) -> tuple[tuple[int, Any], ...]:
+        return tuple((i, fn) for i, tensor in self.inputs for fn in (tensor._hooks or HookList()).snapshot())
+
+    def close(self) -> None:
+        """Tensors of the trace may live on in hooks; they must not carry tracers."""
+        for _, tensor in self.inputs:
+            tensor._value = None
+
+
+def is_dynamic(leaf: Any) -> bool:
+    """Whether an argument is an input of the graph; other arguments are part of it."""
+    return isinstance(leaf, (Tensor, jax.Array, np.ndarray, np.inexact)) or type(leaf) is float
+
+
+def value_of(leaf: Any) -> Any:
+    """The array of an argument."""
+    return leaf._value if isinstance(leaf, Tensor) else leaf
+
+
+class Tracing:
+    """Traces `fn` once.
+
+    Args:
+        fn: the function.
+        leaves, tree: its flat arguments and their structure.
+        captured: Tensors that it reaches by itself; they are inputs after the arguments.
+        diff: indices of the inputs to differentiate.
+        names: the inputs' names.
+    """
+
+    def __init__(self, fn: Any, leaves: list[Any], tree: Any, captured: Any, diff: list[int], names: list[str]):
+        self._fn = fn
+        self._leaves = leaves
+        self._tree = tree
+        self._captured = captured
+        self._diff = diff
+        self._names = names
+        self._inside = Inside(hook_name(fn))
+        self._slots: list[Leaf] = []  # where hooks hold values of the forward
+        self._out_tree: Any = None
+        self._out_moving: tuple[bool, ...] = ()
+        self._vjp_tree: Any = None
+
+    def run(self) -> Joint:
+        inputs = [*(leaf for leaf in self._leaves if is_dynamic(leaf)), *self._captured]
+        before = set_inside(self._inside)
+        try:
+            closed, _ = trace(self._forward, [jax.typeof(value_of(leaf)) for leaf in inputs], Recorder())
+        finally:
+            set_inside(before)
+        try:
+            return self._cut(closed)
+        finally:
+            self._inside.close()
+
+    def _call(self, values: list[Any]) -> list[Any]:
+        """The user's function on tracers: its flat outputs."""
+        rest = iter(enumerate(values))
+        given = []
+        for leaf in self._leaves:
+            if not is_dynamic(leaf):
+                given.append(leaf)
+                continue
+            index, value = next(rest)
+            moves = index in self._diff
+            given.append(self._inside.input(index, value, moves) if isinstance(leaf, Tensor) else value)
+        for (index, value), outside in zip(rest, self._captured, strict=True):
+            self._inside.captured[id(outside)] = self._inside.input(index, value, True)
+        args, kwargs = jax.tree.unflatten(self._tree, given)
+        out = self._fn(*args, **kwargs)
+        outs, self._out_tree = jax.tree.flatten(out, is_leaf=lambda leaf: isinstance(leaf, Tensor))
+        self._out_moving = tuple(isinstance(o, Tensor) and o.requires_grad for o in outs)
+        return [jnp.asarray(value_of(o)) for o in outs]
+
+    def _forward(self, *values: Any) -> list[Any]:
+        """Outputs, then residuals, then values of the forward that hooks close over."""
+        if not self._diff:
+            return self._call(list(values))
+
+        def of_diff(*moving: Any) -> Any:
+            filled = list(values)
+            for i, value in zip(self._diff, moving, strict=True):
+                filled[i] = value
+            outs = self._call(filled)
+            for point in self._inside.points:
+                self._slots.extend(slot for fn in point.snapshot() for slot in closed_over_tracers(fn))
+            moves = [o for o, m in zip(outs, self._out_moving, strict=True) if m]
+            return moves, (outs, [slot.value for slot in self._slots])
+
+        moves, pull, (outs, closed) = jax.vjp(of_diff, *(values[i] for i in self._diff), has_aux=True)
+        residuals, self._vjp_tree = jax.tree.flatten(pull)
+        rest = iter(moves)
+        return [*(next(rest) if m else o for o, m in zip(outs, self._out_moving, strict=True)), *residuals, *closed]
+
+    def _cut(self, closed: Any) -> Joint:
+        """Makes the two graphs out of the forward with its residuals."""
+        jaxpr, consts = _compat.open_jaxpr(closed)
+        n = len(self._out_moving)
+        position = {variable: i for i, variable in enumerate(jaxpr.invars)}
+        # A residual that is an input is kept by reference; one that is read twice is kept once.
+        wanted = jaxpr.outvars[n:]
+        kept = {v: position.get(v) for v in wanted if not isinstance(v, jex_core.Literal)}
+        order = sorted(kept, key=lambda v: (kept[v] is None, kept[v] or 0))
+        residuals = tuple(kept[v] for v in order)
+        computed = [v for v in order if kept[v] is None]
+        trimmed = jaxpr.replace(
+            outvars=[*jaxpr.outvars[:n], *computed], debug_info=jaxpr.debug_info._replace(result_paths=None)
+        )
+        names = [*self._names, *(f"arg{i}" for i in range(len(self._names), len(jaxpr.invars)))]
+        name = hook_name(self._fn)
+        forward = GraphModule(
+            jaxpr=jex_core.ClosedJaxpr(trimmed, consts),
+            inputs=tuple(Input(name=given) for given in names),
+            name=f"{name}_forward",
+        )
+        backward = None
+        if any(self._out_moving):
+            pull = self._pullback(wanted, {v: i for i, v in enumerate(order)})
+            cts = [v.aval for v, moves in zip(jaxpr.outvars[:n], self._out_moving, strict=True) if moves]
+            backward = _backward_graph(pull, jaxpr, order, residuals, cts, f"{name}_backward")
+        return Joint(
+            forward=forward, backward=backward, residuals=residuals, out_tree=self._out_tree,
+            out_moving=self._out_moving, registered=self._inside.registered(),
+        )  # fmt: skip
+
+    def _pullback(self, wanted: list[Any], place: dict[Any, int]) -> Callable[..., list[Any]]:
+        """The backward as a function of residuals, then cotangents.
+
+        Args:
+            wanted: per leaf of what `jax.vjp` returned, then per slot, the forward's variable or literal for it.
+            place: which residual each variable is.
+        """
+        slots, tree = self._slots, self._vjp_tree
+        n_pull = len(wanted) - len(slots)
+
+        def backward(*flat: Any) -> list[Any]:
+            values = [atom.val if isinstance(atom, jex_core.Literal) else flat[place[atom]] for atom in wanted]
+            with _state.LOCK:
+                try:
+                    for slot, value in zip(slots, values[n_pull:], strict=True):
+                        slot.container.put(slot.key, value)
+                    return list(jax.tree.unflatten(tree, values[:n_pull])(list(flat[len(place) :])))
+                finally:
+                    for slot in slots:
+                        slot.container.put(slot.key, None)  # the forward's tracer, which was there, is dead
+
+        return backward
+
+
+def _backward_graph(
+    pull: Any, forward: Any, saved: list[Any], residuals: Any, cts: list[Any], name: str
+) -> GraphModule:
+    """The graph of the backward: residuals, then cotangents, named as in PyTorch's joint graph."""
+    closed, info = trace(pull, [*(v.aval for v in saved), *cts], Recorder())
+    jaxpr, _ = _compat.open_jaxpr(closed)
+    frames = {variable: user_frames(eqn) for eqn in jaxpr.eqns for variable in eqn.outvars}
+    for variable, given in joint_names(forward, jaxpr, list(residuals), saved).items():
+        at = frames.get(variable)
+        info[variable] = Info(name=given, origin=origin_of(*at[0]) if at else None)
+    inputs = tuple(Input(name=info[variable].name or "") for variable in jaxpr.invars)
+    return GraphModule(jaxpr=closed, inputs=inputs, info=info, name=name)
