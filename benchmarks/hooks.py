@@ -162,7 +162,7 @@ def compiled_step(quick: bool) -> list[Row]:
     check_alike({name: step(*inputs) for name, step in steps.items()})
     del steps["no hooks"]
     runs = {name: lambda step=step: step(*inputs) for name, step in steps.items()}
-    samples = interleaved(runs, rounds=20 if quick else 150, calls=5)
+    samples = interleaved(runs, rounds=20 if quick else 300, calls=5)
     same = (0.95, 1.05)
     return [
         row("compiled step, custom_vjp / itself (noise)", samples, "custom_vjp again", "custom_vjp", same, unit="ms"),

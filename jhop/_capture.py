@@ -89,6 +89,13 @@ class Recorder:
     def tracers(self) -> list[Any]:
         return self._tracers
 
+    def clear(self) -> None:
+        """Lets go of the tracers."""
+        self._tracers.clear()
+        self._index.clear()
+        self._info.clear()
+        self.anchor = None
+
     def resolve(self, variables: list[Any]) -> dict[Any, Info]:
         """Info by variable, given the variables of `tracers()`."""
 

@@ -53,10 +53,16 @@ def graph_text(
     with _importing_from(os.path.dirname(os.path.abspath(path)) if path else os.getcwd()):
         fn = _find(_load_file(path) if path else _load_module(where), where, name)
         _check_call(fn, function, args, types, forward)
-        gm = jhop.make_fx(fn)(*args) if forward else jhop.backward_graph(fn)(*args)
+        try:
+            gm = jhop.make_fx(fn)(*args) if forward else jhop.backward_graph(fn)(*args)
+        except jhop.JhopError:
+            raise
+        except Exception as error:  # such as a loop that JAX cannot differentiate
+            raise jhop.JhopError(f"`{function}`: while its graph was captured, JAX raised {_brief(error)}") from error
         if inlined:
             gm = jhop.inline(gm)
-        return "\n".join([gm.print_readable(False, dialect=dialect).rstrip(), *state_lines(gm)])
+        text = gm.print_readable(False, dialect=dialect).rstrip()
+        return "\n".join([text, *state_lines(gm)]) if dialect == "torch" else text  # the other names state itself
 
 
 def state_lines(gm: jhop.GraphModule) -> list[str]:

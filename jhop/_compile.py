@@ -17,7 +17,7 @@ import jax
 import jax.export
 
 from jhop import _compat, _state, backends
-from jhop._errors import JhopError, Unsupported
+from jhop._errors import Unsupported
 from jhop._graph import DoesNotFit, GraphModule
 from jhop._inline import inline
 from jhop._source import describe_hook
@@ -52,6 +52,7 @@ class CompiledGraph:
         self._backend = backends.find(backend, where)
         self._fullgraph = fullgraph
         self._dynamic = dynamic
+        self._where = where
         self._entries: list[_Entry] = []
         self._lock = threading.Lock()
         self.misses: list[str] = []  # why each trace after the first was made
@@ -109,11 +110,7 @@ class CompiledGraph:
             entry = _Entry(self.gm, backends.eager(self.gm, flat), _shapes_of(flat))
         else:
             example = [*flat, *(gm.lifted.read() if gm.lifted is not None else [])]
-            run = self._backend(gm, example)
-            if not callable(run):
-                raise JhopError(
-                    f"compile: the backend must return a callable for the graph it was given, got {type(run).__name__}."
-                )
+            run = backends.run_backend(self._backend, gm, example, self._where)
             entry = _Entry(gm, run, _shapes_of(flat))
             # PyTorch traces a graph with a Python float among its inputs twice, and numbers both attempts.
             floats = any(item.number is float for item in gm.inputs)
@@ -131,6 +128,7 @@ class CompiledGraph:
                     return inline(self.gm, avals=avals, shapes=shapes)
                 except Exception:  # some code needs sizes as numbers: trace with numbers, whatever the reason was
                     pass
+        self.gm.check(flat)
         return inline(self.gm)
 
     def _run(self, entry: _Entry, flat: list[Any]) -> list[Any]:

@@ -174,8 +174,8 @@ def print_graphs(gm: jhop.GraphModule, dialect: str) -> None:
     print(gm.print_readable(False, dialect=dialect).strip())
     hooks = sum(eqn.primitive.name == "trace_wrapped" for eqn in gm.jaxpr.eqns)
     state = [given for given in inlined.inputs if given.role == "state"]
-    print(f"\nInlined, its {len(gm.jaxpr.eqns)} equations become {len(inlined.jaxpr.eqns)}, as {hooks} hooks give way")
-    print("to what they compute. The state that they read becomes an input, and what they write an output:")
+    print(f"\nInlined, its {len(gm.jaxpr.eqns)} equations become {len(inlined.jaxpr.eqns)}: the {hooks} calls of hooks")
+    print("give way to what the hooks compute. State that they read is an input, state that they write an output:")
     written = {write.container.path_of(write.key) for write in inlined.lifted.writes}
     for given in state:
         kind = "Python " + given.number.__name__ if given.number else "array"

@@ -15,8 +15,10 @@ import jax
 import jax.numpy as jnp
 
 from jhop import _compat
+from jhop._errors import HookError
 from jhop._hook import run_hooks
 from jhop._node import AccumulateGrad, Edge, Node, set_grad_enabled
+from jhop._source import describe_hook
 
 _context = threading.local()
 
@@ -111,11 +113,11 @@ class Pass:
     def visit(self, node: Node, cts: list[Any]) -> list[Any]:
         """Hooks, then the node: the cotangents for its edges."""
         for slot, hooks in enumerate(node.hooks):
-            if cts[slot] is not None and hooks:
+            if hooks and cts[slot] is not None:
                 cts[slot] = self.tensor_hooks(cts[slot], hooks)
-            keep = node.retain[slot]() if node.retain[slot] is not None else None
-            if keep is not None and cts[slot] is not None:
-                self.accumulate(keep, cts[slot])
+        for slot, tensor in node.retained() if node.retain else ():
+            if cts[slot] is not None:
+                self.accumulate(tensor, cts[slot])
         if isinstance(node, AccumulateGrad):
             leaf = node.leaf
             if leaf._hooks:
@@ -142,12 +144,26 @@ class Pass:
 
     def post_accumulate(self, leaf: Any) -> None:
         for fn in leaf._post_hooks.snapshot() if leaf._post_hooks else ():
-            fn(leaf)
+            run_post_hook(fn, leaf)
 
     def finish(self, order: list[Node]) -> None:
         if not self._keep_graph:
             for node in order:
                 node.release()
+
+
+def run_post_hook(fn: Callable[[Any], None], leaf: Any) -> None:
+    """Runs a post-accumulate hook.
+
+    Raises:
+        HookError: it returned something.
+    """
+    returned = fn(leaf)
+    if returned is not None:
+        raise HookError(
+            f"post-accumulate {describe_hook(fn)} must return None, but returned {type(returned).__name__}. It is given "
+            "the Tensor: change its .grad instead."
+        )
 
 
 @jax.jit

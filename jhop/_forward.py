@@ -22,7 +22,7 @@ from jhop._compile import CompiledGraph
 from jhop._errors import JhopError, Unsupported
 from jhop._graph import GraphModule
 from jhop._guards import Guards
-from jhop._joint import Joint, Tracing, is_dynamic, value_of
+from jhop._joint import BoundHook, Joint, Tracing, is_dynamic, value_of
 from jhop._node import Node, freed, grad_enabled
 from jhop._source import hook_name
 from jhop._static import Static
@@ -117,8 +117,10 @@ class CompiledFunction:
         outs = compiled.forward(*values)
         n = len(joint.out_moving)
         results = [Tensor(value) for value in outs[:n]]
-        for index, fn in joint.registered:
-            dynamic[index].register_hook(fn)
+        bound = iter(outs[len(outs) - sum(len(slots) for _, _, slots in joint.registered) :])
+        for index, fn, slots in joint.registered:
+            hook = BoundHook(fn, slots, [next(bound) for _ in slots]) if slots else fn
+            dynamic[index].register_hook(hook)
         if any(joint.out_moving):
             edges = [dynamic[i]._edge("jhop.compile") for i in compiled.diff]
             computed = iter(outs[n:])
@@ -153,7 +155,7 @@ class CompiledFunction:
             aot_id=aot_id,
             diff=tuple(diff),
             captured=captured,
-            guards=None if walk is None else Guards(walk, [], frozen=True),
+            guards=_guards(self._fn),
         )
 
     def _callable(self, gm: GraphModule, example: list[Any]) -> Callable[..., list[Any]]:
@@ -161,7 +163,7 @@ class CompiledFunction:
             return backends.xla_program(gm)  # the function took its number when it was traced
         if self._backend is backends.aot_eager:
             return backends.eager(gm, example)
-        return self._backend(gm, example)
+        return backends.run_backend(self._backend, gm, example, "jhop.compile")
 
 
 _functions: list[CompiledFunction] = []
@@ -173,6 +175,12 @@ def _walk(fn: Any) -> Walk | None:
         return Walk([(hook_name(fn), fn)])
     except Unsupported:
         return None
+
+
+def _guards(fn: Any) -> Guards | None:
+    # Taken after tracing: what the function itself changed while it was traced is how things are now.
+    walk = _walk(fn)
+    return None if walk is None else Guards(walk, [], frozen=True)
 
 
 def _wants_grad(tensor: Tensor) -> bool:

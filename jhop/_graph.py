@@ -116,6 +116,7 @@ class GraphModule:
             JhopError: the arguments do not have the captured structure.
         """
         flat = self.flatten(args, kwargs)
+        self.check(flat)
         return self.unflatten(evaluate(self.jaxpr, flat, self.rule_for(flat)))
 
     def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
@@ -133,6 +134,24 @@ class GraphModule:
                 f"got {tree}. Capture again for other arguments."
             )
         return flat
+
+    def check(self, flat: list[Any]) -> None:
+        """Raises JhopError where an input is not of the type that was captured."""
+        jaxpr, _ = _compat.open_jaxpr(self.jaxpr)
+        for value, variable, given in zip(flat, jaxpr.invars, self.inputs, strict=True):
+            aval = variable.aval
+            if given.number is not None:
+                continue
+            found = jax.typeof(value)
+            shape, dtype = found.shape, found.dtype
+            same = len(shape) == aval.ndim and all(
+                _compat.is_dim_expr(dim) or dim == size for dim, size in zip(aval.shape, shape, strict=True)
+            )
+            if not same or (dtype != aval.dtype and not aval.weak_type):
+                raise JhopError(
+                    f"{self.name}: expected input `{given.name}` of type {aval.str_short()}, as it was captured, got "
+                    f"{found.str_short()}. Capture again for other types."
+                )
 
     def unflatten(self, outs: list[Any]) -> Any:
         return outs if self.out_tree is None else jax.tree.unflatten(self.out_tree, outs)

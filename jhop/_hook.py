@@ -24,7 +24,7 @@ from jax.interpreters import ad, batching
 from jhop import _compat
 from jhop._errors import HookError
 from jhop._source import hook_name
-from jhop._trace_wrapped import HookFn, bind_hook, flat_caller, identity_key, trace_wrapped
+from jhop._trace_wrapped import HookFn, bind_hook, close_over, flat_caller, identity_key, trace_wrapped
 
 _ids = itertools.count()
 
@@ -170,7 +170,8 @@ def hook(x: Any, fn: Callable[[Any], Any], *, name: str | None = None) -> Any:
     still = {i: np.zeros(jnp.shape(leaf), jax.dtypes.float0) for i, leaf in enumerate(leaves) if i not in moving}
     call = flat_caller(fn, tree, still=still)
     point = HookFn(fn, call, name or hook_name(fn), ("point", identity_key(fn), tree, tuple(moving), name))
-    outs = hook_p.bind(*(leaves[i] for i in moving), fn=point)
+    point, operands = close_over(point, len(moving))
+    outs = hook_p.bind(*(leaves[i] for i in moving), *operands, fn=point, n=len(moving))
     for i, out in zip(moving, outs, strict=True):
         leaves[i] = out
     return jax.tree.unflatten(tree, leaves)
@@ -180,42 +181,48 @@ def _carries_gradient(leaf: Any) -> bool:
     return jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
 
 
-def _hook_impl(*args: Any, fn: HookFn) -> list[Any]:
-    return list(args)
+# Inputs of `hook_p`: `n` values that pass through, then tracers that the hook closes over.
 
 
-def _hook_abstract_eval(*avals: Any, fn: HookFn) -> list[Any]:
-    return list(avals)
+def _hook_impl(*args: Any, fn: HookFn, n: int) -> list[Any]:
+    return list(args[:n])
 
 
-def _hook_jvp(primals: Any, tangents: Any, *, fn: HookFn) -> Any:
+def _hook_abstract_eval(*avals: Any, fn: HookFn, n: int) -> list[Any]:
+    return list(avals[:n])
+
+
+def _hook_jvp(primals: Any, tangents: Any, *, fn: HookFn, n: int) -> Any:
     # The primal needs no mark once its tangent has one.
-    if all(type(dot) is ad.Zero for dot in tangents):
-        return list(primals), list(tangents)
-    dots = [ad.instantiate_zeros(dot) for dot in tangents]
-    return list(primals), hook_p.bind(*dots, fn=fn)
+    dots = tangents[:n]
+    if all(type(dot) is ad.Zero for dot in dots):
+        return list(primals[:n]), list(dots)
+    dots = [ad.instantiate_zeros(dot) for dot in dots]
+    return list(primals[:n]), hook_p.bind(*dots, *primals[n:], fn=fn, n=n)
 
 
-def _hook_transpose(cts: Any, *args: Any, fn: HookFn) -> list[Any]:
+def _hook_transpose(cts: Any, *args: Any, fn: HookFn, n: int) -> list[Any]:
+    operands = list(args[n:])
     if all(type(ct) is ad.Zero for ct in cts):
-        return list(cts)  # nothing depends on the value: no call
-    return bind_hook(fn, [ad.instantiate_zeros(ct) for ct in cts], len(cts))
+        return [*cts, *(None for _ in operands)]  # nothing depends on the value: no call
+    outs = bind_hook(fn, [*(ad.instantiate_zeros(ct) for ct in cts), *operands], n)
+    return [*outs, *(None for _ in operands)]
 
 
-def _hook_batch(axis_data: Any, args: Any, dims: Any, *, fn: HookFn) -> Any:
+def _hook_batch(axis_data: Any, args: Any, dims: Any, *, fn: HookFn, n: int) -> Any:
     if all(d is None for d in dims):
-        return hook_p.bind(*args, fn=fn), dims
-    args = [batching.bdim_at_front(arg, d, axis_data.size) for arg, d in zip(args, dims, strict=True)]
+        return hook_p.bind(*args, fn=fn, n=n), dims[:n]
+    in_axes = tuple(0 if i < n or d is not None else None for i, d in enumerate(dims))
+    args = [
+        arg if axis is None else batching.bdim_at_front(arg, d, axis_data.size)
+        for arg, d, axis in zip(args, dims, in_axes, strict=True)
+    ]
     kwargs = _compat.vmap_kwargs(axis_data)
 
     def batched_call(*flat: Any) -> list[Any]:
-        return jax.vmap(fn.call, **kwargs)(*flat)
+        return jax.vmap(fn.call, in_axes=in_axes, **kwargs)(*flat)
 
-    return hook_p.bind(*args, fn=fn.derive("vmap", batched_call, str(kwargs))), [0] * len(args)
-
-
-def _hook_lowered(*args: Any, fn: HookFn) -> list[Any]:
-    return list(args)
+    return hook_p.bind(*args, fn=fn.derive("vmap", batched_call, in_axes, str(kwargs)), n=n), [0] * n
 
 
 hook_p.def_impl(_hook_impl)
@@ -223,4 +230,4 @@ hook_p.def_abstract_eval(_hook_abstract_eval)
 ad.primitive_jvps[hook_p] = _hook_jvp
 ad.primitive_transposes[hook_p] = _hook_transpose
 batching.fancy_primitive_batchers[hook_p] = _hook_batch
-_compat.register_lowering(hook_p, _hook_lowered, multiple_results=True)
+_compat.register_lowering(hook_p, _hook_impl, multiple_results=True)

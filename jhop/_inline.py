@@ -8,6 +8,8 @@ result says how to write them after each run.
 from __future__ import annotations
 
 import dataclasses
+import gc
+import weakref
 from typing import Any
 
 import jax
@@ -66,6 +68,7 @@ class _Session:
         self.answers: list[tuple[Expr, bool]] = []
         self.open = True
         self._recorder = recorder
+        self._scalars: list[Scalar] = []
 
     def guard(self, expr: Expr, answer: bool) -> None:
         if self.open:  # JAX may keep a number as a cache key and ask it much later
@@ -73,6 +76,14 @@ class _Session:
 
     def note_step(self, result: Scalar) -> None:
         self._recorder.add(result._twin)
+        self._scalars.append(result)
+
+    def close(self) -> None:
+        """Ends the session: a number that lives on, say as a key in a cache of JAX's, holds no tracer."""
+        self.open = False
+        for scalar in self._scalars:
+            scalar._twin = None
+        self._scalars.clear()
 
 
 def inline(gm: GraphModule, *, avals: list[Any] | None = None, shapes: Any = ()) -> GraphModule:
@@ -113,7 +124,7 @@ class _Inliner:
         self._walk = Walk(_hook_roots(gm, self._jaxpr))
         self._writes: list[_state.Write] = []
         self._state_outs: list[Any] = []
-        self._results: set[int] = set()  # ids of recorded values that hooks returned
+        self._watched: list[Any] = []  # weak references to arrays that hooks saw or made
 
     def run(self, avals: list[Any] | None) -> GraphModule:
         given = avals if avals is not None else [v.aval for v in self._jaxpr.invars]
@@ -121,7 +132,9 @@ class _Inliner:
         try:
             closed, info = trace(self._traced, [*given, *state_avals], self._recorder)
         finally:
-            self._session.open = False
+            self._session.close()
+            self._recorder.clear()
+        self._refuse_leaks()
         jaxpr, consts = _compat.open_jaxpr(closed)
         jaxpr, slots = self._prune(jaxpr, len(given))
         info = _describe_hook_values(jaxpr, info)
@@ -155,13 +168,15 @@ class _Inliner:
             Scalar(self._session, Expr("leaf", (i,)), leaf.value, twin) if is_number(leaf.value) else twin
             for i, (leaf, twin) in enumerate(zip(self._walk.leaves, flat[n:], strict=True))
         ]
+        for symbol in symbols:
+            if is_scalar(symbol):
+                self._session.note_step(symbol)
         with _state.Lift(self._walk, symbols) as lift:
-            for twin in flat[n:]:
-                self._recorder.add(twin)
             with inlining():
                 outs = evaluate(self._gm.jaxpr, list(flat[:n]), self._rule, note=self._carry)
             self._collect(lift)
-        return [*outs, *self._state_outs]
+        outs, self._state_outs = [*outs, *self._state_outs], []
+        return outs
 
     def _carry(self, variable: Any, value: Any) -> None:
         """Takes what is known of a captured value over to its new variable."""
@@ -215,6 +230,9 @@ class _Inliner:
             raise
         except Exception as error:
             raise Unsupported(_explain(hook, error)) from error
+        for value in [*values, *outs, *(record.result for record in seen.operators)]:
+            if isinstance(value, _compat.Tracer):
+                self._watched.append(weakref.ref(value))
         for record in seen.operators:
             operands = tuple(item._twin if is_scalar(item) else item for item in record.operands)
             operator = Operator(name=record.name, operands=operands)
@@ -225,6 +243,20 @@ class _Inliner:
         for out in outs if hook.kind != "post_acc_grad_hook" else ():
             self._recorder.mark_result(out)  # PyTorch's call of a tensor hook has a local variable `result`
         return list(outs)
+
+    def _refuse_leaks(self) -> None:
+        """Raises where a hook kept a tracer in a place that the walk over its state did not find."""
+        if not any(ref() is not None for ref in self._watched):
+            return
+        gc.collect()  # a cycle is no leak
+        alive = [ref() for ref in self._watched if ref() is not None]
+        if alive:
+            holders = {type(holder).__name__ for holder in gc.get_referrers(alive[0]) if holder is not alive}
+            raise Unsupported(
+                "a hook kept a traced array in a place that jhop does not look at (referred to by: "
+                f"{', '.join(sorted(holders - {'list_iterator', 'frame'}))}). Keep it in an attribute, a closure, a "
+                "dict or a list that the hook reaches by name, or use fullgraph=False."
+            )
 
     def _prune(self, jaxpr: Any, n: int) -> tuple[Any, tuple[Leaf, ...]]:
         """Drops state inputs that no equation and no output reads."""

@@ -16,7 +16,7 @@ import jax.extend.core as jex_core
 import jax.numpy as jnp
 import numpy as np
 
-from jhop import _compat, _state
+from jhop import _compat
 from jhop._capture import Recorder, trace
 from jhop._errors import JhopError
 from jhop._graph import GraphModule, Info, Input
@@ -26,7 +26,8 @@ from jhop._node import grad_enabled, set_inside
 from jhop._source import hook_name, origin_of, user_frames
 from jhop._tensor import Tensor
 from jhop._text._aten import joint_names
-from jhop._walk import Leaf, closed_over_tracers
+from jhop._trace_wrapped import substituted
+from jhop._walk import Leaf, closed_over_tracers, declare_state
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,7 +39,8 @@ class Joint:
         backward: residuals, then cotangents -> cotangents of the differentiated inputs; None if no output has any.
         residuals: per residual of the backward, the index of the input that it is, or None for a computed one.
         out_tree, out_moving: structure of the results, and which carry gradients.
-        registered: (input index, hook) for hooks that the function registers on its inputs, in order.
+        registered: (input index, hook, slots) for hooks that the function registers on its inputs, in order; `slots`
+            are places in the hook for values of the forward, which are its last outputs.
     """
 
     forward: GraphModule
@@ -46,7 +48,25 @@ class Joint:
     residuals: tuple[int | None, ...]
     out_tree: Any
     out_moving: tuple[bool, ...]
-    registered: tuple[tuple[int, Any], ...]
+    registered: tuple[tuple[int, Any, tuple[Leaf, ...]], ...]
+
+
+class BoundHook:
+    """A hook that closes over values of the forward that registered it: those of one call."""
+
+    __slots__ = ("__wrapped__", "slots", "values")
+
+    def __init__(self, fn: Any, slots: tuple[Leaf, ...], values: list[Any]):
+        self.__wrapped__ = fn
+        self.slots = slots
+        self.values = values
+
+    def __call__(self, ct: Any) -> Any:
+        with substituted(self.slots, self.values):
+            return self.__wrapped__(ct)
+
+
+declare_state(BoundHook, "__wrapped__", "values")
 
 
 class Inside:
@@ -80,8 +100,8 @@ class Inside:
             self.points.append(result._hooks)
         return result
 
-    def registered(self) -> tuple[tuple[int, Any], ...]:
-        return tuple((i, fn) for i, tensor in self.inputs for fn in (tensor._hooks or HookList()).snapshot())
+    def registered(self) -> list[tuple[int, Any]]:
+        return [(i, fn) for i, tensor in self.inputs for fn in (tensor._hooks or HookList()).snapshot()]
 
     def close(self) -> None:
         """Tensors of the trace may live on in hooks; they must not carry tracers."""
@@ -118,7 +138,8 @@ class Tracing:
         self._diff = diff
         self._names = names
         self._inside = Inside(hook_name(fn))
-        self._slots: list[Leaf] = []  # where hooks hold values of the forward
+        self._slots: list[Leaf] = []  # where hooks on intermediate values hold values of the forward
+        self._registered: list[tuple[int, Any, tuple[Leaf, ...]]] = []
         self._out_tree: Any = None
         self._out_moving: tuple[bool, ...] = ()
         self._vjp_tree: Any = None
@@ -134,6 +155,8 @@ class Tracing:
             return self._cut(closed)
         finally:
             self._inside.close()
+            for slot in [*self._slots, *(slot for _, _, slots in self._registered for slot in slots)]:
+                slot.container.put(slot.key, None)  # the forward's tracer, which was there, is dead
 
     def _call(self, values: list[Any]) -> list[Any]:
         """The user's function on tracers: its flat outputs."""
@@ -155,7 +178,7 @@ class Tracing:
         return [jnp.asarray(value_of(o)) for o in outs]
 
     def _forward(self, *values: Any) -> list[Any]:
-        """Outputs, then residuals, then values of the forward that hooks close over."""
+        """Outputs; residuals; values that hooks on intermediates close over; and those that hooks on inputs do."""
         if not self._diff:
             return self._call(list(values))
 
@@ -166,8 +189,10 @@ class Tracing:
             outs = self._call(filled)
             for point in self._inside.points:
                 self._slots.extend(slot for fn in point.snapshot() for slot in closed_over_tracers(fn))
+            self._registered = [(i, fn, tuple(closed_over_tracers(fn))) for i, fn in self._inside.registered()]
+            registered = [slot for _, _, slots in self._registered for slot in slots]
             moves = [o for o, m in zip(outs, self._out_moving, strict=True) if m]
-            return moves, (outs, [slot.value for slot in self._slots])
+            return moves, (outs, [slot.value for slot in [*self._slots, *registered]])
 
         moves, pull, (outs, closed) = jax.vjp(of_diff, *(values[i] for i in self._diff), has_aux=True)
         residuals, self._vjp_tree = jax.tree.flatten(pull)
@@ -180,13 +205,15 @@ class Tracing:
         n = len(self._out_moving)
         position = {variable: i for i, variable in enumerate(jaxpr.invars)}
         # A residual that is an input is kept by reference; one that is read twice is kept once.
-        wanted = jaxpr.outvars[n:]
+        n_bound = sum(len(slots) for _, _, slots in self._registered)
+        end = len(jaxpr.outvars) - n_bound
+        wanted = jaxpr.outvars[n:end]
         kept = {v: position.get(v) for v in wanted if not isinstance(v, jex_core.Literal)}
         order = sorted(kept, key=lambda v: (kept[v] is None, kept[v] or 0))
         residuals = tuple(kept[v] for v in order)
         computed = [v for v in order if kept[v] is None]
         trimmed = jaxpr.replace(
-            outvars=[*jaxpr.outvars[:n], *computed], debug_info=jaxpr.debug_info._replace(result_paths=None)
+            outvars=[*jaxpr.outvars[:n], *computed, *jaxpr.outvars[end:]], debug_info=jaxpr.debug_info._replace(result_paths=None)
         )
         names = [*self._names, *(f"arg{i}" for i in range(len(self._names), len(jaxpr.invars)))]
         name = hook_name(self._fn)
@@ -202,7 +229,7 @@ class Tracing:
             backward = _backward_graph(pull, jaxpr, order, residuals, cts, f"{name}_backward")
         return Joint(
             forward=forward, backward=backward, residuals=residuals, out_tree=self._out_tree,
-            out_moving=self._out_moving, registered=self._inside.registered(),
+            out_moving=self._out_moving, registered=tuple(self._registered),
         )  # fmt: skip
 
     def _pullback(self, wanted: list[Any], place: dict[Any, int]) -> Callable[..., list[Any]]:
@@ -217,14 +244,8 @@ class Tracing:
 
         def backward(*flat: Any) -> list[Any]:
             values = [atom.val if isinstance(atom, jex_core.Literal) else flat[place[atom]] for atom in wanted]
-            with _state.LOCK:
-                try:
-                    for slot, value in zip(slots, values[n_pull:], strict=True):
-                        slot.container.put(slot.key, value)
-                    return list(jax.tree.unflatten(tree, values[:n_pull])(list(flat[len(place) :])))
-                finally:
-                    for slot in slots:
-                        slot.container.put(slot.key, None)  # the forward's tracer, which was there, is dead
+            with substituted(slots, values[n_pull:]):
+                return list(jax.tree.unflatten(tree, values[:n_pull])(list(flat[len(place) :])))
 
         return backward
 

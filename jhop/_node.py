@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -57,20 +58,19 @@ class Node:
         avals: avals of the outputs whose cotangents it takes.
         sequence: grows with creation; later nodes run earlier.
         hooks: per output, the hooks of the Tensor there.
-        metadata: a dict for the user's own notes.
     """
 
-    __slots__ = ("__weakref__", "avals", "edges", "hooks", "metadata", "post_hooks", "pre_hooks", "retain", "sequence")
+    __slots__ = ("__weakref__", "_metadata", "avals", "edges", "hooks", "post_hooks", "pre_hooks", "retain", "sequence")
 
     def __init__(self, edges: Sequence[Edge], avals: Sequence[Any]):
         self.edges = tuple(edges)
         self.avals = tuple(avals)
         self.sequence = next(_sequence)
-        self.hooks: list[HookList | None] = [None] * len(self.avals)
-        self.retain: list[Any] = [None] * len(self.avals)  # weak references to Tensors that keep their gradient
+        self.hooks: list[HookList | None] | tuple[()] = ()  # one per output, once there are any
+        self.retain: list[Any] | tuple[()] = ()  # per output, a weak reference to a Tensor that keeps its gradient
         self.pre_hooks: HookList | None = None
         self.post_hooks: HookList | None = None
-        self.metadata: dict[Any, Any] = {}
+        self._metadata: dict[Any, Any] | None = None
 
     def name(self) -> str:
         """The node's name, such as `MultiplyBackward`."""
@@ -83,10 +83,29 @@ class Node:
 
     def hooks_at(self, slot: int) -> HookList:
         """The hook list of one output, made at first use."""
+        if not self.hooks:
+            self.hooks = [None] * len(self.avals)
         found = self.hooks[slot]
         if found is None:
             found = self.hooks[slot] = HookList()
         return found
+
+    def retain_at(self, slot: int, tensor: Any) -> None:
+        """Makes a Tensor keep the gradient of one output."""
+        if not self.retain:
+            self.retain = [None] * len(self.avals)
+        self.retain[slot] = weakref.ref(tensor)
+
+    def retained(self) -> list[tuple[int, Any]]:
+        """(output, Tensor) for Tensors that keep their gradient and are still there."""
+        return [(slot, ref()) for slot, ref in enumerate(self.retain) if ref is not None and ref() is not None]
+
+    @property
+    def metadata(self) -> dict[Any, Any]:
+        """The user's own notes on this node."""
+        if self._metadata is None:
+            self._metadata = {}
+        return self._metadata
 
     def register_prehook(self, fn: Callable[..., Any]) -> Any:
         """Registers `fn(grad_outputs) -> tuple | None`, run before this node on the tuple of its cotangents."""
@@ -120,20 +139,22 @@ class OpNode(Node):
 
     Args:
         pullback: `pullback(saved, cts) -> cotangents`, pure and cached by the caller.
-        label: the function's name.
+        fn: the function, for the node's name.
+        has_number: whether a Python float is among what was saved.
     """
 
-    __slots__ = ("_label", "_pullback", "_saved", "has_number")
+    __slots__ = ("_fn", "_pullback", "_saved", "has_number")
 
-    def __init__(self, edges: Any, avals: Any, pullback: Any, saved: list[Any], label: str, has_number: bool):
+    def __init__(self, edges: Any, avals: Any, pullback: Any, saved: list[Any], fn: Any, has_number: bool):
         super().__init__(edges, avals)
         self._pullback = pullback
         self._saved: list[Any] | None = saved
-        self._label = label
-        self.has_number = has_number  # whether a Python float is among what was saved
+        self._fn = fn
+        self.has_number = has_number
 
     def name(self) -> str:
-        return "".join(part.capitalize() for part in self._label.strip("_").split("_")) + "Backward"
+        label = getattr(self._fn, "__name__", type(self._fn).__name__)
+        return "".join(part.capitalize() for part in label.strip("_").split("_")) + "Backward"
 
     def saved(self) -> list[Any]:
         if self._saved is None:

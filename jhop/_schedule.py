@@ -32,12 +32,22 @@ def schedule(closed: Any) -> tuple[Any, list[int]]:
     maker = {variable: i for i, eqn in enumerate(eqns) for variable in eqn.outvars}
     inputs = set(jaxpr.invars) | set(jaxpr.constvars)
 
+    after: dict[int | None, int | None] = dict(zip([None, *order], [*order, None], strict=True))
+    before = {b: a for a, b in after.items()}
+    rank = {index: float(index) for index in order}  # place in the present order, as a number to compare
+
     def move_after(index: int, anchor: int) -> None:
-        order.remove(index)
-        order.insert(order.index(anchor) + 1, index)
+        left, right = before[index], after[index]
+        after[left], before[right] = right, left
+        right = after[anchor]
+        after[anchor], after[index], before[index], before[right] = index, right, anchor, index
+        # Halving a gap many times runs out of digits; then everything gets a whole number again.
+        rank[index] = (rank[anchor] + (rank[right] if right is not None else rank[anchor] + 2)) / 2
+        if not rank[anchor] < rank[index] or (right is not None and not rank[index] < rank[right]):
+            rank.update((i, float(k)) for k, i in enumerate(_walk_list(after)))
 
     for kind in ("tensor_pre_hook", "accumulate", "post_acc_grad_hook"):
-        for index in list(order):
+        for index in _walk_list(after):
             eqn = eqns[index]
             if kind == "accumulate":
                 if eqn.primitive is not accumulate_grad_p:
@@ -45,8 +55,19 @@ def schedule(closed: Any) -> tuple[Any, list[int]]:
             elif eqn.primitive is not trace_wrapped_p or eqn.params["fn"].kind != kind:
                 continue
             needs = [maker[v] for v in eqn.invars if not isinstance(v, jex_core.Literal) and v not in inputs]
-            anchor = max(needs, key=order.index, default=None)
-            if anchor is not None and order[order.index(anchor) + 1] != index:
+            anchor = max(needs, key=rank.__getitem__, default=None)
+            if anchor is not None and after[anchor] != index:
                 move_after(index, anchor)
+    order = _walk_list(after)
     reordered = jaxpr.replace(eqns=[eqns[i] for i in order])
     return jex_core.ClosedJaxpr(reordered, consts), order
+
+
+def _walk_list(after: dict[int | None, int | None]) -> list[int]:
+    """The items of a linked list that starts behind None."""
+    items: list[int] = []
+    item = after[None]
+    while item is not None:
+        items.append(item)
+        item = after[item]
+    return items

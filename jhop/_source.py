@@ -49,7 +49,8 @@ def hook_name(fn: Any) -> str:
     name = _quietly(fn, "__qualname__") or _quietly(fn, "__name__")
     if isinstance(name, str) and name:
         return name.rpartition("<locals>.")[2]
-    return type(fn).__name__
+    wrapped = _quietly(fn, "__wrapped__")  # an object without a name of its own that stands for a function
+    return hook_name(wrapped) if callable(wrapped) and wrapped is not fn else type(fn).__name__
 
 
 def hook_location(fn: Any) -> tuple[str, int] | None:
@@ -107,7 +108,8 @@ _LIBRARIES = ("jax", "jaxlib", "numpy", "chex", "ml_dtypes", "opt_einsum")
 @functools.cache
 def _known_folders() -> tuple[tuple[str, FileKind], ...]:
     """Folders with the kind of file they hold, those inside others first."""
-    folders = [(os.path.dirname(os.path.abspath(__file__)), FileKind.JHOP)]
+    here = os.path.dirname(os.path.abspath(__file__))
+    folders = [(here, FileKind.JHOP)]
     for name in _LIBRARIES:
         try:
             spec = importlib.util.find_spec(name)
@@ -119,7 +121,8 @@ def _known_folders() -> tuple[tuple[str, FileKind], ...]:
     installed |= {os.path.join(paths["stdlib"], leaf) for leaf in ("site-packages", "dist-packages")}
     folders += [(path, FileKind.USER) for path in installed]
     folders += [(path, FileKind.STDLIB) for path in {paths["stdlib"], paths["platstdlib"]}]
-    return tuple((os.path.join(path, ""), kind) for path, kind in folders)
+    demo = (os.path.join(here, "_demo.py"), FileKind.USER)  # it stands for a user's program
+    return (demo, *((os.path.join(path, ""), kind) for path, kind in folders))
 
 
 @functools.lru_cache(maxsize=4096)

@@ -169,7 +169,7 @@ class Tensor:
         """Makes a later backward store this Tensor's gradient in `.grad`, after its hooks. Nothing new for leaves."""
         self._need_grad("Tensor.retain_grad")
         if self._node is not None and not self._retains:
-            self._node.retain[self._slot] = weakref.ref(self)
+            self._node.retain_at(self._slot, self)
             self._retains = True
 
     # -- backward ------------------------------------------------------------------------------------------------------

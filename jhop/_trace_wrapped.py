@@ -79,7 +79,9 @@ class HookFn:
 
 
 def _type_of(value: Any) -> str:
-    return jax.typeof(value).str_short() if isinstance(value, (jax.Array, np.ndarray)) else type(value).__name__
+    if isinstance(value, (jax.Array, np.ndarray, np.generic)):
+        return f"{value.dtype}[{','.join(map(str, value.shape))}]"
+    return type(value).__name__
 
 
 def check_contract(fn: Any, out: Any, aval: Any) -> Any:
@@ -153,21 +155,28 @@ def flat_caller(
     return call
 
 
+@contextlib.contextmanager
+def substituted(slots: Sequence[Leaf], values: Sequence[Any]) -> Iterator[None]:
+    """Inside the block, slots hold other values; afterwards, what they held before."""
+    with _state.LOCK:
+        before = [slot.container.get(slot.key) for slot in slots]
+        try:
+            for slot, value in zip(slots, values, strict=True):
+                slot.container.put(slot.key, value)
+            yield
+        finally:
+            for slot, value in zip(slots, before, strict=True):
+                slot.container.put(slot.key, value)
+
+
 def _with_operands(call: Callable[..., Any], slots: Sequence[Leaf], n: int) -> Callable[..., Any]:
     """`call`, whose inputs beyond the first `n` go where the hook's closure held tracers."""
 
-    def substituted(*flat: Any) -> Any:
-        with _state.LOCK:
-            before = [slot.container.get(slot.key) for slot in slots]
-            try:
-                for slot, value in zip(slots, flat[n:], strict=True):
-                    slot.container.put(slot.key, value)
-                return call(*flat[:n])
-            finally:
-                for slot, value in zip(slots, before, strict=True):
-                    slot.container.put(slot.key, value)
+    def with_operands(*flat: Any) -> Any:
+        with substituted(slots, flat[n:]):
+            return call(*flat[:n])
 
-    return substituted
+    return with_operands
 
 
 @contextlib.contextmanager
@@ -217,7 +226,8 @@ def trace_wrapped(*args: Any, fn: Callable[..., Any], kind: str = "hook", **kwar
         return jax.tree.unflatten(tree, call(*flat))
     base = functools.partial(fn, **kwargs) if kwargs else fn
     hook = HookFn(base, call, hook_name(fn), ("hook", identity_key(fn), tree, len(extra), Token(kwargs)), kind)
-    return jax.tree.unflatten(tree, bind_hook(hook, flat, len(cts)))
+    hook, operands = close_over(hook, len(flat))
+    return jax.tree.unflatten(tree, bind_hook(hook, [*flat, *operands], len(cts)))
 
 
 class Token:
@@ -257,13 +267,21 @@ def identity_key(fn: Any) -> Any:
     return _Identity(fn)
 
 
-def bind_hook(hook: HookFn, flat: list[Any], n_cts: int) -> list[Any]:
-    """Binds one equation; tracers that the hook closes over become operands."""
+def close_over(hook: HookFn, n: int) -> tuple[HookFn, list[Any]]:
+    """A hook whose closure holds tracers, as one that takes them as operands after its `n` inputs.
+
+    Returns:
+        (the hook, the tracers); both as they were where it closes over none.
+    """
     slots = closed_over_tracers(hook.base)
-    if slots:
-        call = _with_operands(hook.call, slots, len(flat))
-        hook = hook.derive("closed", call, Token([leaf.value for leaf in slots]))
-        flat = [*flat, *(leaf.value for leaf in slots)]
+    if not slots:
+        return hook, []
+    operands = [leaf.value for leaf in slots]
+    return hook.derive("closed", _with_operands(hook.call, slots, n), Token(operands)), operands
+
+
+def bind_hook(hook: HookFn, flat: list[Any], n_cts: int) -> list[Any]:
+    """Binds one equation on `n_cts` cotangents and further operands."""
     avals = tuple(jax.typeof(ct) for ct in flat[:n_cts])
     return trace_wrapped_p.bind(*flat, fn=hook, out_avals=avals)
 

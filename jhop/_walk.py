@@ -34,7 +34,7 @@ MAX_CONTAINERS = 10_000
 _REFLECTION = {"__dict__", "vars", "setattr", "getattr", "delattr", "eval", "exec", "globals", "asdict", "fields"}
 _IMMUTABLE = (str, bytes, bool, complex, range, enum.Enum, np.dtype, type(None), type(Ellipsis), type(NotImplemented))
 # Their instances hold no Python state that a hook could read past JAX.
-_OPAQUE_ROOTS = {"jax", "jaxlib", "numpy", "ml_dtypes", "jhop"}
+_OPAQUE_ROOTS = {"jax", "jaxlib", "numpy", "ml_dtypes"}
 _NEVER = ("__init__", "__new__", "__dict__", "__weakref__", "__doc__", "__module__", "__slots__", "__qualname__")
 
 
@@ -65,7 +65,9 @@ def is_number(value: Any) -> bool:
 
 def is_array(value: Any) -> bool:
     """Arrays that are lifted."""
-    return isinstance(value, (jax.Array, np.ndarray, np.generic)) and not isinstance(value, _compat.Tracer)
+    if not isinstance(value, (jax.Array, np.ndarray, np.generic)) or isinstance(value, _compat.Tracer):
+        return False
+    return getattr(value.dtype, "kind", "") not in "OSUM" or jax.dtypes.issubdtype(value.dtype, jax.dtypes.extended)
 
 
 # Library classes that hold state a hook may read, with the slots that hold it.
@@ -245,7 +247,7 @@ class Walk:
         if cls in _DECLARED:
             self._add(value, "slots", path, set(_DECLARED[cls]))
             return
-        if cls.__module__.split(".")[0] in _OPAQUE_ROOTS:
+        if _is_opaque(cls):
             return
         if is_user_class(cls):
             self._work.append((cls, path))
@@ -287,9 +289,16 @@ def slot_names(cls: type) -> set[str]:
     return found - {"__dict__", "__weakref__"}
 
 
+def _is_opaque(cls: type) -> bool:
+    root = cls.__module__.split(".")[0]
+    if root == "jhop":
+        return not is_user_file(getattr(sys.modules.get(cls.__module__), "__file__", None) or "")
+    return root in _OPAQUE_ROOTS
+
+
 def is_user_class(cls: type) -> bool:
     """Classes whose code a hook may run: written in Python by someone other than JAX, NumPy, jhop and the stdlib."""
-    if cls.__module__.split(".")[0] in _OPAQUE_ROOTS or cls.__module__ == "builtins":
+    if _is_opaque(cls) or cls.__module__ == "builtins":
         return False
     module = sys.modules.get(cls.__module__)
     filename = getattr(module, "__file__", None)

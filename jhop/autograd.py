@@ -55,12 +55,14 @@ def backward(tensors: Tensor | Sequence[Tensor], gradients: Any = None, *, retai
     Raises:
         JhopError: as for `Tensor.backward`, or another number of gradients than of Tensors.
     """
-    roots = [tensors] if isinstance(tensors, Tensor) else list(tensors)
-    given = [None] * len(roots) if gradients is None else gradients
-    given = [given] if isinstance(tensors, Tensor) and not isinstance(given, (list, tuple)) else list(given)
-    if len(given) != len(roots) or not all(isinstance(root, Tensor) for root in roots):
+    roots = [tensors] if isinstance(tensors, Tensor) else tensors
+    given = [gradients] if isinstance(tensors, Tensor) and not isinstance(gradients, (list, tuple)) else gradients
+    if not isinstance(roots, (list, tuple)) or not all(isinstance(root, Tensor) for root in roots):
+        raise JhopError(f"autograd.backward: expected a Tensor or a sequence of Tensors, got {tensors!r}.")
+    given = [None] * len(roots) if given is None else given
+    if not isinstance(given, (list, tuple)) or len(given) != len(roots):
         raise JhopError(
-            f"autograd.backward: expected Tensors and a gradient (or None) for each, got {len(roots)} and {len(given)}."
+            f"autograd.backward: expected a gradient (or None) for each of {len(roots)} Tensors, got {gradients!r}."
         )
     seeds = [(root._edge("autograd.backward"), root._seed(ct)) for root, ct in zip(roots, given, strict=True)]
     _engine.backward(seeds, keep_graph=retain_graph)

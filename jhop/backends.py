@@ -76,9 +76,23 @@ def find(backend: Any, where: str) -> Backend:
     """
     if callable(backend):
         return backend
-    if backend in NAMED:
+    if isinstance(backend, str) and backend in NAMED:
         return NAMED[backend]
     raise JhopError(
         f"{where}: unknown backend {backend!r}. Expected one of {', '.join(map(repr, NAMED))}, "
         "or a function `backend(gm, example_inputs) -> callable`."
     )
+
+
+def run_backend(backend: Backend, gm: GraphModule, example_inputs: list[Any], where: str) -> Callable[..., list[Any]]:
+    """What a backend makes of a graph.
+
+    Raises:
+        JhopError: it is not callable.
+    """
+    run = backend(gm, example_inputs)
+    if not callable(run):
+        raise JhopError(
+            f"{where}: a backend must return a callable for the graph that it is given, got {type(run).__name__}."
+        )
+    return run

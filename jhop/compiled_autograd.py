@@ -25,7 +25,9 @@ from jhop._hook import run_hooks
 from jhop._interp import evaluate
 from jhop._node import AccumulateGrad, Edge, Node, OpNode
 from jhop._schedule import schedule
-from jhop._trace_wrapped import trace_wrapped, trace_wrapped_p
+from jhop._source import describe_hook
+from jhop._trace_wrapped import identity_key, trace_wrapped, trace_wrapped_p
+from jhop._walk import declare_state
 
 _cache: dict[Any, Callable[..., Any]] = {}
 _lock = threading.Lock()
@@ -109,8 +111,7 @@ class _Tape:
         self.order = _engine.execution_order([edge.node for edge, _ in seeds], stack=True)
         self.inputs: list[Any] = []
         self._index: dict[int, int] = {}
-        for _, ct in seeds:
-            self._input(ct)
+        self.seed_index = [self._input(ct) for _, ct in seeds]
         self.saved: dict[Node, list[int]] = {}
         for node in self.order:
             if isinstance(node, AccumulateGrad):
@@ -121,9 +122,11 @@ class _Tape:
             self.saved[node] = [self._input(array) for array in arrays]
         # Leaves and Tensors that retain their gradient, in order of their inputs.
         self.leaves = [node for node in self.order if isinstance(node, AccumulateGrad)]
-        self.retained = [
-            (node, slot, ref()) for node in self.order for slot, ref in enumerate(node.retain) if ref and ref()
-        ]
+        self.retained = [(node, slot, tensor) for node in self.order for slot, tensor in node.retained()]
+        for _, _, tensor in self.retained:
+            if tensor._grad is not None:
+                self._input(getattr(tensor._grad, "value", tensor._grad))
+        self.number = {node: i for i, node in enumerate(self.order)}
 
     def _input(self, array: Any) -> int:
         found = self._index.get(id(array))
@@ -134,20 +137,22 @@ class _Tape:
 
     def key(self) -> tuple[Any, ...]:
         """Equal for tapes whose captures are the same graph."""
-        number = {node: i for i, node in enumerate(self.order)}
+        number = self.number
         nodes = tuple(
             (
                 _kind(node),
                 tuple((number[edge.node], edge.slot) for edge in node.edges),
                 tuple(self.saved[node]),
-                tuple((id(hooks), hooks.snapshot()) if hooks else None for hooks in _hook_lists(node)),
-                tuple(ref is not None and ref() is not None for ref in node.retain),
+                tuple(tuple(map(identity_key, hooks.snapshot())) if hooks else None for hooks in _hook_lists(node)),
+                tuple(slot for slot, _ in node.retained()),
             )
             for node in self.order
         )
         retained = tuple(tensor._grad is None for _, _, tensor in self.retained)
         seeds = tuple((number[edge.node], edge.slot) for edge, _ in self.seeds)
-        return nodes, retained, seeds, tuple(_aval_key(value) for value in self.inputs)
+        # A hook on a parameter is given the parameter itself.
+        owners = tuple(identity_key(node.leaf) if node.leaf._post_hooks else None for node in self.leaves)
+        return nodes, retained, owners, tuple(self.seed_index), seeds, tuple(_aval_key(value) for value in self.inputs)
 
     def capture(self) -> GraphModule:
         """The whole pass as a graph with opaque hooks."""
@@ -241,7 +246,7 @@ class _CapturePass(_engine.Pass):
         """Runs the pass; the new gradients of leaves, then of Tensors that retain theirs."""
         tape = self._tape
         self._flat = flat
-        seeds = [flat[i] for i in range(len(tape.seeds))]
+        seeds = [flat[i] for i in tape.seed_index]
         self._origin = "GraphRoot (NodeCall 0)"
         self.checked.append(0)
         for edge, _ in tape.seeds:
@@ -257,7 +262,7 @@ class _CapturePass(_engine.Pass):
             self._recorder.note(value, Info(origin=self._origin, stage="captured", **known))
 
     def visit(self, node: Node, cts: list[Any]) -> list[Any]:
-        self._origin = f"{node.name()} (NodeCall {self._tape.order.index(node) + 1})"
+        self._origin = f"{node.name()} (NodeCall {self._tape.number[node] + 1})"
         return super().visit(node, cts)
 
     def node(self, node: Node, cts: list[Any]) -> list[Any]:
@@ -324,7 +329,7 @@ class _CapturePass(_engine.Pass):
     def post_accumulate(self, leaf: Any) -> None:
         for fn in leaf._post_hooks.snapshot() if leaf._post_hooks else ():
             self._hook_place()
-            hook = _PostAccumulate(fn, leaf)
+            hook = PostAccumulate(fn, leaf)
             out = trace_wrapped(self._grads[id(leaf)], fn=hook, kind="post_acc_grad_hook")
             self._note([out])
             self._grads[id(leaf)] = out
@@ -333,26 +338,29 @@ class _CapturePass(_engine.Pass):
         pass
 
 
-class _PostAccumulate:
+class PostAccumulate:
     """A post-accumulate hook as a function of the new gradient: it sees and changes `leaf.grad`."""
 
+    __slots__ = ("__wrapped__", "leaf")
+
     def __init__(self, fn: Callable[[Any], None], leaf: Any):
-        self.fn = fn
+        self.__wrapped__ = fn
         self.leaf = leaf
-        self.__name__ = getattr(fn, "__name__", type(fn).__name__)
 
     def __call__(self, grad: Any) -> Any:
         leaf = self.leaf
         with _state.LOCK:
             before, leaf._grad = leaf._grad, grad
             try:
-                if self.fn(leaf) is not None:
-                    raise HookError(f"post-accumulate hook `{self.__name__}` must return None, it is given the Tensor.")
+                _engine.run_post_hook(self.__wrapped__, leaf)
                 if leaf._grad is None:
                     raise HookError(
-                        f"post-accumulate hook `{self.__name__}` set .grad to None. Under compiled autograd a gradient "
+                        f"post-accumulate {describe_hook(self.__wrapped__)} set .grad to None. Under compiled autograd a gradient "
                         "is an output of the graph; free it after backward()."
                     )
                 return getattr(leaf._grad, "value", leaf._grad)
             finally:
                 leaf._grad = before
+
+
+declare_state(PostAccumulate, "__wrapped__", "leaf")

@@ -16,18 +16,18 @@ from jhop.__main__ import main
 ROOT = Path(__file__).parents[1]
 
 NET = """
+import jax
 import jax.numpy as jnp
 import jhop
 
-ran = []
 limit = 3
 
 
 class Meter:
-    count = 0
+    def __init__(self):
+        self.count = 0
 
     def double(self, ct):
-        ran.append(1)
         self.count += 1
         return ct * 2.0
 
@@ -50,12 +50,16 @@ def count(x):
 
 
 def total(n):
-    return n.sum() * 0.5
+    return jnp.float32(0.5) * n.sum().astype("float32")
 
 
 def broken(x):
     return x @ jnp.ones(
         (7, 7))
+
+
+def endless(x):
+    return jax.lax.while_loop(lambda y: y < 1.0, lambda y: y * 2.0, x)
 
 
 class Model:
@@ -119,6 +123,14 @@ def test_graph_inlined_names_state_by_path(net, capsys):
     assert "# state out: L['hooks'][0].__self__.count\n" in out
 
 
+def test_graph_inlined_is_the_code_of_the_inlined_graph(net, capsys):
+    status, out, _ = run(capsys, "graph", "usernet:loss", "f32[4,3]", "f32[2,4]", "--inlined")
+    usernet = sys.modules["usernet"]
+    gm = jhop.inline(jhop.backward_graph(usernet.loss)(jax.numpy.ones((4, 3)), jax.numpy.ones((2, 4))))
+    assert (status, out.strip()) == (0, gm.code.strip())
+    assert "L['hooks'][0].__self__.count" in out
+
+
 def test_graph_forward(net, capsys):
     status, out, _ = run(capsys, "graph", "usernet:count", "f32[3]", "--forward", "--dialect", "torch")
     assert status == 0
@@ -128,8 +140,7 @@ def test_graph_forward(net, capsys):
 
 def test_graph_in_the_jax_dialect_is_the_code_of_the_graph(net, capsys):
     status, out, _ = run(capsys, "graph", "usernet:scaled", "f32[3]")
-    import usernet
-
+    usernet = sys.modules["usernet"]
     assert status == 0
     assert out.strip() == jhop.backward_graph(usernet.scaled)(jax.numpy.ones(3)).code.strip()
 
@@ -207,7 +218,7 @@ FAULTS = {
     "name unknown": (["usernet:qqqqq", "f32"], r"function `qqqqq`: module `usernet` has none of this name\."),
     "not callable": (["usernet:limit"], r"function `limit`: in module `usernet` this is of type int\."),
     "type form": (["usernet:loss", "f32[3", "f32"], r"type `f32\[3`: expected .* such as f32\[4,8\]"),
-    "type name": (["usernet:loss", "f32", "g32[3]"], r"type `g32\[3\]`: `g32` is no dtype; .* Did you mean f32\?"),
+    "type name": (["usernet:loss", "f32", "fp32[3]"], r"type `fp32\[3\]`: `fp32` is no dtype; .* Did you mean f32\?"),
     "type function": (["usernet:loss", "sin"], r"type `sin`: `sin` is no dtype"),
     "negative size": (["usernet:loss", "f32[4,-1]"], r"type `f32\[4,-1\]`: expected a dtype and sizes"),
     "size": (["usernet:loss", "f32[99999999999999999999]"], r"type `f32\[9+\]`: the sizes are too large"),
@@ -217,6 +228,7 @@ FAULTS = {
     "too many": (["usernet:total", "f32", "f32"], r"`usernet:total`: .* but got f32 f32: too many"),
     "result": (["usernet:count", "f32[3]"], r"`usernet:count`: it returns int32\[3\], .*--forward"),
     "arguments": (["usernet:total", "i32[3]"], r"`usernet:total`: only floating .* got i32\[3\]\."),
+    "no derivative": (["usernet:endless", "f32"], r"`usernet:endless`: while its graph .* ValueError: Reverse-mode"),
     "raises": (
         ["usernet:broken", "f32[3]"],
         r"`usernet:broken`: for f32\[3\] it raised TypeError: .*\(usernet\.py:\d+\)",

@@ -12,10 +12,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.extend.core as jex_core
 
 from jhop import _compat
 from jhop._interp import is_jaxpr
-from jhop._text._jax_ops import home_of, identifier, literal, same, subject
+from jhop._text._jax_ops import home_of, same, subject
+from jhop._text._jax_source import identifier, literal, tuple_of
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -37,10 +39,6 @@ class Call:
     index: Any = None
 
 
-def tuple_of(texts: list[str]) -> str:
-    return f"({texts[0]},)" if len(texts) == 1 else f"({', '.join(texts)})"
-
-
 def define(
     writer: Any, wanted: str, jaxpr: Any, *, closed: list[str] | None = None, groups: Any = None, returns: Any = None
 ) -> tuple[str, list[Any]]:
@@ -56,11 +54,11 @@ def define(
     Returns:
         (the name, its rows).
     """
-    name = writer.names.make_function(wanted)
+    name = writer.names.make_function(function_word(wanted))
     child = writer.child()
     opened, consts = _compat.open_jaxpr(jaxpr)
     closed = closed or []
-    child.env.update(zip(opened.invars, closed))
+    child.env.update(zip(opened.invars, closed, strict=False))
     rest, params = opened.invars[len(closed) :], []
     hints = argument_names(opened)
     if groups is None:
@@ -79,12 +77,17 @@ def define(
     return name, [head, *child.rows]
 
 
+def function_word(name: Any) -> str:
+    return "fun" if name == "<lambda>" else str(name)
+
+
 def argument_names(jaxpr: Any) -> dict[Any, str]:
     """The user's parameter names of a jaxpr's inputs, where JAX kept them and they are plain names."""
     names = getattr(jaxpr.debug_info, "arg_names", None) or ()
     if len(names) != len(jaxpr.invars):
         return {}
-    return {v: name for v, name in zip(jaxpr.invars, names) if isinstance(name, str) and name.isidentifier()}
+    pairs = zip(jaxpr.invars, names, strict=True)
+    return {v: name for v, name in pairs if isinstance(name, str) and name.isidentifier()}
 
 
 def _jit(writer: Any, eqn: Any) -> Call:
@@ -92,10 +95,7 @@ def _jit(writer: Any, eqn: Any) -> Call:
     wanted = params["name"]
     name, rows = define(writer, wanted, params["jaxpr"])
     texts = writer.operands(eqn)
-    options = []
-    for option, usual in (("inline", False), ("keep_unused", False)):
-        if params[option] is True and usual is False:
-            options.append(f"{option}=True")
+    options = [f"{option}=True" for option in ("inline", "keep_unused") if params[option] is True]
     donated = tuple(i for i, given in enumerate(params["donated_invars"]) if given)
     if donated:
         options.append(f"donate_argnums={donated}")
@@ -118,9 +118,8 @@ def _scan(writer: Any, eqn: Any) -> Call:
     def returns(outs: list[str]) -> str:
         return f"{tuple_of(outs[:n_carry])}, {tuple_of(outs[n_carry:])}"
 
-    name, rows = define(
-        writer, "body", params["jaxpr"], closed=texts[:n_consts], groups=(("carry", n_carry), ("xs", n_xs)), returns=returns
-    )
+    groups = (("carry", n_carry), ("xs", n_xs))
+    name, rows = define(writer, "body", params["jaxpr"], closed=texts[:n_consts], groups=groups, returns=returns)
     usual = inspect.signature(jax.lax.scan).parameters
     options = [f"length={literal(params['length'])}"]
     for key in ("reverse", "unroll", "_split_transpose"):
@@ -141,9 +140,8 @@ def _while(writer: Any, eqn: Any) -> Call:
     carry = texts[n_cond + n_body :]
     groups = (("carry", len(carry)),)
     test, rows = define(writer, "cond_fun", params["cond_jaxpr"], closed=texts[:n_cond], groups=groups)
-    body, more = define(
-        writer, "body_fun", params["body_jaxpr"], closed=texts[n_cond : n_cond + n_body], groups=groups, returns=tuple_of
-    )
+    closed = texts[n_cond : n_cond + n_body]
+    body, more = define(writer, "body_fun", params["body_jaxpr"], closed=closed, groups=groups, returns=tuple_of)
     call = f"lax.while_loop({test}, {body}, {tuple_of(carry)})"
     return Call(expression=call, rows=rows + more, groups=(len(carry),), texts=texts)
 
@@ -197,8 +195,9 @@ def foldable(eqns: list[Any]) -> dict[Any, Any]:
 
 def _is_bound(clamp: Any, count: int) -> bool:
     low, middle, high = clamp.invars
-    bounds = [getattr(atom, "val", None) for atom in (low, high)]
-    return not hasattr(middle, "val") and None not in bounds and [int(b) for b in bounds] == [0, count - 1]
+    if hasattr(middle, "val") or not hasattr(low, "val") or not hasattr(high, "val"):
+        return False
+    return (int(low.val), int(high.val)) == (0, count - 1)
 
 
 def _remat(writer: Any, eqn: Any) -> Call:
@@ -224,13 +223,12 @@ def bind_with_functions(writer: Any, eqn: Any) -> Call:
             return tuple_of([source(item, key) for item in value])
         if not is_jaxpr(value):
             return literal(value)
-        opened, consts = _compat.open_jaxpr(value)
+        opened, _ = _compat.open_jaxpr(value)
         name, more = define(writer, identifier(key), value, returns=tuple_of)
         rows.extend(more)
         avals = [_shape_text(v.aval) for v in opened.invars]
         closed = f"jax.make_jaxpr({name})({', '.join(avals)})"
-        is_open = type(value) is not type(jax.make_jaxpr(int)(0)) and not consts
-        return f"{closed}.jaxpr" if is_open else closed
+        return closed if isinstance(value, jex_core.ClosedJaxpr) else f"{closed}.jaxpr"
 
     params = [f"{key}={source(value, key)}" for key, value in eqn.params.items()]
     texts = writer.operands(eqn)

@@ -6,12 +6,8 @@ equation back. So the table holds what reads well, and JAX may change what a fun
 
 from __future__ import annotations
 
-import builtins
-import enum
 import functools
 import inspect
-import keyword
-import math
 import re
 import sys
 from collections.abc import Iterator
@@ -19,17 +15,16 @@ from typing import Any
 
 import jax
 import jax.extend.core as jex_core
-import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.extend.core import primitives
 
 from jhop import _compat
 from jhop._interp import is_jaxpr
+from jhop._text._jax_source import GLOBALS, RESERVED, literal, number, type_text
 
-GLOBALS = {"jax": jax, "jnp": jnp, "lax": lax, "np": np, "functools": functools, "primitives": primitives}
-_RESERVED = {*keyword.kwlist, *keyword.softkwlist, *GLOBALS, "jhop", "abs", "int", "float", "_"}
-_SCALAR_TYPES = {"bool": "jnp.bool_"}
+# The user's pytrees in a scan: print has flat tuples instead.
+_TREES = {"ft_in", "ft_out"}
 
 # Spellings to try first. `{0}` is the first operand, `{all}` all of them, `{axes}` a parameter.
 _SPELLINGS: dict[str, tuple[str, ...]] = {
@@ -48,151 +43,10 @@ _SPELLINGS: dict[str, tuple[str, ...]] = {
              "lax.sort(({all},), dimension={dimension}, is_stable={is_stable}, num_keys={num_keys})"),
     "argmax": ("lax.argmax({0}, {axes[0]}, {index_dtype})",), "argmin": ("lax.argmin({0}, {axes[0]}, {index_dtype})",),
     "optimization_barrier": ("lax.optimization_barrier(({all},))",), "copy": ("jnp.copy({0})",),
+    "random_seed": ("jax.random.key({0})",), "random_wrap": ("jax.random.wrap_key_data({0})",),
+    "random_unwrap": ("jax.random.key_data({0})",), "random_fold_in": ("jax.random.fold_in({0}, {1})",),
     "dim_as_value": ("jnp.asarray({dim})",),
 }  # fmt: skip
-
-
-class Names:
-    """Hands out identifiers, each once.
-
-    A child's names are free again for its siblings, and never hide one of its parents'. A global name is one that no
-    scope uses, so that it means the same everywhere.
-    """
-
-    def __init__(self, parent: Names | None = None):
-        self._values: set[str] = set(parent._values) if parent else set(_RESERVED)
-        self._functions: set[str] = set(parent._functions) if parent else set()
-        self._globals: set[str] = parent._globals if parent else set()
-        self._ever: set[str] = parent._ever if parent else set(_RESERVED)
-
-    def make(self, wanted: str) -> str:
-        """`wanted` as an identifier, with a number added where it is taken."""
-        name = _first(wanted, self._values | self._functions | self._globals)
-        self._values.add(name)
-        self._ever.add(name)
-        return name
-
-    def make_function(self, wanted: str) -> str:
-        """A name for a nested function, which is called at once: a later function may have the same."""
-        plain = wanted.isidentifier() and not keyword.iskeyword(wanted)
-        name = _first(wanted, self._values | self._globals, base=wanted if plain else None)
-        self._functions.add(name)
-        self._ever.add(name)
-        return name
-
-    def make_global(self, wanted: str) -> str:
-        name = _first(wanted, self._ever)
-        self.reserve(name)
-        return name
-
-    def reserve(self, name: str) -> bool:
-        """Makes `name` a global; False if some scope uses it otherwise."""
-        if name in self._ever and name not in self._globals:
-            return False
-        self._globals.add(name)
-        self._ever.add(name)
-        return True
-
-    def snapshot(self) -> tuple[set[str], set[str]]:
-        return set(self._values), set(self._functions)
-
-    def restore(self, snapshot: tuple[set[str], set[str]]) -> None:
-        self._values, self._functions = set(snapshot[0]), set(snapshot[1])
-
-
-def _first(wanted: str, taken: set[str], *, base: str | None = None) -> str:
-    base = base or identifier(wanted)
-    name, count = base, 0
-    while name in taken:
-        count += 1
-        name = f"{base}_{count}"
-    return name
-
-
-def identifier(wanted: str) -> str:
-    """The nearest identifier: `<lambda>` gives `lambda_`, `jvp[clip]` gives `jvp_clip`."""
-    name = re.sub(r"\W+", "_", wanted, flags=re.ASCII).strip("_") or "value"
-    name = f"_{name}" if name[0].isdigit() else name
-    return f"{name}_" if keyword.iskeyword(name) else name
-
-
-def type_text(aval: Any) -> str:
-    """`f32[4,8]`; never fails."""
-    try:
-        name = str(aval.dtype)
-        short = re.sub(r"^(bfloat|float|uint|int|complex)(?=\d)", lambda m: {"bfloat": "bf", "uint": "u"}.get(m[0], m[0][0]), name)
-        return f"{short}[{','.join(map(str, aval.shape))}]"
-    except Exception:
-        return type(aval).__name__
-
-
-def literal(value: Any) -> str:
-    """Python source of a parameter.
-
-    Raises:
-        ValueError: it has none.
-    """
-    if isinstance(value, enum.Enum):
-        cls = type(value)
-        if getattr(lax, cls.__name__, None) is cls:
-            return f"lax.{cls.__name__}.{value.name}"
-    elif isinstance(value, (bool, np.bool_, int, np.integer, str, bytes)) or value is None or value is Ellipsis:
-        return repr(value.item() if isinstance(value, np.generic) else value)
-    elif isinstance(value, (float, complex, np.inexact)):
-        return number(value)
-    elif isinstance(value, np.dtype) or (isinstance(value, type) and issubclass(value, np.generic)):
-        return dtype_text(np.dtype(value))
-    elif isinstance(value, tuple) and hasattr(value, "_fields"):
-        return _from_lax(value, value._fields)
-    elif isinstance(value, tuple):
-        return "(" + "".join(f"{literal(item)}, " for item in value).removesuffix(" " if len(value) == 1 else ", ") + ")"
-    elif isinstance(value, list):
-        return "[" + ", ".join(map(literal, value)) + "]"
-    elif isinstance(value, jax.sharding.PartitionSpec):
-        return f"jax.sharding.PartitionSpec({', '.join(map(literal, value))})"
-    elif _compat.is_dim_expr(value):
-        return str(value)
-    elif isinstance(value, type) and getattr(builtins, value.__name__, None) is value:
-        return value.__name__
-    elif hasattr(value, "__dataclass_fields__"):
-        return _from_lax(value, value.__dataclass_fields__)
-    raise ValueError(f"no source for {type(value).__name__}")
-
-
-def _from_lax(value: Any, fields: Any) -> str:
-    """A record whose class `lax` makes public, such as `lax.GatherDimensionNumbers`."""
-    cls = type(value)
-    if getattr(lax, cls.__name__, None) is not cls:
-        raise ValueError(f"no source for {cls.__name__}")
-    return f"lax.{cls.__name__}({', '.join(f'{name}={literal(getattr(value, name))}' for name in fields)})"
-
-
-def dtype_text(dtype: Any) -> str:
-    name = _SCALAR_TYPES.get(str(dtype), f"jnp.{dtype}")
-    if not name.removeprefix("jnp.").isidentifier() or getattr(jnp, name.removeprefix("jnp."), None) is None:
-        raise ValueError(f"no source for dtype {dtype}")
-    return name
-
-
-def number(value: Any) -> str:
-    """A number as Python writes it."""
-    item = value.item() if hasattr(value, "item") else value
-    if isinstance(item, float) and not math.isfinite(item):
-        return "jnp.nan" if math.isnan(item) else "jnp.inf" if item > 0 else "-jnp.inf"
-    if isinstance(item, complex) and not (math.isfinite(item.real) and math.isfinite(item.imag)):
-        return f"complex(float({str(item.real)!r}), float({str(item.imag)!r}))"
-    return repr(item)
-
-
-def literal_texts(atom: Any) -> tuple[str, ...]:
-    """Spellings of a scalar in a jaxpr: plain, and with its dtype where it has one of its own."""
-    plain = number(np.asarray(atom.val))
-    if getattr(atom.aval, "weak_type", False):
-        return (plain,)
-    return plain, f"{dtype_text(atom.aval.dtype)}({plain})"
-
-
-# -- spellings ---------------------------------------------------------------------------------------------------------
 
 
 def spellings(eqn: Any) -> Iterator[str]:
@@ -276,7 +130,7 @@ def home_of(primitive: Any) -> tuple[str, str] | None:
         if not all(part.isidentifier() for part in module_name.split(".")):
             continue
         homes += [(module_name, name) for name, value in list(vars(module).items()) if value is primitive]
-    homes = [home for home in homes if home[1].isidentifier() and home[1] not in _RESERVED]
+    homes = [home for home in homes if home[1].isidentifier() and home[1] not in RESERVED]
     if not homes:
         return None
     module_name, name = min(homes, key=lambda home: (home[0].count("."), home))
@@ -314,7 +168,9 @@ def _full_type(aval: Any) -> str:
     return f"{'~' if getattr(aval, 'weak_type', False) else ''}{type_text(aval)}"
 
 
-def retraces(eqn: Any, lines: list[str], texts: list[str], scope: dict[str, Any], index: Any = None) -> bool:
+def retraces(
+    eqn: Any, lines: list[str], texts: list[str], scope: dict[str, Any], index: Any = None, *, loose: bool = False
+) -> bool:
     """Whether code gives an equation back when it is traced.
 
     Args:
@@ -322,6 +178,7 @@ def retraces(eqn: Any, lines: list[str], texts: list[str], scope: dict[str, Any]
         texts: of the operands; those that are identifiers become parameters.
         scope: globals that the statements read.
         index: the equation that makes the first operand, where the code makes that too.
+        loose: whether any equations will do that give outputs of the same types.
     """
     atoms = eqn.invars if index is None else [index.invars[subject(index)], *eqn.invars[1:]]
     avals = {
@@ -333,6 +190,8 @@ def retraces(eqn: Any, lines: list[str], texts: list[str], scope: dict[str, Any]
     try:
         exec("\n    ".join([f"def check({', '.join(avals)}):", *lines]), namespace)
         jaxpr, _ = _compat.open_jaxpr(jax.make_jaxpr(namespace["check"])(*avals.values()))
+        if loose:
+            return [_full_type(v.aval) for v in jaxpr.outvars] == [_full_type(v.aval) for v in eqn.outvars]
         if len(jaxpr.eqns) != (1 if index is None else 2):
             return False
         made = jaxpr.eqns[-1]
@@ -340,7 +199,8 @@ def retraces(eqn: Any, lines: list[str], texts: list[str], scope: dict[str, Any]
         return (
             made.primitive is eqn.primitive
             and made.params.keys() == eqn.params.keys()
-            and all(same(made.params[key], eqn.params[key]) for key in eqn.params)
+            and all(same(made.params[key], eqn.params[key]) for key in eqn.params.keys() - _TREES)
+            and (eqn.primitive.name != "scan" or _compat.scan_split(made.params) == _compat.scan_split(eqn.params))
             and len(made.invars) == len(eqn.invars)
             and all(map(functools.partial(_same_atom, names), made.invars, eqn.invars, texts))
             and [_full_type(v.aval) for v in made.outvars] == [_full_type(v.aval) for v in eqn.outvars]
@@ -348,6 +208,21 @@ def retraces(eqn: Any, lines: list[str], texts: list[str], scope: dict[str, Any]
         )
     except Exception:
         return False  # whatever went wrong: this is not how the equation is written
+
+
+def check_key(eqn: Any, template: str, texts: list[str]) -> Any:
+    """Equal for checks that have the same answer; None where that cannot be known."""
+    place: dict[Any, int] = {}
+    operands = tuple(
+        text if isinstance(atom, jex_core.Literal) else (place.setdefault(atom, len(place)), _full_type(atom.aval))
+        for atom, text in zip(eqn.invars, texts, strict=True)
+    )
+    key = (eqn.primitive, template, operands, tuple(eqn.params.items()), *(_full_type(v.aval) for v in eqn.outvars))
+    try:
+        hash(key)
+        return key
+    except Exception:
+        return None
 
 
 def subject(eqn: Any) -> int:
@@ -359,6 +234,6 @@ def _same_atom(names: dict[Any, str], made: Any, wanted: Any, text: str) -> bool
     if isinstance(wanted, jex_core.Literal):
         if not isinstance(made, jex_core.Literal) or made.aval.dtype != wanted.aval.dtype:
             return False
-        return bool(np.array_equal(np.asarray(made.val), np.asarray(wanted.val))) or number(made.val) == number(wanted.val)
+        return number(made.val) == number(wanted.val)
     # A variable without a name is made by a helper equation.
     return not isinstance(made, jex_core.Literal) and names.get(made, text) == text

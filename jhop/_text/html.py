@@ -12,7 +12,7 @@ from html import escape
 
 from jhop._graph import GraphModule
 from jhop._source import Origin
-from jhop._text._jax_writer import Row, origin_text, place_of
+from jhop._text._jax_rows import Row, origin_text, place_of
 from jhop._text.jax_text import Program, Value, program_of
 
 _SHOWN = 200  # rows before the fold
@@ -31,7 +31,8 @@ _STYLE = """
 .jhop-gm .jhop-input { border-left-color: #3b82f6; background: rgba(59, 130, 246, .10); }
 .jhop-gm .jhop-step { border-left-color: #8b949e; background: rgba(139, 148, 158, .06); }
 .jhop-gm .jhop-hook { border-left-color: #f59e0b; background: rgba(245, 158, 11, .16); }
-.jhop-gm .jhop-key { display: inline-block; padding: 0 6px; margin-right: 1em; border-left: 4px solid; }
+.jhop-gm .jhop-key { display: inline-block; padding: 0 6px; margin-right: 1em; border-left-width: 4px;
+  border-left-style: solid; }
 .jhop-gm summary { cursor: pointer; white-space: pre; padding: 0 6px; }
 """.strip()
 
@@ -103,7 +104,8 @@ def _blocks(rows: Sequence[Row]) -> list[str]:
             end += 1
         inner = "\n".join(_folded(_blocks(rows[index:end])))
         code = "    " * (row.depth - 1) + row.code
-        made.append(f"<details><summary class='jhop-step'>{escape(code)} ... {end - index} lines</summary>\n{inner}</details>")
+        head = f"<summary class='jhop-step'>{escape(code)} ... {end - index} lines</summary>"
+        made.append(f"<details>{head}\n{inner}</details>")
         index = end
     return made
 

@@ -23,9 +23,9 @@ import jax.extend.core as jex_core
 
 from jhop import _compat
 from jhop._graph import GraphModule
-from jhop._text._jax_higher import tuple_of
-from jhop._text._jax_ops import Names, identifier, type_text
-from jhop._text._jax_writer import Row, Shared, Writer, origin_text, place_of
+from jhop._text._jax_rows import Row, Shared, origin_text, place_of
+from jhop._text._jax_source import Names, identifier, tuple_of, type_text
+from jhop._text._jax_writer import Writer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,9 +93,12 @@ def program_of(gm: GraphModule) -> Program:
     name = names.make(identifier(gm.name))
     writer = Writer(shared, names)
     inputs = []
-    for variable, given in zip(jaxpr.invars, gm.inputs, strict=True):
+    slots = gm.lifted.slots if gm.lifted is not None else ()
+    owners = [_owner(slot) for slot in slots]
+    owners = [*[""] * (len(gm.inputs) - len(owners)), *owners]
+    for variable, given, owner in zip(jaxpr.invars, gm.inputs, owners, strict=True):
         is_state = given.role == "state"
-        wanted = state_name(given.source) if is_state else given.name
+        wanted = state_name(given.source, owner) if is_state else given.name
         writer.env[variable] = writer.names.make(wanted)
         if given.number is not None:
             shared.numbers.add(variable)
@@ -134,18 +137,31 @@ def _number_type(atom: Any) -> str:
     return {"f": "float", "b": "bool"}.get(atom.aval.dtype.kind, "int")
 
 
-def state_name(path: str) -> str:
-    """A name after an access path: `L['hooks'][1].keywords['fn'].keywords['obj'].counter` gives `obj_counter`."""
+def _owner(slot: Any) -> str:
+    """The class of the object that has a lifted attribute."""
+    container = slot.container
+    return type(container.obj).__name__ if container.kind in ("attrs", "slots") else ""
+
+
+def state_name(path: str, owner: str = "") -> str:
+    """A name after an access path: `L['hooks'][1].keywords['fn'].keywords['obj'].counter` gives `obj_counter`.
+
+    Where the path names only the attribute, as through a closure, the class of its `owner` comes first.
+    """
     parts = re.findall(r"\['([^']*)'\]|\[(\d+)\]|([A-Za-z_]\w*)", path)
     words: list[str] = []
     for key, number, attribute in parts:
         word = key or attribute
         if word in ("L", "G", "hooks", "keywords", "args", "__closure__", "cell_contents", "__self__", "func", "fn"):
             words.clear()
+        elif word == "__defaults__":
+            words[:] = ["default"]
         elif number and words:
             words[-1] += f"_{number}"  # the place in a container that has a name
         elif word:
             words.append(word)
+    if owner and len(words) == 1:
+        words.insert(0, owner)
     return identifier("_".join(words[-2:]).lower()) if words else "state"
 
 
