@@ -35,6 +35,10 @@ class _Entry:
     run: Callable[..., list[Any]]
     shapes: tuple[Any, ...]
 
+    def holds(self) -> bool:
+        """Whether the guards hold."""
+        return self.gm.lifted is None or self.gm.lifted.guards.hold()
+
 
 class CompiledGraph:
     """A captured graph, compiled at first use and whenever what it depends on has changed.
@@ -55,28 +59,33 @@ class CompiledGraph:
         self._where = where
         self._entries: list[_Entry] = []
         self._lock = threading.Lock()
+        self._last: _Entry | None = None
         self.misses: list[str] = []  # why each trace after the first was made
         _compiled.add(self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the graph; arguments and results as for the `GraphModule`. State is written after everything else."""
-        flat = self.gm.flatten(args, kwargs)
-        entry = self._find(flat)
+        return self.gm.unflatten(self.run(self.gm.flatten(args, kwargs)))
+
+    def run(self, flat: list[Any], *, same_types: bool = False) -> list[Any]:
+        """Runs the graph on flat inputs; `same_types` if all calls have inputs of the same shapes and dtypes."""
+        entry = self._last
+        if not (same_types and entry is not None and entry.holds()):
+            entry = self._find(flat)
         try:
-            outs = self._run(entry, flat)
+            return self._run(entry, flat)
         except DoesNotFit:
-            outs = self._run(self._add(flat), flat)
-        return self.gm.unflatten(outs)
+            return self._run(self._add(flat), flat)
 
     def _find(self, flat: list[Any]) -> _Entry:
         shapes = _shapes_of(flat)
         reason = ""
         for entry in reversed(self._entries):
             if self._matches(entry, flat, shapes):
-                lifted = entry.gm.lifted
-                reason = (lifted.guards.broken() or "") if lifted is not None else ""
-                if not reason:
+                if entry.holds():
+                    self._last = entry
                     return entry
+                reason = entry.gm.lifted.guards.broken() or ""
             else:
                 reason = "the inputs have other shapes or dtypes"
         if self._entries:
@@ -118,6 +127,7 @@ class CompiledGraph:
                 backends.take_aot_id()
         with self._lock:
             self._entries.append(entry)
+        self._last = entry
         return entry
 
     def _inline(self, flat: list[Any]) -> GraphModule:
@@ -159,6 +169,7 @@ class CompiledGraph:
         with self._lock:
             self._entries.clear()
             self.misses.clear()
+        self._last = None
 
 
 def _count_hooks(eqn: Any) -> int:

@@ -152,7 +152,7 @@ class Pass:
                 node.release()
 
 
-def run_post_hook(fn: Callable[[Any], None], leaf: Any) -> None:
+def run_post_hook(fn: Callable[[Any], Any], leaf: Any) -> None:
     """Runs a post-accumulate hook.
 
     Raises:
@@ -161,8 +161,8 @@ def run_post_hook(fn: Callable[[Any], None], leaf: Any) -> None:
     returned = fn(leaf)
     if returned is not None:
         raise HookError(
-            f"post-accumulate {describe_hook(fn)} must return None, but returned {type(returned).__name__}. It is given "
-            "the Tensor: change its .grad instead."
+            f"post-accumulate {describe_hook(fn)} must return None, but returned {type(returned).__name__}. "
+            "It is given the Tensor: change its .grad instead."
         )
 
 

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jhop import backends
 from jhop._capture import parameter_names
 from jhop._compile import CompiledGraph
+from jhop._container import Container
 from jhop._errors import JhopError, Unsupported
 from jhop._graph import GraphModule
 from jhop._guards import Guards
@@ -100,7 +101,7 @@ class CompiledFunction:
         recording = grad_enabled()
         key = (tree, recording, *(_leaf_key(leaf) for leaf in leaves))
         known = self._cache.setdefault(key, [])
-        compiled = next((c for c in reversed(known) if c.guards is None or c.guards.broken() is None), None)
+        compiled = next((c for c in reversed(known) if c.guards is None or c.guards.hold()), None)
         if compiled is None:
             compiled = self._trace(args, kwargs, leaves, tree, recording)
             known.append(compiled)
@@ -142,6 +143,7 @@ class CompiledFunction:
             i for i, leaf in enumerate(dynamic) if recording and isinstance(leaf, Tensor) and leaf.requires_grad
         ]
         names = parameter_names(self._fn, args, kwargs) if len(arguments) == len(leaves) else []
+        before = [] if walk is None else [container.items() for container in walk.containers]
         joint = Tracing(self._fn, leaves, tree, captured, diff, names).run()
         backward = None
         if joint.backward is not None:
@@ -155,7 +157,7 @@ class CompiledFunction:
             aot_id=aot_id,
             diff=tuple(diff),
             captured=captured,
-            guards=_guards(self._fn),
+            guards=None if walk is None else Guards(walk, [], frozen=True, ignore=_changed(walk, before)),
         )
 
     def _callable(self, gm: GraphModule, example: list[Any]) -> Callable[..., list[Any]]:
@@ -177,10 +179,14 @@ def _walk(fn: Any) -> Walk | None:
         return None
 
 
-def _guards(fn: Any) -> Guards | None:
-    # Taken after tracing: what the function itself changed while it was traced is how things are now.
-    walk = _walk(fn)
-    return None if walk is None else Guards(walk, [], frozen=True)
+def _changed(walk: Walk, before: list[list[tuple[Any, Any]]]) -> list[Container]:
+    """Containers that the function itself changed while it was traced: its effects, not what it depends on."""
+    return [
+        container
+        for container, old in zip(walk.containers, before, strict=True)
+        if len(now := container.items()) != len(old)
+        or any(a is not b for (_, a), (_, b) in zip(now, old, strict=True))
+    ]
 
 
 def _wants_grad(tensor: Tensor) -> bool:

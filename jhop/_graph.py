@@ -142,7 +142,13 @@ class GraphModule:
             aval = variable.aval
             if given.number is not None:
                 continue
-            found = jax.typeof(value)
+            try:
+                found = jax.typeof(value)
+            except TypeError:
+                raise JhopError(
+                    f"{self.name}: expected input `{given.name}` as an array of type {aval.str_short()}, got "
+                    f"{type(value).__name__}."
+                ) from None
             shape, dtype = found.shape, found.dtype
             same = len(shape) == aval.ndim and all(
                 _compat.is_dim_expr(dim) or dim == size for dim, size in zip(aval.shape, shape, strict=True)
@@ -310,6 +316,8 @@ class _Program:
         return run
 
     def __call__(self, *args: Any) -> list[Any]:
+        if not self._numbers:
+            return self._device(*self._consts, *args)
         env: dict[Any, Any] = {}
         arrays = list(self._consts)
         numbers = iter(self._numbers)

@@ -1,20 +1,21 @@
 """Guards: whether a graph that was traced for one state of the world may be used for the present one.
 
 A traced graph takes for granted every fixed value that its hooks can reach, the types of the lifted ones, and the
-answers that lifted numbers gave to Python control flow. `Guards.broken()` finds the first that no longer holds and says
-so in words.
+answers that lifted numbers gave to Python control flow. All of that is one generated function, `Guards.hold`, which is
+quick enough to be called before every run. Where it says no, `Guards.broken` looks for the reason and puts it in words.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
 import numpy as np
 
-from jhop._container import MISSING
+from jhop._container import MISSING, Container
 from jhop._scalar import Expr, leaves, to_code
-from jhop._walk import Fixed, Walk
+from jhop._walk import Fixed, Leaf, Walk
 
 _BY_VALUE = (str, bytes, complex, bool, int, float, np.dtype)
 
@@ -26,23 +27,31 @@ class Guards:
         walk: what the hooks could reach when they were traced.
         answers: host expressions over `walk.leaves`, with the truth value that each had.
         frozen: numbers and arrays are part of the graph, not inputs: they too must stay what they are.
+        ignore: containers that do not count.
     """
 
-    def __init__(self, walk: Walk, answers: list[tuple[Expr, bool]], *, frozen: bool = False):
+    def __init__(
+        self,
+        walk: Walk,
+        answers: list[tuple[Expr, bool]],
+        *,
+        frozen: bool = False,
+        ignore: Collection[Container] = (),
+    ):
+        skip = {id(container) for container in ignore}
         self._codes = walk.codes
         self._keys = [
             (container, frozenset(key for key, _ in container.items()))
             for container in walk.containers
+            if id(container) not in skip
         ]
-        self._fixed = [*walk.fixed, *(Fixed(leaf.container, leaf.key, leaf.value) for leaf in walk.leaves if frozen)]
-        self._leaves = [(leaf, _kind(leaf.value)) for leaf in walk.leaves if not frozen]
-        self._answers = []
-        for expr, answer in dict.fromkeys(answers):
-            used = sorted(leaves(expr))
-            text = to_code(expr, lambda i: walk.leaves[i].path)
-            code = to_code(expr, lambda i: f"v{i}")
-            check = eval(f"lambda {', '.join(f'v{i}' for i in used)}: {code}", {"__builtins__": {"abs": abs}})
-            self._answers.append((check, [walk.leaves[i] for i in used], answer, text))
+        leaves_kept = [leaf for leaf in walk.leaves if id(leaf.container) not in skip]
+        self._fixed = [item for item in walk.fixed if id(item.container) not in skip]
+        if frozen:
+            self._fixed += [Fixed(leaf.container, leaf.key, leaf.value) for leaf in leaves_kept]
+        self._leaves = [] if frozen else [(leaf, _kind(leaf.value)) for leaf in leaves_kept]
+        self._answers = [_Answer(expr, answer, walk.leaves) for expr, answer in dict.fromkeys(answers)]
+        self.hold: Callable[[], bool] = _generate(self._codes, self._keys, self._fixed, self._leaves, self._answers)
 
     def broken(self) -> str | None:
         """The first thing that changed, in words, or None."""
@@ -60,10 +69,93 @@ class Guards:
             now = leaf.container.get(leaf.key)
             if _kind(now) != kind:
                 return f"`{leaf.path}` changed from {_short(leaf.value)} to {_short(now)}"
-        for check, used, answer, text in self._answers:
-            if bool(check(*(leaf.container.get(leaf.key) for leaf in used))) is not answer:
-                return f"`{text}` was {answer} and is {not answer}"
+        for answer in self._answers:
+            if answer.now() is not answer.then:
+                return f"`{answer.text}` was {answer.then} and is {not answer.then}"
         return None
+
+
+class _Answer:
+    """A question that was asked of lifted numbers, and its answer then."""
+
+    def __init__(self, expr: Expr, then: bool, slots: list[Leaf]):
+        used = sorted(leaves(expr))
+        self.then = then
+        self.text = to_code(expr, lambda i: slots[i].path)
+        self._slots = [slots[i] for i in used]
+        code = to_code(expr, lambda i: f"v{i}")
+        names = {"__builtins__": {"abs": abs, "int": int, "float": float}}
+        self._check = eval(f"lambda {', '.join(f'v{i}' for i in used)}: {code}", names)
+
+    def now(self) -> bool:
+        return bool(self._check(*(slot.container.get(slot.key) for slot in self._slots)))
+
+
+def _generate(codes: Any, keys: Any, fixed: list[Fixed], lifted: Any, answers: list[_Answer]) -> Callable[[], bool]:
+    """One function that says whether everything is as it was."""
+    names: dict[str, Any] = {"jax_Array": jax.Array, "MISSING": MISSING}
+
+    def name(value: Any) -> str:
+        names[f"k{len(names)}"] = value
+        return f"k{len(names) - 1}"
+
+    terms = [f"{name(fn)}.__code__ is {name(code)}" for fn, code in codes]
+    readers: dict[int, str] = {}
+
+    def read(container: Container, key: Any) -> str:
+        if id(container) not in readers:
+            readers[id(container)] = name(container.get)
+        return f"{readers[id(container)]}({name(key)})"
+
+    for container, key, value in fixed:
+        term = f"{_read_code(container, key, name) or read(container, key)} "
+        if isinstance(value, _BY_VALUE):
+            kept = name(value)
+            terms.append(f"((v := {term}) is {kept} or type(v) is type({kept}) and v == {kept})")
+        else:
+            terms.append(f"{term}is {name(value)}")
+    for container, present in keys:
+        terms.append(_keys_code(container, present, name))
+    for leaf, kind in lifted:
+        code = _read_code(leaf.container, leaf.key, name) or read(leaf.container, leaf.key)
+        if isinstance(kind, tuple):
+            terms.append(f"{name(_kind)}({code}) == {name(kind)}")
+        else:
+            terms.append(f"type({code}) is {name(kind)}")
+    terms += [f"{name(answer.now)}() is {answer.then}" for answer in answers]
+    body = "\n            and ".join(terms) or "True"
+    source = f"def hold():\n    try:\n        return ({body})\n    except Exception:\n        return False\n"
+    exec(source, names)
+    return names["hold"]
+
+
+def _read_code(container: Container, key: Any, name: Callable[[Any], str]) -> str | None:
+    """Source that reads a slot of one of the common kinds without a call of our own."""
+    if container.kind == "cell":
+        return f"{name(container.obj)}.cell_contents"
+    if container.kind == "attrs" and isinstance(key, str):
+        return f"{name(container.obj)}.__dict__[{key!r}]"
+    if container.kind == "dict" and type(container.obj) is dict and isinstance(key, (str, int)):
+        return f"{name(container.obj)}[{key!r}]"
+    return None
+
+
+def _keys_code(container: Container, present: frozenset[Any], name: Callable[[Any], str]) -> str:
+    """Source that checks that a container has the entries it had."""
+    holder = name(container.obj)
+    if container.kind in ("list", "deque"):
+        return f"len({holder}) == {len(present)}"
+    if container.kind in ("dict", "attrs") and container.names is not None:
+        # Entries that were there are read anyway; only others could be new.
+        table = f"{holder}.__dict__" if container.kind == "attrs" else holder
+        return f"{name(frozenset(container.names) - present)}.isdisjoint({table})"
+    if container.kind == "dict":
+        return f"len({holder}) == {len(present)} and {name(present)}.issuperset({holder})"
+    return f"{name(_keys_of)}({name(container)}) == {name(present)}"
+
+
+def _keys_of(container: Container) -> frozenset[Any]:
+    return frozenset(key for key, _ in container.items())
 
 
 def _kind(value: Any) -> Any:

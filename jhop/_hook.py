@@ -22,9 +22,10 @@ import numpy as np
 from jax.interpreters import ad, batching
 
 from jhop import _compat
+from jhop._contract import HookFn, flat_caller, identity_key
 from jhop._errors import HookError
 from jhop._source import hook_name
-from jhop._trace_wrapped import HookFn, bind_hook, close_over, flat_caller, identity_key, trace_wrapped
+from jhop._trace_wrapped import bind_hook, close_over, trace_wrapped
 
 _ids = itertools.count()
 

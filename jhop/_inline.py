@@ -18,6 +18,7 @@ import jax.extend.core as jex_core
 from jhop import _compat, _state
 from jhop._capture import Recorder, trace
 from jhop._container import MISSING
+from jhop._contract import HookFn
 from jhop._effects import watch
 from jhop._errors import JhopError, Unsupported
 from jhop._graph import GraphModule, Info, Input, Operator
@@ -25,7 +26,7 @@ from jhop._guards import Guards
 from jhop._interp import contains, evaluate, inner_jaxprs, retrace, rewrite
 from jhop._scalar import Expr, Scalar, device_kind, is_scalar, scalar_p, weak_aval
 from jhop._source import describe_hook, eqn_name, is_user_file, origin_of, user_frames
-from jhop._trace_wrapped import HookFn, inlining, trace_wrapped_p
+from jhop._trace_wrapped import inlining, trace_wrapped_p
 from jhop._walk import Leaf, Walk, is_number
 
 

@@ -80,25 +80,29 @@ class Jitted:
         _jitted.append(self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        static, dynamic = self._split(args, kwargs) if self._static_names or self._static_nums else ((), (args, kwargs))
+        flat, tree = jax.tree.flatten(dynamic)
+        for leaf in flat:
+            if isinstance(leaf, _compat.Tracer):
+                return self._jitted(*args, **kwargs)  # part of an outer trace, whose hooks are inlined out there
+        key = (tree, static, len(args), *map(_aval_key, flat))
+        found = self._cache.get(key)
+        if found is None:
+            found = self._cache[key] = self._capture(args, kwargs, flat)
+        compiled, out_tree = found
+        return jax.tree.unflatten(out_tree, compiled.run(flat, same_types=True))
+
+    def _split(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """(static arguments as a key, the others)."""
         static = [
             *((i, Static(arg)) for i, arg in enumerate(args) if i in self._static_nums),
             *((name, Static(kwargs[name])) for name in sorted(kwargs) if name in self._static_names),
         ]
-        dynamic = (
-            [arg for i, arg in enumerate(args) if i not in self._static_nums],
-            {name: value for name, value in kwargs.items() if name not in self._static_names},
-        )
-        flat, tree = jax.tree.flatten(dynamic)
-        if any(isinstance(leaf, _compat.Tracer) for leaf in flat):
-            return self._jitted(*args, **kwargs)  # part of an outer trace, whose hooks are inlined out there
-        key = (tree, tuple(static), tuple(map(_aval_key, flat)), len(args))
-        found = self._cache.get(key)
-        if found is None:
-            found = self._cache[key] = self._capture(args, kwargs, flat, dynamic)
-        compiled, out_tree = found
-        return jax.tree.unflatten(out_tree, compiled(*flat))
+        positional = tuple(arg for i, arg in enumerate(args) if i not in self._static_nums)
+        named = {name: value for name, value in kwargs.items() if name not in self._static_names}
+        return tuple(static), (positional, named)
 
-    def _capture(self, args: Any, kwargs: Any, flat: list[Any], dynamic: Any) -> tuple[CompiledGraph, Any]:
+    def _capture(self, args: Any, kwargs: Any, flat: list[Any]) -> tuple[CompiledGraph, Any]:
         traced = self._jitted.trace(*args, **kwargs)
         names = _input_names(self._fn, args, kwargs, len(flat))
         name = hook_name(self._fn)
@@ -130,7 +134,10 @@ _jitted: list[Jitted] = []
 
 
 def _aval_key(leaf: Any) -> Any:
-    return jax.typeof(leaf)
+    try:
+        return leaf.aval
+    except AttributeError:
+        return jax.typeof(leaf)
 
 
 def _xla(gm: GraphModule, example_inputs: list[Any], *, donated: tuple[bool, ...]) -> Callable[..., list[Any]]:

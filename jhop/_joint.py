@@ -213,7 +213,8 @@ class Tracing:
         residuals = tuple(kept[v] for v in order)
         computed = [v for v in order if kept[v] is None]
         trimmed = jaxpr.replace(
-            outvars=[*jaxpr.outvars[:n], *computed, *jaxpr.outvars[end:]], debug_info=jaxpr.debug_info._replace(result_paths=None)
+            outvars=[*jaxpr.outvars[:n], *computed, *jaxpr.outvars[end:]],
+            debug_info=jaxpr.debug_info._replace(result_paths=None),
         )
         names = [*self._names, *(f"arg{i}" for i in range(len(self._names), len(jaxpr.invars)))]
         name = hook_name(self._fn)

@@ -91,22 +91,22 @@ def apply(fn: Callable[..., Any], args: Any, kwargs: Any, *, dynamic_ints: bool 
                 diff.append(len(dynamic))
             static.append(_DYNAMIC)
             dynamic.append(leaf._value)
-        elif isinstance(leaf, _ARRAYS) and not isinstance(leaf, (np.integer, np.bool_)) or type(leaf) in (float, complex) or (dynamic_ints and type(leaf) is int):
+        elif _is_dynamic(leaf) or (dynamic_ints and type(leaf) is int):
             static.append(_DYNAMIC)
             dynamic.append(leaf)
         else:
             static.append(Static(leaf))
     op = _op_for(fn, tree, tuple(static), tuple(diff))
     out = op.forward(*dynamic)
-    return _wrap(fn, op, out, dynamic, diff, [leaf for leaf in tensors if recording and leaf._requires_grad])
+    return _wrap(fn, op, out, dynamic, [leaf for leaf in tensors if recording and leaf._requires_grad])
 
 
 _ARRAY = type(jnp.zeros(()))  # the class of concrete arrays
 _flat_cache: dict[Any, _Op] = {}
 
 
-def _apply_flat(fn: Any, args: tuple[Any, ...], dynamic_ints: bool) -> Tensor | None:
-    """`apply` for the common case, at a third of its cost: Tensors, arrays and numbers in, one floating array out."""
+def _apply_flat(fn: Any, args: tuple[Any, ...], dynamic_ints: bool) -> Any:
+    """`apply` for the common case, at a third of its cost: only Tensors, arrays and numbers. None: not that case."""
     recording = grad_enabled()
     key: list[Any] = [fn]
     dynamic: list[Any] = []
@@ -140,7 +140,7 @@ def _apply_flat(fn: Any, args: tuple[Any, ...], dynamic_ints: bool) -> Tensor | 
         op = _flat_cache[tuple(key)] = _make_op(fn, tree, (_DYNAMIC,) * len(args), diff)
     value = op.forward(*dynamic)
     if type(value) is not _ARRAY or not _is_inexact(value.dtype):
-        return None  # several results, or one without gradient: not worth a case of its own
+        return _wrap(fn, op, value, dynamic, sources)
     edges = [source._edge("lift") for source in sources]
     return Tensor(value, requires_grad=True, node=OpNode(edges, (value.aval,), op.pullback, dynamic, fn, has_number))
 
@@ -150,9 +150,15 @@ def _is_inexact(dtype: Any) -> bool:
     return bool(jnp.issubdtype(dtype, jnp.inexact))
 
 
-def _wrap(fn: Any, op: _Op, out: Any, dynamic: list[Any], diff: list[int], sources: list[Tensor]) -> Any:
+def _is_dynamic(leaf: Any) -> bool:
+    if isinstance(leaf, (np.integer, np.bool_)):
+        return False  # an axis or a size
+    return isinstance(leaf, _ARRAYS) or type(leaf) in (float, complex)
+
+
+def _wrap(fn: Any, op: _Op, out: Any, dynamic: list[Any], sources: list[Tensor]) -> Any:
     outs, out_tree = (([out], None) if isinstance(out, jax.Array) else jax.tree.flatten(out))
-    moving = [i for i, value in enumerate(outs) if jnp.issubdtype(value.dtype, jnp.inexact)] if diff else []
+    moving = [i for i, value in enumerate(outs) if jnp.issubdtype(value.dtype, jnp.inexact)] if sources else []
     results = [Tensor(value) if isinstance(value, jax.Array) else value for value in outs]
     if moving:
         edges = [source._edge("lift") for source in sources]

@@ -158,19 +158,26 @@ def outputs_in(spec: Any) -> list[int]:
 
 def commit(writes: list[Write]) -> None:
     """Writes final values to the real objects; an error puts every object back and is raised again."""
-    done: list[tuple[Container, list[tuple[Any, Any]]]] = []
+    done: list[tuple[Container, Any, Any]] = []
     try:
         for container, key, value in writes:
-            done.append((container, container.items()))
             if container.whole:
+                done.append((container, None, [item for _, item in container.items()]))
                 container.replace(value)
-            elif value is MISSING:
+                continue
+            done.append((container, key, container.get(key)))
+            if value is MISSING:
                 container.remove(key)
             else:
                 container.put(key, value)
     except BaseException:
-        for container, snapshot in reversed(done):
-            container.restore(snapshot)
+        for container, key, old in reversed(done):
+            if container.whole:
+                container.replace(old)
+            elif old is not MISSING:
+                container.put(key, old)
+            elif container.get(key) is not MISSING:
+                container.remove(key)
         raise
 
 

@@ -25,11 +25,10 @@ from typing import Any
 
 import jax
 import jax.extend.core as jex_core
-import jax.numpy as jnp
-import numpy as np
 from jax.interpreters import ad, batching
 
 from jhop import _compat, _state
+from jhop._contract import HookFn, Token, flat_caller, identity_key
 from jhop._effects import watch
 from jhop._errors import HookError, Unsupported
 from jhop._source import describe_hook, hook_name
@@ -39,120 +38,6 @@ trace_wrapped_p = jex_core.Primitive("trace_wrapped")
 trace_wrapped_p.multiple_results = True
 
 _mode = threading.local()
-
-
-class HookFn:
-    """The function behind a `trace_wrapped` equation: takes the flat inputs, returns the flat outputs.
-
-    Attributes:
-        base: the user's callable, whose Python state is lifted.
-        call: runs it on flat inputs.
-        name: shown in jaxprs and messages, e.g. `jvp[clip]`.
-        kind: which of PyTorch's hook kinds it is, for the printed text.
-    """
-
-    __slots__ = ("base", "call", "key", "kind", "name")
-
-    def __init__(self, base: Any, call: Callable[..., Any], name: str, key: tuple[Any, ...], kind: str = "hook"):
-        self.base = base
-        self.call = call
-        self.name = name
-        self.key = key
-        self.kind = kind
-
-    def derive(self, rule: str, call: Callable[..., Any], *key: Any) -> HookFn:
-        """A function derived from this one by a transformation; its state stays that of the same hook."""
-        return HookFn(self.base, call, f"{rule}[{self.name}]", (rule, self.key, *key), self.kind)
-
-    # JAX caches by parameters: equal keys mean that one trace may serve both.
-    def __hash__(self) -> int:
-        return hash(self.key)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, HookFn) and self.key == other.key
-
-    def __repr__(self) -> str:
-        return self.name
-
-
-# -- contract ----------------------------------------------------------------------------------------------------------
-
-
-def _type_of(value: Any) -> str:
-    if isinstance(value, (jax.Array, np.ndarray, np.generic)):
-        return f"{value.dtype}[{','.join(map(str, value.shape))}]"
-    return type(value).__name__
-
-
-def check_contract(fn: Any, out: Any, aval: Any) -> Any:
-    """Returns the array that a hook returned, once it is known to have its cotangent's shape and dtype.
-
-    Args:
-        fn: the hook, for the message.
-        out: what it returned for one cotangent; None is not allowed here.
-        aval: the cotangent's aval.
-
-    Raises:
-        HookError: it is no array, or has another shape or dtype.
-    """
-    out = getattr(out, "__jhop_array__", out)  # a Tensor returned by a hook counts as its array
-    is_array = isinstance(out, (jax.Array, np.ndarray, np.generic))
-    if not is_array or (jnp.shape(out), out.dtype) != (aval.shape, aval.dtype):
-        raise HookError(
-            f"{describe_hook(fn)} must return an array of type {aval.str_short()}, the shape and dtype of its "
-            f"cotangent, but returned {_type_of(out)}. A hook may change values, never shape, dtype or type. "
-            "Return None to leave the cotangent as it is."
-        )
-    out = jnp.asarray(out)
-    if not isinstance(out, _compat.Tracer):
-        return out
-    missing = _compat.varying_axes(aval) - _compat.varying_axes(jax.typeof(out))
-    if missing:  # a psum in the hook makes its result the same on every device; its cotangent's type is not
-        out = jax.lax.pcast(out, tuple(sorted(missing)), to="varying")
-    extra = _compat.varying_axes(jax.typeof(out)) - _compat.varying_axes(aval)
-    if extra:
-        raise HookError(
-            f"{describe_hook(fn)} returned a value that varies over mesh axes {sorted(extra)} over which its "
-            "cotangent does not vary. Reduce over them (jax.lax.psum or pmean) before returning."
-        )
-    if jax.typeof(out).weak_type and not aval.weak_type:
-        out = jax.lax.convert_element_type(out, aval.dtype)
-    return out
-
-
-def flat_caller(
-    fn: Any, tree: Any, *, still: dict[int, Any] | None = None, n_extra: int = 0, kwargs: dict[str, Any] | None = None
-) -> Callable[..., list[Any]]:
-    """`fn` as a function of flat inputs and outputs, with the contract checked.
-
-    Args:
-        fn: takes a pytree of cotangents, then `n_extra` arguments and `kwargs`.
-        tree: the pytree's structure.
-        still: leaves, by index, that carry no gradient: `fn` gets these zeros and what it returns there is ignored.
-    """
-    zeros = still or {}
-    moving = [i for i in range(tree.num_leaves) if i not in zeros]
-
-    def call(*flat: Any) -> list[Any]:
-        cts, extra = list(flat[: len(moving)]), flat[len(moving) : len(moving) + n_extra]
-        given: list[Any] = [zeros.get(i) for i in range(tree.num_leaves)]
-        for i, ct in zip(moving, cts, strict=True):
-            given[i] = ct
-        out = fn(jax.tree.unflatten(tree, given), *extra, **(kwargs or {}))
-        if out is None:
-            return cts
-        leaves, out_tree = jax.tree.flatten(out, is_leaf=lambda leaf: leaf is None)
-        if out_tree != tree:
-            if tree != jax.tree.structure(0):
-                raise HookError(
-                    f"{describe_hook(fn)} must return a pytree like its cotangent, {tree}, but returned {out_tree}. "
-                    "Return None to leave the cotangent as it is."
-                )
-            leaves = [out]  # one array was expected: report what came as it is
-        pairs = zip((leaves[i] for i in moving), cts, strict=True)
-        return [ct if leaf is None else check_contract(fn, leaf, jax.typeof(ct)) for leaf, ct in pairs]
-
-    return call
 
 
 @contextlib.contextmanager
@@ -228,43 +113,6 @@ def trace_wrapped(*args: Any, fn: Callable[..., Any], kind: str = "hook", **kwar
     hook = HookFn(base, call, hook_name(fn), ("hook", identity_key(fn), tree, len(extra), Token(kwargs)), kind)
     hook, operands = close_over(hook, len(flat))
     return jax.tree.unflatten(tree, bind_hook(hook, [*flat, *operands], len(cts)))
-
-
-class Token:
-    """Equal only to itself; None-like for empty keywords, so that equal hooks share one trace."""
-
-    __slots__ = ("value",)
-
-    def __init__(self, value: Any):
-        self.value = value or None
-
-    def __hash__(self) -> int:
-        return hash(self.value is None)
-
-    def __eq__(self, other: object) -> bool:
-        return self is other or (isinstance(other, Token) and self.value is None and other.value is None)
-
-
-class _Identity:
-    """Compares a hook by identity and keeps it alive, so that its id stays its own."""
-
-    __slots__ = ("fn",)
-
-    def __init__(self, fn: Any):
-        self.fn = fn
-
-    def __hash__(self) -> int:
-        return id(self.fn)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Identity) and self.fn is other.fn
-
-
-def identity_key(fn: Any) -> Any:
-    # `obj.method` makes a new object at each access; what it stands for is (object, function).
-    if hasattr(fn, "__self__") and hasattr(fn, "__func__"):
-        return (_Identity(fn.__self__), fn.__func__)
-    return _Identity(fn)
 
 
 def close_over(hook: HookFn, n: int) -> tuple[HookFn, list[Any]]:

@@ -58,11 +58,12 @@ def backward(tensors: Tensor | Sequence[Tensor], gradients: Any = None, *, retai
     roots = [tensors] if isinstance(tensors, Tensor) else tensors
     given = [gradients] if isinstance(tensors, Tensor) and not isinstance(gradients, (list, tuple)) else gradients
     if not isinstance(roots, (list, tuple)) or not all(isinstance(root, Tensor) for root in roots):
-        raise JhopError(f"autograd.backward: expected a Tensor or a sequence of Tensors, got {tensors!r}.")
+        raise JhopError(f"autograd.backward: expected Tensors to start from (one, or a list), got {tensors!r}.")
     given = [None] * len(roots) if given is None else given
     if not isinstance(given, (list, tuple)) or len(given) != len(roots):
         raise JhopError(
-            f"autograd.backward: expected a gradient (or None) for each of {len(roots)} Tensors, got {gradients!r}."
+            "autograd.backward: expected one gradient (or None) for each Tensor, got "
+            f"{len(roots)} and {len(given) if isinstance(given, (list, tuple)) else given!r}."
         )
     seeds = [(root._edge("autograd.backward"), root._seed(ct)) for root, ct in zip(roots, given, strict=True)]
     _engine.backward(seeds, keep_graph=retain_graph)

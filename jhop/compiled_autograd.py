@@ -18,6 +18,7 @@ import jax
 from jhop import _compat, _engine, _state
 from jhop._boundary import accumulate_grad, aot_prologue, validate_outputs
 from jhop._capture import Backward, Recorder, trace
+from jhop._contract import identity_key
 from jhop._errors import HookError, JhopError
 from jhop._forward import CompiledNode
 from jhop._graph import GraphModule, Info, Input
@@ -26,7 +27,7 @@ from jhop._interp import evaluate
 from jhop._node import AccumulateGrad, Edge, Node, OpNode
 from jhop._schedule import schedule
 from jhop._source import describe_hook
-from jhop._trace_wrapped import identity_key, trace_wrapped, trace_wrapped_p
+from jhop._trace_wrapped import trace_wrapped, trace_wrapped_p
 from jhop._walk import declare_state
 
 _cache: dict[Any, Callable[..., Any]] = {}
@@ -355,8 +356,8 @@ class PostAccumulate:
                 _engine.run_post_hook(self.__wrapped__, leaf)
                 if leaf._grad is None:
                     raise HookError(
-                        f"post-accumulate {describe_hook(self.__wrapped__)} set .grad to None. Under compiled autograd a gradient "
-                        "is an output of the graph; free it after backward()."
+                        f"post-accumulate {describe_hook(self.__wrapped__)} set .grad to None. Under compiled autograd "
+                        "a gradient is an output of the graph; free it after backward()."
                     )
                 return getattr(leaf._grad, "value", leaf._grad)
             finally:

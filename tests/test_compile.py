@@ -1,8 +1,10 @@
 """`jhop.compile` and `jhop.compiled_autograd`: hooks inside and outside, what is traced how often, all or nothing."""
 
 import functools
+import gc
 import threading
 import types
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -1428,3 +1430,36 @@ def test_gradient_of_numpy_state_stays_numpy(compiler):
     with jhop.compiled_autograd.enable(compiler):
         (x * 2.0).sum().backward()
     assert (x.grad.tolist(), type(box.scale)) == ([6.0], np.ndarray)
+
+
+# What is kept.
+
+
+def test_compiled_function_is_freed():
+    def fn(x):
+        return x * 2.0
+
+    alive = weakref.ref(fn)
+    jhop.compile(fn)(leaf(1.0))
+    del fn
+    gc.collect()
+    assert alive() is None
+
+
+@pytest.mark.parametrize("kind", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_leaf_is_freed_after_a_captured_backward(kind):
+    def hook(value):
+        return None
+
+    x = leaf(1.0)
+    getattr(x, kind)(hook)
+    alive = weakref.ref(x)
+    with jhop.compiled_autograd.enable(full_graph):
+        (x * 3.0).sum().backward()
+    del x
+    gc.collect()
+    assert alive() is None
+
+
+def full_graph(gm):
+    return jhop.compile(gm, fullgraph=True)

@@ -39,6 +39,34 @@ def python_value(value: Any) -> Any:
     return value
 
 
+def einsum_spec(dimension_numbers: Any, left: int, right: int) -> str:
+    """The `torch.einsum` equation of a `dot_general` on arrays of `left` and `right` dimensions."""
+    (contract_l, contract_r), (batch_l, batch_r) = dimension_numbers
+    letters = iter("abcdefghijklmnopqrstuvwxyz")
+    names_l, names_r = [""] * left, [""] * right
+    for i, j in [*zip(batch_l, batch_r, strict=True), *zip(contract_l, contract_r, strict=True)]:
+        names_l[i] = names_r[j] = next(letters)
+    names_l = [name or next(letters) for name in names_l]
+    names_r = [name or next(letters) for name in names_r]
+    batch = [names_l[i] for i in batch_l]
+    free_l = [name for i, name in enumerate(names_l) if i not in batch_l and i not in contract_l]
+    free_r = [name for j, name in enumerate(names_r) if j not in batch_r and j not in contract_r]
+    return f"{''.join(names_l)},{''.join(names_r)}->{''.join(batch + free_l + free_r)}"
+
+
+def call_of(eqn: Any, args: tuple[Any, ...]) -> tuple[str, tuple[Any, ...]] | None:
+    """(function, arguments) where PyTorch's function takes other arguments than JAX's primitive; None elsewhere."""
+    if eqn.primitive.name == "select_n" and len(args) == 3:
+        return "where", (args[0], args[2], args[1])  # JAX gives the value for False first
+    if eqn.primitive.name != "dot_general":
+        return None
+    left, right = (v.aval.ndim for v in eqn.invars)
+    numbers = eqn.params["dimension_numbers"]
+    if (left, right) == (2, 2) and tuple(map(tuple, numbers[0])) == ((1,), (0,)) and not numbers[1][0]:
+        return "mm", args
+    return "einsum", (einsum_spec(numbers, left, right), *args)
+
+
 def extra_args(eqn: Any) -> tuple[Any, ...]:
     """Parameters that PyTorch's operator takes as arguments."""
     name, params = eqn.primitive.name, eqn.params

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import jax.extend.core as jex_core
@@ -12,7 +13,8 @@ from jhop._scalar import INFIX, PREFIX, fill, scalar_p
 from jhop._text._aten import aten_name, aten_target
 from jhop._text._namespace import Namespace
 from jhop._text._statements import Stmt, print_module
-from jhop._text._words import extra_args, python_value, tensor_type
+from jhop._text._steps import CALLS, steps_of
+from jhop._text._words import call_of, extra_args, python_value, tensor_type
 from jhop._trace_wrapped import trace_wrapped_p
 
 _INVOKE = "torch__dynamo__trace_wrapped_higher_order_op_self_invoke"
@@ -25,7 +27,11 @@ def fx_text(gm: GraphModule) -> str:
     values: dict[Any, Any] = {}
     stmts: list[Stmt] = []
 
+    same: dict[Any, Any] = {}
+
     def read(atom: Any) -> Any:
+        while not isinstance(atom, jex_core.Literal) and atom in same:
+            atom = same[atom]
         return python_value(atom.val) if isinstance(atom, jex_core.Literal) else values[atom]
 
     def placeholder(variable: Any, name: str) -> None:
@@ -42,7 +48,9 @@ def fx_text(gm: GraphModule) -> str:
         placeholder(variable, given.name)
     for number, variable in enumerate(jaxpr.constvars):
         placeholder(variable, f"_tensor_constant{number}")
-    for eqn in jaxpr.eqns:
+    steps, handed_on = steps_of(jaxpr)
+    same.update(handed_on)
+    for eqn in steps:
         args = tuple(read(atom) for atom in eqn.invars)
         one = len(eqn.outvars) == 1
         aval = eqn.outvars[0].aval if one else None
@@ -53,8 +61,11 @@ def fx_text(gm: GraphModule) -> str:
             operands = tuple(fill(eqn.params["template"], args))
             stmt = add(op.rstrip("_"), INFIX.get(op) or PREFIX.get(op) or f"torch.sym_{op}", operands, aval)
         else:
-            name = eqn.params.get("name") if eqn.primitive.name in ("jit", "pjit") else None
+            name = eqn.params.get("name") if eqn.primitive.name in CALLS else None
             target = f"torch.{name.strip('_')}" if name else aten_target(eqn.primitive.name)
+            if (call := call_of(eqn, args)) is not None:
+                name, args = call
+                target = "torch.einsum" if name == "einsum" else target
             stmt = add((name or aten_name(eqn.primitive.name)).strip("_"), target, args + extra_args(eqn), aval)
         wanted = gm.info.get(eqn.outvars[0], NO_INFO).name if one else None
         if wanted is not None:
@@ -63,4 +74,4 @@ def fx_text(gm: GraphModule) -> str:
             values[variable] = stmt if one else add("getitem", "getitem", (stmt, index), variable.aval)
     outs = [read(atom) for atom in jaxpr.outvars]
     stmts.append(Stmt("output", "output", "output", (outs[0] if len(outs) == 1 else tuple(outs),)))
-    return print_module(stmts, class_name=gm.name)
+    return print_module(stmts, class_name=re.sub(r"\W+", "_", gm.name))

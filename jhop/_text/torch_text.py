@@ -22,8 +22,9 @@ from jhop._state import outputs_in
 from jhop._text._aten import ATEN, COMMUTATIVE, aten_name, aten_target
 from jhop._text._namespace import Namespace, snake_case
 from jhop._text._statements import RawCode, Stmt, annotated_symbols, print_module, remove_unused, share_symbols
+from jhop._text._steps import CALLS, Value, steps_of
 from jhop._text._symbols import ShapeEnv, SymExpr, constant, render, symbol
-from jhop._text._words import device, dtype_code, extra_args, python_value, tensor_type
+from jhop._text._words import device, call_of, dtype_code, extra_args, python_value, tensor_type
 
 _OPS = "torch__dynamo_compiled_autograd_ops_"
 _TOKENS = {
@@ -47,6 +48,7 @@ class BackwardPrinter:
         self._gm = gm
         self._backward = gm.backward
         self._jaxpr, _ = _compat.open_jaxpr(gm.jaxpr)
+        self._steps, self._same = steps_of(self._jaxpr, lambda eqn: self._info(eqn.outvars[0]).aot is not None)
         self._space = Namespace()
         self._env = ShapeEnv()
         self._value: dict[Any, Any] = {}  # variable -> Stmt, or a Python constant
@@ -60,7 +62,7 @@ class BackwardPrinter:
 
     def text(self) -> str:
         self._inputs()
-        for eqn in self._jaxpr.eqns:
+        for eqn in self._steps:
             self._equation(eqn)
         output = self._output()
         stmts = [*self._placeholders, *self._body, output]
@@ -99,7 +101,7 @@ class BackwardPrinter:
 
     def _lift_sizes(self) -> None:
         """A statement per size that a check of gradients reads; those that nothing reads are not passed at all."""
-        checks = [eqn for eqn in self._jaxpr.eqns if eqn.primitive is validate_outputs_p]
+        checks = [eqn for eqn in self._steps if eqn.primitive is validate_outputs_p]
         counts = [sum(v.aval.ndim for v in eqn.invars) for eqn in checks]
         begins = zip(self._backward.checked, counts, strict=True)
         read = [i for start, count in begins for i in range(start, start + count)]
@@ -150,9 +152,14 @@ class BackwardPrinter:
             stmt.name = self._space.rename(stmt.name, want)
 
     def _read(self, atom: Any) -> Any:
-        if isinstance(atom, jex_core.Literal):
-            return python_value(atom.val)
-        return self._value[atom]
+        atom = self._resolve(atom)
+        return python_value(atom.val) if isinstance(atom, jex_core.Literal) else self._value[atom]
+
+    def _resolve(self, atom: Any) -> Any:
+        """What a value is that a call only hands on."""
+        while not isinstance(atom, jex_core.Literal) and atom in self._same:
+            atom = self._same[atom]
+        return atom
 
     def _info(self, variable: Any) -> Info:
         return self._gm.info.get(variable, NO_INFO)
@@ -219,11 +226,14 @@ class BackwardPrinter:
         atoms = list(eqn.invars)
         if name in COMMUTATIVE and len(atoms) == 2 and self._depends(atoms[1]) and not self._depends(atoms[0]):
             atoms.reverse()  # PyTorch's derivative formulas are written `grad * other`
-        args = tuple(self._read(atom) for atom in atoms) + extra_args(eqn)
+        args = tuple(self._read(atom) for atom in atoms)
+        function, args = call_of(eqn, args) or ("", args)
+        target = "torch.einsum" if function == "einsum" else aten_target(name)
+        args += extra_args(eqn)
         operator, overload = ATEN.get(name, (name, "default"))
         for variable in eqn.outvars:
             stmt = self._add(
-                "call_function", f"{operator}_{overload}".lower(), aten_target(name), args, variable.aval,
+                "call_function", f"{operator}_{overload}".lower(), target, args, variable.aval,
                 origin=info.origin,
             )  # fmt: skip
             self._rename(stmt, f"{_aot_prefix(info)}{self._info(variable).name}")
@@ -290,9 +300,10 @@ class BackwardPrinter:
 
     def _function(self, eqn: Any, origin: Any) -> Stmt:
         """A step that no Python operator made: a function of the `torch` name space where it has one."""
-        name = eqn.params["name"].strip("_") if eqn.primitive.name in ("jit", "pjit") else aten_name(eqn.primitive.name)
+        name = eqn.params["name"].strip("_") if eqn.primitive.name in CALLS else aten_name(eqn.primitive.name)
         args = tuple(self._operand(atom, origin) for atom in eqn.invars)
         aval = eqn.outvars[0].aval
+        name, args = call_of(eqn, args) or (name, args)
         if eqn.primitive.name == "reduce_sum" and len(eqn.params["axes"]) == eqn.invars[0].aval.ndim:
             return self._add("call_method", "sum", "sum", args, aval, origin=origin)
         return self._add("call_function", name, f"torch.{name}", args + extra_args(eqn), aval, origin=origin)
@@ -302,7 +313,7 @@ class BackwardPrinter:
             self._space.make("size")  # PyTorch reads the whole shape and takes one entry
             self._space.make("getitem")
             return self._dim(item)
-        if isinstance(item, (jex_core.Var, jex_core.Literal)):
+        if isinstance(item, (jex_core.Var, jex_core.Literal, Value)):
             value = self._read(item)
             return self._item(value, origin) if isinstance(value, Stmt) else value
         return python_value(item)
@@ -318,14 +329,15 @@ class BackwardPrinter:
 
     def _find_needed(self) -> set[Any]:
         """Values that appear in print: those that outputs need when operators are shown with the user's operands."""
-        needed = {v for v in self._jaxpr.outvars if not isinstance(v, jex_core.Literal)}
-        for eqn in reversed(self._jaxpr.eqns):
+        needed = {v for v in map(self._resolve, self._jaxpr.outvars) if not isinstance(v, jex_core.Literal)}
+        for eqn in reversed(self._steps):
             info = self._info(eqn.outvars[0])
-            if not needed.intersection(eqn.outvars) and info.operator is None and info.stage.startswith("hook"):
+            if not needed.intersection(eqn.outvars) and info.operator is None and info.stage != "captured":
                 continue
             if info.operator is not None:
                 needed.add(eqn.outvars[0])
-                needed.update(item for item in info.operator.operands if isinstance(item, jex_core.Var))
+                operands = (self._resolve(v) for v in info.operator.operands if isinstance(v, jex_core.Var))
+                needed.update(v for v in operands if not isinstance(v, jex_core.Literal))
             else:
                 needed.update(v for v in eqn.invars if not isinstance(v, jex_core.Literal))
         return needed
@@ -336,7 +348,7 @@ class BackwardPrinter:
             return False
         if not hasattr(self, "_moving"):
             self._moving: set[Any] = set()
-            for eqn in self._jaxpr.eqns:
+            for eqn in self._steps:
                 if eqn.primitive is aot_prologue_p:
                     self._moving.update(eqn.outvars[eqn.params["n_saved"] :])
                 elif self._moving.intersection(v for v in eqn.invars if not isinstance(v, jex_core.Literal)):
@@ -367,7 +379,7 @@ class BackwardPrinter:
         """State outputs: objects in the order met; within one, the last written first."""
         if self._gm.lifted is None:
             return []
-        made = {v: i for i, eqn in enumerate(self._jaxpr.eqns) for v in eqn.outvars}
+        made = {v: i for i, eqn in enumerate(self._steps) for v in eqn.outvars}
         groups: dict[int, list[int]] = {}
         for write in self._gm.lifted.writes:
             group = groups.setdefault(id(write.container.obj), [])
