@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import weakref
 from typing import Any
 
 MISSING: Any = object()  # what stands for the value of a slot that does not exist
@@ -20,15 +21,21 @@ class Container:
             "attrs" (an instance's `__dict__`), "slots" (its `__slots__`) or "class".
         path: Python source that reaches it from the hooks, e.g. `L['hooks'][0].keywords['box']`.
         names: the keys that matter, or None for all.
+        weak: whether hooks reach the object through a weak reference, so that we must not keep it alive either.
     """
 
-    __slots__ = ("kind", "names", "obj", "path")
+    __slots__ = ("_obj", "kind", "names", "path", "weak")
 
-    def __init__(self, obj: Any, kind: str, path: str, names: set[str] | None = None):
-        self.obj = obj
+    def __init__(self, obj: Any, kind: str, path: str, names: set[str] | None = None, *, weak: bool = False):
+        self._obj = weakref.ref(obj) if weak else obj
+        self.weak = weak
         self.kind = kind
         self.path = path
         self.names = names
+
+    @property
+    def obj(self) -> Any:
+        return self._obj() if self.weak else self._obj
 
     @property
     def whole(self) -> bool:

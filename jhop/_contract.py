@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -160,3 +161,22 @@ def identity_key(fn: Any) -> Any:
     if hasattr(fn, "__self__") and hasattr(fn, "__func__"):
         return (_Identity(fn.__self__), fn.__func__)
     return _Identity(fn)
+
+
+class WeakIdentity:
+    """Compares an object by identity without keeping it alive; once it is gone, equal to nothing else."""
+
+    __slots__ = ("_id", "_ref")
+
+    def __init__(self, obj: Any):
+        self._id = id(obj)
+        self._ref = weakref.ref(obj)
+
+    def __hash__(self) -> int:
+        return self._id
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        mine = self._ref()
+        return isinstance(other, WeakIdentity) and mine is not None and mine is other._ref()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -90,7 +91,7 @@ class CompiledFunction:
         self._backend = backends.find(backend, "jhop.compile")
         self._fullgraph = fullgraph
         self._cache: dict[Any, list[_Compiled]] = {}
-        _functions.append(self)
+        _functions.add(self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._backend is backends.eager:
@@ -168,7 +169,7 @@ class CompiledFunction:
         return backends.run_backend(self._backend, gm, example, "jhop.compile")
 
 
-_functions: list[CompiledFunction] = []
+_functions: weakref.WeakSet[CompiledFunction] = weakref.WeakSet()
 
 
 def _walk(fn: Any) -> Walk | None:
@@ -246,6 +247,6 @@ def compile(
 
 def reset_functions() -> None:
     """Forgets what compiled functions traced."""
-    for function in _functions:
+    for function in list(_functions):
         function.reset()
 

@@ -131,6 +131,8 @@ def _generate(codes: Any, keys: Any, fixed: list[Fixed], lifted: Any, answers: l
 
 def _read_code(container: Container, key: Any, name: Callable[[Any], str]) -> str | None:
     """Source that reads a slot of one of the common kinds without a call of our own."""
+    if container.weak:
+        return None
     if container.kind == "cell":
         return f"{name(container.obj)}.cell_contents"
     if container.kind == "attrs" and isinstance(key, str):
@@ -142,6 +144,8 @@ def _read_code(container: Container, key: Any, name: Callable[[Any], str]) -> st
 
 def _keys_code(container: Container, present: frozenset[Any], name: Callable[[Any], str]) -> str:
     """Source that checks that a container has the entries it had."""
+    if container.weak:
+        return f"{name(_keys_of)}({name(container)}) == {name(present)}"
     holder = name(container.obj)
     if container.kind in ("list", "deque"):
         return f"len({holder}) == {len(present)}"

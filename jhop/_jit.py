@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -77,7 +78,7 @@ class Jitted:
         self._jitted = jax.jit(fn, **options)
         self._static_nums, self._static_names = _statics(fn, options)
         self._cache: dict[Any, tuple[CompiledGraph, Any]] = {}
-        _jitted.append(self)
+        _jitted.add(self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         static, dynamic = self._split(args, kwargs) if self._static_names or self._static_nums else ((), (args, kwargs))
@@ -130,7 +131,7 @@ class Jitted:
         self._cache.clear()
 
 
-_jitted: list[Jitted] = []
+_jitted: weakref.WeakSet[Jitted] = weakref.WeakSet()
 
 
 def _aval_key(leaf: Any) -> Any:
@@ -176,6 +177,6 @@ def _statics(fn: Any, options: dict[str, Any]) -> tuple[frozenset[int], frozense
 
 def reset_jitted() -> None:
     """Forgets what jitted functions compiled."""
-    for jitted in _jitted:
+    for jitted in list(_jitted):
         jitted.reset()
 

@@ -106,6 +106,7 @@ class Walk:
             self.codes: list[tuple[Any, Any]] = []
             self._by_id: dict[tuple[int, str], Container] = {}
             self._seen: dict[int, Any] = {}
+            self._weak: set[int] = set()  # ids of objects reached through weak references
             self._work: collections.deque[tuple[Any, str]] = collections.deque()
             for path, fn in roots:
                 self._work.append((fn, path))
@@ -139,7 +140,8 @@ class Walk:
                     f"jhop walked more than {MAX_CONTAINERS} objects of Python state at {path}. A hook should reach "
                     "only the state that it uses: pass it the small object it needs."
                 )
-            container = Container(obj, kind, path, names if names is None else set(names))
+            weak = id(obj) in self._weak
+            container = Container(obj, kind, path, names if names is None else set(names), weak=weak)
             self._by_id[id(obj), kind] = container
             self.containers.append(container)
         for key, value in container.items():
@@ -185,6 +187,7 @@ class Walk:
         elif isinstance(value, (staticmethod, classmethod)):
             self._work.append((value.__func__, f"{path}.__func__"))
         elif isinstance(value, weakref.ref):
+            self._weak.add(id(value()))
             self._work.append((value(), f"{path}()"))
         else:
             self._visit_instance(value, path)

@@ -8,8 +8,10 @@ so either all of them are, or none.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,7 +20,7 @@ import jax
 from jhop import _compat, _engine, _state
 from jhop._boundary import accumulate_grad, aot_prologue, validate_outputs
 from jhop._capture import Backward, Recorder, trace
-from jhop._contract import identity_key
+from jhop._contract import WeakIdentity, identity_key
 from jhop._errors import HookError, JhopError
 from jhop._forward import CompiledNode
 from jhop._graph import GraphModule, Info, Input
@@ -30,7 +32,9 @@ from jhop._source import describe_hook
 from jhop._trace_wrapped import trace_wrapped, trace_wrapped_p
 from jhop._walk import declare_state
 
-_cache: dict[Any, Callable[..., Any]] = {}
+# Captures by structure of the tape, the least recently used first. It holds hooks, so it must not grow for ever.
+_cache: collections.OrderedDict[Any, Callable[..., Any]] = collections.OrderedDict()
+_CACHE_SIZE = 128
 _lock = threading.Lock()
 
 
@@ -76,7 +80,10 @@ def enable(compiler_fn: Callable[[GraphModule], Callable[..., Any]]) -> Iterator
 def _run(compiler_fn: Any, seeds: list[tuple[Edge, Any]], keep_graph: bool) -> None:
     tape = _Tape(seeds)
     key = (compiler_fn, *tape.key())
-    compiled = _cache.get(key)
+    with _lock:
+        compiled = _cache.get(key)
+        if compiled is not None:
+            _cache.move_to_end(key)
     if compiled is None:
         compiled = compiler_fn(tape.capture())
         if not callable(compiled):
@@ -86,6 +93,8 @@ def _run(compiler_fn: Any, seeds: list[tuple[Edge, Any]], keep_graph: bool) -> N
             )
         with _lock:
             _cache[key] = compiled
+            while len(_cache) > _CACHE_SIZE:
+                _cache.popitem(last=False)
     grads = list(compiled(*tape.inputs))
     tape.assign(grads)
     if not keep_graph:
@@ -152,7 +161,7 @@ class _Tape:
         retained = tuple(tensor._grad is None for _, _, tensor in self.retained)
         seeds = tuple((number[edge.node], edge.slot) for edge, _ in self.seeds)
         # A hook on a parameter is given the parameter itself.
-        owners = tuple(identity_key(node.leaf) if node.leaf._post_hooks else None for node in self.leaves)
+        owners = tuple(WeakIdentity(node.leaf) if node.leaf._post_hooks else None for node in self.leaves)
         return nodes, retained, owners, tuple(self.seed_index), seeds, tuple(_aval_key(value) for value in self.inputs)
 
     def capture(self) -> GraphModule:
@@ -342,14 +351,16 @@ class _CapturePass(_engine.Pass):
 class PostAccumulate:
     """A post-accumulate hook as a function of the new gradient: it sees and changes `leaf.grad`."""
 
-    __slots__ = ("__wrapped__", "leaf")
+    __slots__ = ("__wrapped__", "_leaf")
 
     def __init__(self, fn: Callable[[Any], None], leaf: Any):
         self.__wrapped__ = fn
-        self.leaf = leaf
+        self._leaf = weakref.ref(leaf)  # a capture that is kept for later does not keep the parameter
 
     def __call__(self, grad: Any) -> Any:
-        leaf = self.leaf
+        leaf = self._leaf()
+        if leaf is None:
+            return None
         with _state.LOCK:
             before, leaf._grad = leaf._grad, grad
             try:
@@ -364,4 +375,4 @@ class PostAccumulate:
                 leaf._grad = before
 
 
-declare_state(PostAccumulate, "__wrapped__", "leaf")
+declare_state(PostAccumulate, "__wrapped__", "_leaf")

@@ -36,6 +36,7 @@ LAYERS = (
     "_text._statements",
     "_text._words",
     "_text._steps",
+    "_text._analysis",
     "_text._aten",
     "_text.fx_text",
     "_text.torch_text",

@@ -15,16 +15,15 @@ import jax.extend.core as jex_core
 
 from jhop import _compat
 from jhop._boundary import accumulate_grad_p, aot_prologue_p, validate_outputs_p
-from jhop._container import MISSING
 from jhop._graph import NO_INFO, GraphModule, Info
 from jhop._scalar import COMPARE, INFIX, PREFIX, apply_step, fill, scalar_p
-from jhop._state import outputs_in
+from jhop._text._analysis import needed_values, resolve, state_outputs, tangent_values
 from jhop._text._aten import ATEN, COMMUTATIVE, aten_name, aten_target
 from jhop._text._namespace import Namespace, snake_case
 from jhop._text._statements import RawCode, Stmt, annotated_symbols, print_module, remove_unused, share_symbols
 from jhop._text._steps import CALLS, Value, steps_of
 from jhop._text._symbols import ShapeEnv, SymExpr, constant, render, symbol
-from jhop._text._words import device, call_of, dtype_code, extra_args, python_value, tensor_type
+from jhop._text._words import call_of, device, dtype_code, extra_args, python_value, tensor_type
 
 _OPS = "torch__dynamo_compiled_autograd_ops_"
 _TOKENS = {
@@ -58,7 +57,8 @@ class BackwardPrinter:
         self._sizes: list[Any] = []  # per lifted size, its Stmt or number
         self._checks = 0
         self._items: dict[Any, Stmt] = {}
-        self._needed = self._find_needed()
+        self._needed = needed_values(gm, self._steps, self._same)
+        self._moving = tangent_values(self._steps)
 
     def text(self) -> str:
         self._inputs()
@@ -152,14 +152,8 @@ class BackwardPrinter:
             stmt.name = self._space.rename(stmt.name, want)
 
     def _read(self, atom: Any) -> Any:
-        atom = self._resolve(atom)
+        atom = resolve(atom, self._same)
         return python_value(atom.val) if isinstance(atom, jex_core.Literal) else self._value[atom]
-
-    def _resolve(self, atom: Any) -> Any:
-        """What a value is that a call only hands on."""
-        while not isinstance(atom, jex_core.Literal) and atom in self._same:
-            atom = self._same[atom]
-        return atom
 
     def _info(self, variable: Any) -> Info:
         return self._gm.info.get(variable, NO_INFO)
@@ -224,7 +218,7 @@ class BackwardPrinter:
         info = self._info(eqn.outvars[0])
         name = eqn.primitive.name
         atoms = list(eqn.invars)
-        if name in COMMUTATIVE and len(atoms) == 2 and self._depends(atoms[1]) and not self._depends(atoms[0]):
+        if name in COMMUTATIVE and len(atoms) == 2 and self._moves(atoms[1]) and not self._moves(atoms[0]):
             atoms.reverse()  # PyTorch's derivative formulas are written `grad * other`
         args = tuple(self._read(atom) for atom in atoms)
         function, args = call_of(eqn, args) or ("", args)
@@ -238,6 +232,9 @@ class BackwardPrinter:
             )  # fmt: skip
             self._rename(stmt, f"{_aot_prefix(info)}{self._info(variable).name}")
             self._value[variable] = stmt
+
+    def _moves(self, atom: Any) -> bool:
+        return not isinstance(atom, jex_core.Literal) and atom in self._moving
 
     def _accumulate(self, eqn: Any) -> None:
         ct, leaf, *old = (self._read(v) for v in eqn.invars)
@@ -325,36 +322,6 @@ class BackwardPrinter:
                 return size[0]
         return RawCode(str(dim))
 
-    # -- what is printed at all ----------------------------------------------------------------------------------------
-
-    def _find_needed(self) -> set[Any]:
-        """Values that appear in print: those that outputs need when operators are shown with the user's operands."""
-        needed = {v for v in map(self._resolve, self._jaxpr.outvars) if not isinstance(v, jex_core.Literal)}
-        for eqn in reversed(self._steps):
-            info = self._info(eqn.outvars[0])
-            if not needed.intersection(eqn.outvars) and info.operator is None and info.stage != "captured":
-                continue
-            if info.operator is not None:
-                needed.add(eqn.outvars[0])
-                operands = (self._resolve(v) for v in info.operator.operands if isinstance(v, jex_core.Var))
-                needed.update(v for v in operands if not isinstance(v, jex_core.Literal))
-            else:
-                needed.update(v for v in eqn.invars if not isinstance(v, jex_core.Literal))
-        return needed
-
-    def _depends(self, atom: Any) -> bool:
-        """Whether a value of a compiled backward depends on the incoming gradients."""
-        if isinstance(atom, jex_core.Literal):
-            return False
-        if not hasattr(self, "_moving"):
-            self._moving: set[Any] = set()
-            for eqn in self._steps:
-                if eqn.primitive is aot_prologue_p:
-                    self._moving.update(eqn.outvars[eqn.params["n_saved"] :])
-                elif self._moving.intersection(v for v in eqn.invars if not isinstance(v, jex_core.Literal)):
-                    self._moving.update(eqn.outvars)
-        return atom in self._moving
-
     # -- outputs -------------------------------------------------------------------------------------------------------
 
     def _output(self) -> Stmt:
@@ -362,7 +329,7 @@ class BackwardPrinter:
         n = self._gm.lifted.n_outs if self._gm.lifted is not None else len(self._jaxpr.outvars)
         leaves = sorted(zip(grads, self._jaxpr.outvars[: len(grads)], strict=True), key=lambda pair: pair[0])
         values = [self._read(v) for _, v in leaves] + [self._read(v) for v in self._jaxpr.outvars[len(grads) : n]]
-        for index in self._state_order(n):
+        for index in state_outputs(self._gm, self._steps, n):
             value = self._read(self._jaxpr.outvars[index])
             if not isinstance(value, Stmt) or value.op == "placeholder":
                 continue  # a constant, or what can be read from where it came from
@@ -374,20 +341,6 @@ class BackwardPrinter:
             if value not in values:
                 values.append(value)
         return Stmt("output", "output", "output", (tuple(values),))
-
-    def _state_order(self, n: int) -> list[int]:
-        """State outputs: objects in the order met; within one, the last written first."""
-        if self._gm.lifted is None:
-            return []
-        made = {v: i for i, eqn in enumerate(self._steps) for v in eqn.outvars}
-        groups: dict[int, list[int]] = {}
-        for write in self._gm.lifted.writes:
-            group = groups.setdefault(id(write.container.obj), [])
-            group += [] if write.value is MISSING else outputs_in(write.value)
-        order: list[int] = []
-        for group in groups.values():
-            order += sorted(group, key=lambda i: made.get(self._jaxpr.outvars[i], -1), reverse=True)
-        return [i for i in dict.fromkeys(order) if i >= n]
 
 
 def _is_float(expr: SymExpr | None) -> bool:
