@@ -164,6 +164,10 @@ class CompiledGraph:
             stacklevel=5,
         )
 
+    def last_entry(self) -> _Entry | None:
+        """The version that ran last, if hooks were inlined in it."""
+        return self._last
+
     def reset(self) -> None:
         """Forgets what was compiled."""
         with self._lock:

@@ -10,7 +10,7 @@ import functools
 import inspect
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -19,6 +19,7 @@ from jhop._capture import parameter_names
 from jhop._compile import CompiledGraph
 from jhop._errors import JhopError
 from jhop._graph import GraphModule, Input
+from jhop._interp import evaluate
 from jhop._source import hook_name
 from jhop._static import Static
 
@@ -78,9 +79,17 @@ class Jitted:
         self._jitted = jax.jit(fn, **options)
         self._static_nums, self._static_names = _statics(fn, options)
         self._cache: dict[Any, tuple[CompiledGraph, Any]] = {}
+        self._direct: _Direct | None = None
+        self._may_be_direct = not (self._static_nums or self._static_names)
         _jitted.add(self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        direct = self._direct
+        if direct is not None and direct.entry.holds():
+            try:
+                return direct.run(*args, **kwargs)
+            except _OtherTypes:
+                self._direct, self._may_be_direct = None, False
         static, dynamic = self._split(args, kwargs) if self._static_names or self._static_nums else ((), (args, kwargs))
         flat, tree = jax.tree.flatten(dynamic)
         for leaf in flat:
@@ -91,7 +100,27 @@ class Jitted:
         if found is None:
             found = self._cache[key] = self._capture(args, kwargs, flat)
         compiled, out_tree = found
-        return jax.tree.unflatten(out_tree, compiled.run(flat, same_types=True))
+        outs = compiled.run(flat, same_types=True)
+        if self._may_be_direct and self._direct is None:
+            self._direct = self._make_direct(compiled, out_tree, tree)
+        return jax.tree.unflatten(out_tree, outs)
+
+    def _make_direct(self, compiled: CompiledGraph, out_tree: Any, tree: Any) -> _Direct | None:
+        """The quick way for a graph that touches no Python state: one `jax.jit`, whose own cache knows the types."""
+        entry = compiled.last_entry()
+        gm = entry.gm if entry is not None else None
+        if gm is None or gm.lifted is None or gm.lifted.slots or gm.lifted.writes or _compat.open_jaxpr(gm.jaxpr)[1]:
+            return None
+        avals = [v.aval for v in _compat.open_jaxpr(gm.jaxpr)[0].invars]
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            flat, found = jax.tree.flatten((args, kwargs))
+            if found != tree or any(not _same_type(x, aval) for x, aval in zip(flat, avals, strict=True)):
+                raise _OtherTypes
+            return jax.tree.unflatten(out_tree, evaluate(gm.jaxpr, flat))
+
+        run.__name__ = hook_name(self._fn)
+        return _Direct(entry, jax.jit(run, **self._options))
 
     def _split(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """(static arguments as a key, the others)."""
@@ -129,6 +158,23 @@ class Jitted:
     def reset(self) -> None:
         """Forgets what was compiled."""
         self._cache.clear()
+        self._direct = None
+
+
+class _Direct(NamedTuple):
+    """A compiled version that may be called with the arguments as they are, while its guards hold."""
+
+    entry: Any
+    run: Callable[..., Any]
+
+
+class _OtherTypes(Exception):
+    """The quick way was called with arguments that it was not made for."""
+
+
+def _same_type(value: Any, aval: Any) -> bool:
+    found = jax.typeof(value)
+    return (found.shape, found.dtype, found.weak_type) == (aval.shape, aval.dtype, aval.weak_type)
 
 
 _jitted: weakref.WeakSet[Jitted] = weakref.WeakSet()
