@@ -45,6 +45,7 @@ types: $(VENV)/.installed-test
 unit: $(VENV)/.installed-test
 	@$(py) -c "$$versions"
 	$(pytest) $(spread)
+	$(pytest) -q --doctest-modules jhop
 
 # pytest exits with 5 when no test is marked.
 leaks: $(VENV)/.installed-test

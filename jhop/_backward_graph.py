@@ -14,7 +14,7 @@ from jhop import _compat
 from jhop._capture import Recorder, parameter_names, trace
 from jhop._errors import JhopError
 from jhop._graph import GraphModule, Info, Input
-from jhop._source import eqn_name, hook_name
+from jhop._source import eqn_name, hook_name, user_frames
 
 
 def backward_graph(fn: Callable[..., Any]) -> Callable[..., GraphModule]:
@@ -38,7 +38,7 @@ def backward_graph(fn: Callable[..., Any]) -> Callable[..., GraphModule]:
         ...     return y * x
         >>> gm = jhop.backward_graph(f)(jnp.float32(1.0))
         >>> [given.name for given in gm.inputs]
-        ['ct', 'y', 'x', 'cos']
+        ['ct', 'x', 'cos', 'y']
     """
     if not callable(fn):
         raise JhopError(f"jhop.backward_graph: expected a function, got {type(fn).__name__}.")
@@ -76,9 +76,14 @@ def _value_names(closed: Any, parameters: list[str]) -> dict[Any, str]:
     """The user's name for each value of a forward: a parameter, a local variable, or what computed it."""
     jaxpr, _ = _compat.open_jaxpr(closed)
     names = dict(zip(jaxpr.invars, parameters, strict=True))
+    taken: set[Any] = set()
     for eqn in jaxpr.eqns:
+        local, place = eqn_name(eqn), tuple(user_frames(eqn)[:1])
+        # JAX computes a value and what its derivative needs at one place: the first is the user's.
+        mine = local is not None and (local, place) not in taken
+        taken.add((local, place))
         for variable in eqn.outvars:
-            names[variable] = eqn_name(eqn) or eqn.primitive.name
+            names[variable] = local if mine and local else eqn.primitive.name
     return names
 
 

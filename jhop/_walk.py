@@ -293,22 +293,29 @@ def slot_names(cls: type) -> set[str]:
 
 
 def _is_opaque(cls: type) -> bool:
+    """Whether a class is JAX's, NumPy's or jhop's own."""
     root = cls.__module__.split(".")[0]
-    if root == "jhop":
-        return not is_user_file(getattr(sys.modules.get(cls.__module__), "__file__", None) or "")
-    return root in _OPAQUE_ROOTS
+    if root in _OPAQUE_ROOTS:
+        return True
+    module = sys.modules.get(cls.__module__)
+    if root != "jhop" or is_user_file(getattr(module, "__file__", None) or ""):
+        return False
+    # A class may say that it is from a module of ours without being in it: one made in a doctest does.
+    found: Any = module
+    for name in cls.__qualname__.split("."):
+        found = getattr(found, name, None)
+    return found is cls
 
 
 def is_user_class(cls: type) -> bool:
     """Classes whose code a hook may run: written in Python by someone other than JAX, NumPy, jhop and the stdlib."""
     if _is_opaque(cls) or cls.__module__ == "builtins":
         return False
-    module = sys.modules.get(cls.__module__)
-    filename = getattr(module, "__file__", None)
-    if filename is not None:
-        return is_user_file(filename)
     functions = [value for value in cls.__dict__.values() if isinstance(value, types.FunctionType)]
-    return cls.__module__ == "__main__" or any(is_user_file(fn.__code__.co_filename) for fn in functions)
+    if any(is_user_file(fn.__code__.co_filename) for fn in functions):
+        return True
+    filename = getattr(sys.modules.get(cls.__module__), "__file__", None)
+    return filename is None or is_user_file(filename) or cls.__module__.split(".")[0] == "jhop"
 
 
 def closed_over_tracers(fn: Any) -> list[Leaf]:
