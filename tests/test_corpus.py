@@ -24,6 +24,11 @@ DTYPES = {name: getattr(jnp, name) for name in ("float16", "bfloat16", "float32"
 RTOL = {name: float(jnp.finfo(name).eps) for name in ("float16", "bfloat16", "float64")} | {"float32": 2e-6}
 
 
+def on_cpu(text):
+    """A printed graph as it is on a CPU, where the expected ones were made."""
+    return text.replace("device(type='cuda', index=0)", "device(type='cpu')")
+
+
 def load(program, folder):
     """The program as a module, from a file: source lines are part of what is tested."""
     path = folder / f"{program['name']}.py"
@@ -74,7 +79,7 @@ class Run:
 
     def _compiler(self, gm):
         def inner(inner_gm, example_inputs):
-            self.graphs.append(jhop.testing.normalize_gm(inner_gm.print_readable(False)))
+            self.graphs.append(jhop.testing.normalize_gm(on_cpu(inner_gm.print_readable(False))))
             return jhop.backends.xla(inner_gm, example_inputs)
 
         return jhop.compile(gm, backend=inner, fullgraph=True, dynamic=True)
