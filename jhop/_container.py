@@ -146,8 +146,10 @@ class Container:
 
     def path_of(self, key: Any) -> str:
         """Python source that reaches a slot from the hooks."""
-        if key is None or self.kind == "set":
-            return f"{self.path}.cell_contents" if self.kind == "cell" else self.path
+        if self.kind == "cell":
+            return f"{self.path}.cell_contents"
+        if self.whole and not isinstance(key, int):
+            return self.path
         if self.kind == "partial":
             return f"{self.path}.args[{key}]"
         if self.kind == "defaults":

@@ -17,7 +17,7 @@ import jax.extend.core as jex_core
 
 from jhop import _compat, _state
 from jhop._capture import Recorder, trace
-from jhop._container import MISSING
+from jhop._container import MISSING, Container
 from jhop._contract import HookFn
 from jhop._effects import watch
 from jhop._errors import JhopError, Unsupported
@@ -125,6 +125,7 @@ class _Inliner:
         self._walk = Walk(_hook_roots(gm, self._jaxpr))
         self._writes: list[_state.Write] = []
         self._state_outs: list[Any] = []
+        self._unread: list[Container] = []
         self._watched: list[Any] = []  # weak references to arrays that hooks saw or made
 
     def run(self, avals: list[Any] | None) -> GraphModule:
@@ -144,7 +145,7 @@ class _Inliner:
             slots=slots,
             n_outs=n_outs,
             writes=tuple(_after_results(self._writes, n_outs)),
-            guards=Guards(self._walk, self._session.answers),
+            guards=Guards(self._walk, self._session.answers, ignore=self._unread),
         )
         state_inputs = (
             Input(name="state", role="state", source=s.path, number=type(s.value) if is_number(s.value) else None)
@@ -176,6 +177,7 @@ class _Inliner:
             with inlining():
                 outs = evaluate(self._gm.jaxpr, list(flat[:n]), self._rule, note=self._carry)
             self._collect(lift)
+            self._unread = lift.untouched()
         outs, self._state_outs = [*outs, *self._state_outs], []
         return outs
 

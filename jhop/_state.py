@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jhop import _compat
+from jhop._append import AppendList
 from jhop._container import MISSING, Container
 from jhop._errors import Unsupported
 from jhop._scalar import is_scalar
@@ -26,6 +27,9 @@ LOCK = threading.RLock()
 
 _NEW = {"list": list, "tuple": tuple, "set": set, "deque": deque}
 _SHARED = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType, type, np.dtype)
+
+
+APPEND: Any = object()  # the key of a write that appends to a list
 
 
 class Write(NamedTuple):
@@ -47,17 +51,45 @@ class Lift:
         self._symbols = symbols
         self._snapshots: list[tuple[Container, list[tuple[Any, Any]]]] = []
         self._placed: list[list[tuple[Any, Any]]] = []
+        self._lists: dict[int, AppendList] = {}  # by id of the list that each stands for
 
     def __enter__(self) -> Lift:
         self._snapshots = [(container, container.items()) for container in self._walk.containers]
         try:
             for leaf, symbol in zip(self._walk.leaves, self._symbols, strict=True):
                 leaf.container.put(leaf.key, symbol)
+            self._place_lists()
             self._placed = [container.items() for container in self._walk.containers]
         except BaseException:
             self.__exit__()
             raise
         return self
+
+    def _place_lists(self) -> None:
+        """Puts a list that tells of reads wherever a slot holds a list."""
+        lists = {id(c.obj): c for c in self._walk.containers if c.kind == "list" and type(c.obj) is list}
+        for pinned in self._walk.pinned:
+            lists.pop(pinned, None)
+        # The innermost first, so that what holds a list is copied with the list's stand-in in it.
+        for slot in self._walk.fixed:
+            if slot.container.kind in ("set", "partial", "defaults"):  # tuples, as far as the hook can tell
+                lists.pop(id(slot.value), None)
+        for slot in reversed(self._walk.fixed):
+            found = lists.get(id(slot.value))
+            if found is None:
+                continue
+            stand_in = self._lists.get(id(slot.value))
+            if stand_in is None:
+                stand_in = self._lists[id(slot.value)] = AppendList(slot.value, list(slot.value))
+            slot.container.put(slot.key, stand_in)
+
+    def untouched(self) -> list[Container]:
+        """Lists that hooks did not read: at most they appended to them."""
+        return [
+            container
+            for container in self._walk.containers
+            if id(container.obj) in self._lists and not self._lists[id(container.obj)].read
+        ]
 
     def __exit__(self, *exc_info: object) -> None:
         for container, snapshot in self._snapshots:
@@ -67,6 +99,14 @@ class Lift:
         """The slots that differ from what was swapped in, containers in order of meeting."""
         for container, before in zip(self._walk.containers, self._placed, strict=True):
             now = container.items()
+            stand_in = self._lists.get(id(container.obj)) if container.kind == "list" else None
+            if stand_in is not None:
+                added = stand_in.appended()
+                if added:
+                    yield Write(container, APPEND, added)
+                if added is not None:
+                    continue
+                now = list(enumerate(stand_in.raw()))
             if container.whole:
                 same = len(now) == len(before) and all(
                     value is old for (_, value), (_, old) in zip(now, before, strict=True)
@@ -97,6 +137,8 @@ def template(value: Any, known: Walk, note_output: Callable[[Any, str], int], wh
         return ("number", note_output(value, where), value.__class__)
     if isinstance(value, _compat.Tracer):
         return ("array", note_output(value, where))
+    if isinstance(value, AppendList):
+        return ("const", value.original)
     if known.knows(value) or isinstance(value, _SHARED):
         return ("const", value)
 
@@ -161,6 +203,10 @@ def commit(writes: list[Write]) -> None:
     done: list[tuple[Container, Any, Any]] = []
     try:
         for container, key, value in writes:
+            if key is APPEND:
+                done.append((container, APPEND, len(container.obj)))
+                container.obj.extend(value)
+                continue
             if container.whole:
                 done.append((container, None, [item for _, item in container.items()]))
                 container.replace(value)
@@ -172,7 +218,9 @@ def commit(writes: list[Write]) -> None:
                 container.put(key, value)
     except BaseException:
         for container, key, old in reversed(done):
-            if container.whole:
+            if key is APPEND:
+                del container.obj[old:]
+            elif container.whole:
                 container.replace(old)
             elif old is not MISSING:
                 container.put(key, old)

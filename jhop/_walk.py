@@ -91,6 +91,7 @@ class Walk:
         tracers: slots with JAX tracers.
         fixed: slots with anything else.
         codes: pairs of a function and its code.
+        pinned: ids of objects that something holds which cannot be made to hold another: a tuple, a bound method.
     """
 
     def __init__(self, roots: list[tuple[str, Any]]):
@@ -106,6 +107,7 @@ class Walk:
             self.codes: list[tuple[Any, Any]] = []
             self._by_id: dict[tuple[int, str], Container] = {}
             self._seen: dict[int, Any] = {}
+            self.pinned: set[int] = set()  # ids of objects that are reached by more than slots
             self._weak: set[int] = set()  # ids of objects reached through weak references
             self._work: collections.deque[tuple[Any, str]] = collections.deque()
             for path, fn in roots:
@@ -176,7 +178,13 @@ class Walk:
             self._add(value.keywords, "dict", f"{path}.keywords")
         elif isinstance(value, (tuple, frozenset)):
             for index, item in enumerate(value):
+                self.pinned.add(id(item))
                 self._work.append((item, f"{path}[{index}]"))
+        elif isinstance(value, (types.BuiltinMethodType, types.MethodWrapperType)):
+            owner = value.__self__  # `log.append`, kept by itself
+            if owner is not None and not isinstance(owner, types.ModuleType):
+                self.pinned.add(id(owner))
+                self._work.append((owner, f"{path}.__self__"))
         elif isinstance(value, types.ModuleType):
             self._visit_module(value)
         elif isinstance(value, type):

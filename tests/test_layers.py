@@ -20,6 +20,7 @@ LAYERS = (
     "_scalar",
     "_container",
     "_walk",
+    "_append",
     "_state",
     "_contract",
     "_trace_wrapped",

@@ -11,6 +11,7 @@ import itertools
 import math
 import operator
 import threading
+import time
 import types
 import warnings
 from types import SimpleNamespace as Box
@@ -818,7 +819,7 @@ def test_int_array_and_int_that_outgrows_it_is_no_silent_float():
         box.total = box.total + box.n
 
     fn = jhop.jit(gradient(hook), fullgraph=True)
-    with contextlib.suppress(OverflowError, jhop.JhopError, jax.errors.TypePromotionError):
+    with contextlib.suppress(OverflowError, jhop.JhopError, jax.dtypes.TypePromotionError):
         fn(X), fn(X)
     assert box.total.dtype == jnp.int32
 
@@ -1850,6 +1851,23 @@ def test_jitted_helper_that_writes_state_leaves_no_tracer():
         jhop.jit(gradient(hook), fullgraph=True)(X)
     assert type(box.n) is int
     assert helper(jnp.ones(3)).tolist() == [2.0] * 3
+
+
+def test_callback_of_the_garbage_collector_is_not_blamed_on_the_hook():
+    """Hypothesis installs one that reads the clock; it runs wherever memory is allocated."""
+
+    def callback(phase, info):
+        time.perf_counter()
+
+    def hook(ct):
+        kept = [[] for _ in range(100_000)]
+        return ct * float(len(kept) > 0)
+
+    gc.callbacks.append(callback)
+    try:
+        assert jhop.jit(gradient(hook), fullgraph=True)(X).tolist() == (2.0 * X).tolist()
+    finally:
+        gc.callbacks.remove(callback)
 
 
 # Threads.
