@@ -40,7 +40,8 @@ class AppendList(list[Any]):
 
 
 _READS = """__getitem__ __setitem__ __delitem__ __iter__ __len__ __contains__ __eq__ __ne__ __lt__ __le__ __gt__ __ge__
-__add__ __mul__ __imul__ __rmul__ __reversed__ __repr__ __bool__ copy count index insert pop remove reverse sort clear"""
+__add__ __mul__ __imul__ __rmul__ __reversed__ __repr__ __bool__ copy count index insert pop remove reverse sort
+clear"""
 
 
 def _reading(name: str) -> Any:

@@ -43,6 +43,13 @@ class Backward:
     number_inputs: bool = False
 
 
+@dataclasses.dataclass(frozen=True)
+class _Reference:
+    """A recorded tracer, after the tracers are gone."""
+
+    index: int
+
+
 class Recorder:
     """Collects `Info` for tracers of one trace."""
 
@@ -86,22 +93,25 @@ class Recorder:
         if info is NO_INFO or info.stage == "hook":
             self._info[index] = dataclasses.replace(info, stage="hook_result")
 
-    def tracers(self) -> list[Any]:
-        return self._tracers
+    def take(self) -> list[Any]:
+        """The tracers, which are let go of: none may be alive when the trace ends."""
+        tracers, self._tracers, self.anchor = self._tracers, [], None
+        for index, info in self._info.items():
+            if info.operator is not None:
+                operands = tuple(self._reference(item) for item in info.operator.operands)
+                operator = Operator(name=info.operator.name, operands=operands)
+                self._info[index] = dataclasses.replace(info, operator=operator)
+        return tracers
 
-    def clear(self) -> None:
-        """Lets go of the tracers."""
-        self._tracers.clear()
-        self._index.clear()
-        self._info.clear()
-        self.anchor = None
+    def _reference(self, item: Any) -> Any:
+        index = self._index.get(id(item)) if isinstance(item, _compat.Tracer) else None
+        return item if index is None else _Reference(index)
 
     def resolve(self, variables: list[Any]) -> dict[Any, Info]:
-        """Info by variable, given the variables of `tracers()`."""
+        """Info by variable, given the variables of what `take` returned."""
 
         def operand(item: Any) -> Any:
-            index = self._index.get(id(item)) if isinstance(item, _compat.Tracer) else None
-            return item if index is None else variables[index]
+            return variables[item.index] if isinstance(item, _Reference) else item
 
         result: dict[Any, Info] = {}
         for index, info in self._info.items():
@@ -132,7 +142,7 @@ def trace(fn: Callable[..., list[Any]], avals: list[Any], recorder: Recorder) ->
         recorder.anchor = flat[0] if flat else None
         outs = list(fn(*flat))
         n_outs = len(outs)
-        return [*outs, *recorder.tracers()]
+        return [*outs, *recorder.take()]
 
     closed = jax.make_jaxpr(run)(*avals)
     jaxpr, consts = _compat.open_jaxpr(closed)

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.export
 import jax.extend.core as jex_core
+from jax._src import core as _core  # `trace_state_clean` has no public name
 from jax.interpreters import mlir
 
 Tracer = jax.core.Tracer
@@ -25,6 +26,19 @@ def same_trace(a: Any, b: Any) -> bool:
 
 
 _DimExpr = type(jax.export.symbolic_shape("n")[0])  # a class without a public name
+
+
+def tracing() -> bool:
+    """Whether JAX is tracing in this thread, so that operations on concrete arrays are staged too."""
+    return not _core.trace_state_clean()
+
+
+_session_context = jax.make_user_context()
+
+
+def fresh_cache() -> Any:
+    """A context manager in which functions that JAX jits are traced anew, and not found again afterwards."""
+    return _session_context(object())
 
 
 def is_dim_expr(value: Any) -> bool:

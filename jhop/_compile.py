@@ -24,6 +24,7 @@ from jhop._source import describe_hook
 from jhop._text._symbols import ShapeEnv
 from jhop._trace_wrapped import trace_wrapped_p
 
+MAX_ENTRIES = 32  # versions of one graph; the oldest gives way
 _compiled: weakref.WeakSet[CompiledGraph] = weakref.WeakSet()
 
 
@@ -38,6 +39,10 @@ class _Entry:
     def holds(self) -> bool:
         """Whether the guards hold."""
         return self.gm.lifted is None or self.gm.lifted.guards.hold()
+
+    def read(self) -> list[Any]:
+        """The present values of the state inputs."""
+        return [] if self.gm.lifted is None else self.gm.lifted.read()
 
 
 class CompiledGraph:
@@ -60,6 +65,7 @@ class CompiledGraph:
         self._entries: list[_Entry] = []
         self._lock = threading.Lock()
         self._last: _Entry | None = None
+        self._warned = False
         self.misses: list[str] = []  # why each trace after the first was made
         _compiled.add(self)
 
@@ -69,13 +75,18 @@ class CompiledGraph:
 
     def run(self, flat: list[Any], *, same_types: bool = False) -> list[Any]:
         """Runs the graph on flat inputs; `same_types` if all calls have inputs of the same shapes and dtypes."""
-        entry = self._last
-        if not (same_types and entry is not None and entry.holds()):
-            entry = self._find(flat)
+        with _state.LOCK:  # another thread may be tracing, with symbols in objects that both read
+            entry = self._last
+            if not (same_types and entry is not None and entry.holds()):
+                entry = self._find(flat)
+            state = entry.read()
         try:
-            return self._run(entry, flat)
+            return self._run(entry, flat, state)
         except DoesNotFit:
-            return self._run(self._add(flat), flat)
+            with _state.LOCK:
+                entry = self._add(flat)
+                state = entry.read()
+            return self._run(entry, flat, state)
 
     def _find(self, flat: list[Any]) -> _Entry:
         shapes = _shapes_of(flat)
@@ -127,8 +138,22 @@ class CompiledGraph:
                 backends.take_aot_id()
         with self._lock:
             self._entries.append(entry)
+            if len(self._entries) > MAX_ENTRIES:
+                del self._entries[0]
+                self._warn_of_misses()
         self._last = entry
         return entry
+
+    def _warn_of_misses(self) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"`{self.gm.name}` was traced more than {MAX_ENTRIES} times, the last time because "
+                f"{self.misses[-1] if self.misses else 'a number changed its type'}. What changes at every call should "
+                "be a number or an array in an attribute, not something that Python control flow depends on.",
+                UserWarning,
+                stacklevel=6,
+            )
 
     def _inline(self, flat: list[Any]) -> GraphModule:
         if self._dynamic:
@@ -141,14 +166,13 @@ class CompiledGraph:
         self.gm.check(flat)
         return inline(self.gm)
 
-    def _run(self, entry: _Entry, flat: list[Any]) -> list[Any]:
+    def _run(self, entry: _Entry, flat: list[Any], state: list[Any]) -> list[Any]:
         lifted = entry.gm.lifted
-        if lifted is None:
-            return entry.run(*flat)
-        if not lifted.slots and not lifted.writes:
-            return list(entry.run(*flat))
-        outs = list(entry.run(*flat, *lifted.read()))
-        lifted.commit(outs)
+        outs = list(entry.run(*flat, *state))
+        if lifted is None or not lifted.writes:
+            return outs if lifted is None else outs[: lifted.n_outs]
+        with _state.LOCK:
+            lifted.commit(outs)
         return outs[: lifted.n_outs]
 
     def _warn(self, error: Unsupported) -> None:

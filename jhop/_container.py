@@ -45,10 +45,12 @@ class Container:
     def items(self) -> list[tuple[Any, Any]]:
         """The slots as they are now, restricted to `names`."""
         obj = self.obj
-        if self.kind in ("list", "deque"):
+        if self.kind == "list":
+            return list(enumerate(list.__iter__(obj)))
+        if self.kind == "deque":
             return list(enumerate(obj))
         if self.kind == "set":
-            return [(item, item) for item in obj]
+            return [(item, item) for item in set.__iter__(obj)]
         if self.kind == "cell":
             try:
                 return [(None, obj.cell_contents)]
@@ -61,16 +63,22 @@ class Container:
         if self.kind == "slots":
             found = [(name, self.get(name)) for name in sorted(self.names or ())]
             return [(name, value) for name, value in found if value is not MISSING]
+        if obj is None:
+            return []  # weakly held, and gone
         table = obj.__dict__ if self.kind in ("attrs", "class") else obj
-        if self.names is None:
-            return list(table.items())
-        return [(name, value) for name, value in list(table.items()) if name in self.names]
+        items = list(dict.items(table) if isinstance(table, dict) else table.items())
+        return items if self.names is None else [(name, value) for name, value in items if name in self.names]
 
     def get(self, key: Any) -> Any:
         """One slot, or MISSING."""
         obj = self.obj
         try:
-            if self.kind in ("dict", "list", "deque"):
+            # Methods of the built-in classes themselves: a subclass may do anything in its own.
+            if self.kind == "dict":
+                return dict.get(obj, key, MISSING)
+            if self.kind == "list":
+                return list.__getitem__(obj, key)
+            if self.kind == "deque":
                 return obj[key]
             if self.kind in ("attrs", "class"):
                 return obj.__dict__[key]
@@ -87,7 +95,11 @@ class Container:
     def put(self, key: Any, value: Any) -> None:
         """Writes one slot, past any `__setattr__` of the user's (reading went past `__getattr__` too)."""
         obj = self.obj
-        if self.kind in ("dict", "list", "deque"):
+        if self.kind == "dict":
+            dict.__setitem__(obj, key, value)
+        elif self.kind == "list":
+            list.__setitem__(obj, key, value)
+        elif self.kind == "deque":
             obj[key] = value
         elif self.kind == "attrs":
             obj.__dict__[key] = value
@@ -107,7 +119,7 @@ class Container:
         """Deletes one slot."""
         obj = self.obj
         if self.kind == "dict":
-            del obj[key]
+            dict.__delitem__(obj, key)
         elif self.kind == "attrs":
             del obj.__dict__[key]
         elif self.kind == "cell":
@@ -120,7 +132,7 @@ class Container:
     def replace(self, values: list[Any]) -> None:
         """Gives a container that is written as a whole its new contents."""
         if self.kind == "list":
-            self.obj[:] = values
+            list.__setitem__(self.obj, slice(None), values)
         else:
             self.obj.clear()
             (self.obj.update if self.kind == "set" else self.obj.extend)(values)

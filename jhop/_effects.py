@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import importlib
 import os
 import sys
@@ -88,6 +89,8 @@ def watch(hook: Any, *, remedy: str | None = None) -> Iterator[Watch]:
             if the code caught it, or turned it into another error.
     """
     seen, outer = Watch(hook, remedy), _thread.current
+    collecting = gc.isenabled()
+    gc.disable()  # what others do when garbage is collected would look like the hook's own doing
     try:
         with _seeing():
             _thread.current = seen
@@ -102,6 +105,8 @@ def watch(hook: Any, *, remedy: str | None = None) -> Iterator[Watch]:
             raise seen.error from None
         raise
     finally:
+        if collecting:
+            gc.enable()
         seen.error = None  # its traceback leads back here
 
 

@@ -67,7 +67,7 @@ class Input:
 
 
 class DoesNotFit(Exception):
-    """A lifted int no longer fits the device type that it was traced with; the caller traces anew."""
+    """Lifted numbers are no longer of the types that a graph was traced with; the caller traces anew."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -328,7 +328,12 @@ class _Program:
                 arrays.append(value)
         for eqn in self._host_eqns:
             operands = fill(eqn.params["template"], [env[v] for v in eqn.invars])
-            env[eqn.outvars[0]] = apply_step(eqn.params["op"], operands)
+            try:
+                value = env[eqn.outvars[0]] = apply_step(eqn.params["op"], operands)
+            except Exception:  # the hook would have met it: let it, in a new trace
+                raise DoesNotFit from None
+            if type(value) is not eqn.params["python"]:
+                raise DoesNotFit
         arrays.extend(_feed(env[v], v.aval) for v in self._feeds)
         results = iter(self._device(*arrays))
         return [env[v] if on_host else next(results) for v, on_host in self._outs]

@@ -17,7 +17,7 @@ from jhop._container import MISSING, Container
 from jhop._scalar import Expr, leaves, to_code
 from jhop._walk import Fixed, Leaf, Walk
 
-_BY_VALUE = (str, bytes, complex, bool, int, float, np.dtype)
+_BY_VALUE = (str, bytes, complex, bool, int, float, np.dtype, np.generic)
 
 
 class Guards:
@@ -39,7 +39,7 @@ class Guards:
         ignore: Collection[Container] = (),
     ):
         skip = {id(container) for container in ignore}
-        self._codes = walk.codes
+        self._attributes = walk.attributes
         self._keys = [
             (container, frozenset(key for key, _ in container.items()))
             for container in walk.containers
@@ -51,13 +51,13 @@ class Guards:
             self._fixed += [Fixed(leaf.container, leaf.key, leaf.value) for leaf in leaves_kept]
         self._leaves = [] if frozen else [(leaf, _kind(leaf.value)) for leaf in leaves_kept]
         self._answers = [_Answer(expr, answer, walk.leaves) for expr, answer in dict.fromkeys(answers)]
-        self.hold: Callable[[], bool] = _generate(self._codes, self._keys, self._fixed, self._leaves, self._answers)
+        self.hold: Callable[[], bool] = _generate(self._attributes, self._keys, self._fixed, self._leaves, self._answers)
 
     def broken(self) -> str | None:
         """The first thing that changed, in words, or None."""
-        for fn, code in self._codes:
-            if fn.__code__ is not code:
-                return f"the code of `{fn.__qualname__}` was replaced"
+        for obj, name, value in self._attributes:
+            if getattr(obj, name) is not value:
+                return f"`{name}` of {_short(obj)} was replaced"
         for container, key, value in self._fixed:
             now = container.get(key)
             if now is not value and not (isinstance(value, _BY_VALUE) and type(now) is type(value) and now == value):
@@ -91,7 +91,9 @@ class _Answer:
         return bool(self._check(*(slot.container.get(slot.key) for slot in self._slots)))
 
 
-def _generate(codes: Any, keys: Any, fixed: list[Fixed], lifted: Any, answers: list[_Answer]) -> Callable[[], bool]:
+def _generate(
+    attributes: Any, keys: Any, fixed: list[Fixed], lifted: Any, answers: list[_Answer]
+) -> Callable[[], bool]:
     """One function that says whether everything is as it was."""
     names: dict[str, Any] = {"jax_Array": jax.Array, "MISSING": MISSING}
 
@@ -99,7 +101,7 @@ def _generate(codes: Any, keys: Any, fixed: list[Fixed], lifted: Any, answers: l
         names[f"k{len(names)}"] = value
         return f"k{len(names) - 1}"
 
-    terms = [f"{name(fn)}.__code__ is {name(code)}" for fn, code in codes]
+    terms = [f"{name(obj)}.{attribute} is {name(value)}" for obj, attribute, value in attributes]
     readers: dict[int, str] = {}
 
     def read(container: Container, key: Any) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.extend.core as jex_core
+import numpy as np
 
 from jhop import _compat, _state
 from jhop._capture import Recorder, trace
@@ -23,9 +24,11 @@ from jhop._effects import watch
 from jhop._errors import JhopError, Unsupported
 from jhop._graph import GraphModule, Info, Input, Operator
 from jhop._guards import Guards
-from jhop._interp import contains, evaluate, inner_jaxprs, retrace, rewrite
+from jhop._interp import ClosesOverTracer, contains, evaluate, inner_jaxprs, rebuild, retrace, rewrite
 from jhop._scalar import Expr, Scalar, device_kind, is_scalar, scalar_p, weak_aval
 from jhop._source import describe_hook, eqn_name, is_user_file, origin_of, user_frames
+from jhop._template import Templates, map_outputs, plain
+from jhop._template import rebuild as rebuild_value
 from jhop._trace_wrapped import inlining, trace_wrapped_p
 from jhop._walk import Leaf, Walk, is_number
 
@@ -37,7 +40,7 @@ class Lifted:
     Attributes:
         slots: where the values of the state inputs are read, in order of the inputs.
         n_outs: how many outputs are results; the rest are new values of state.
-        writes: (container, key, template) per changed slot; see `_state.template`, with "out" for graph outputs.
+        writes: (container, key, template) per changed slot; see `_template`.
         guards: when the graph may be used again.
     """
 
@@ -52,8 +55,9 @@ class Lifted:
 
     def commit(self, outs: list[Any]) -> None:
         """Writes the new state; all of it, or none if anything is raised."""
+        made: dict[int, Any] = {}
         final = [
-            write if write.value is MISSING else write._replace(value=_state.rebuild(write.value, outs))
+            write if write.value is MISSING else write._replace(value=rebuild_value(write.value, outs, made))
             for write in self.writes
         ]
         _state.commit(final)
@@ -135,7 +139,6 @@ class _Inliner:
             closed, info = trace(self._traced, [*given, *state_avals], self._recorder)
         finally:
             self._session.close()
-            self._recorder.clear()
         self._refuse_leaks()
         jaxpr, consts = _compat.open_jaxpr(closed)
         jaxpr, slots = self._prune(jaxpr, len(given))
@@ -179,6 +182,7 @@ class _Inliner:
             self._collect(lift)
             self._unread = lift.untouched()
         outs, self._state_outs = [*outs, *self._state_outs], []
+        self._session.close()
         return outs
 
     def _carry(self, variable: Any, value: Any) -> None:
@@ -198,11 +202,17 @@ class _Inliner:
             self._state_outs.append(twin)
             return len(self._state_outs) - 1
 
+        templates = Templates(self._walk, note)
+        arrays = [leaf for leaf in self._walk.leaves if type(leaf.value) is np.ndarray]
+        numpy = {(id(leaf.container), leaf.key): leaf.value for leaf in arrays}
         for write in lift.writes():
-            value = write.value
+            value, where = write.value, write.container.path_of(plain(write.key))
             if value is not MISSING:
-                value = _state.template(value, self._walk, note, write.container.path_of(write.key))
-            self._writes.append(write._replace(value=value))
+                value = templates.make(value, where)
+            before = numpy.get((id(write.container), write.key))
+            if before is not None and value is not MISSING and value[0] == "array":
+                value = _stay_numpy(value, before, where)
+            self._writes.append(write._replace(key=plain(write.key), value=value))
 
     def _rule(self, eqn: Any, values: list[Any]) -> list[Any] | None:
         if eqn.primitive is trace_wrapped_p:
@@ -214,7 +224,10 @@ class _Inliner:
     def _rewrite_inner(self, eqn: Any, values: list[Any]) -> list[Any]:
         """Inlines the hooks inside a higher-order equation; their state may be read there, not written."""
         before = [container.items() for container in self._walk.containers]
-        outs = rewrite(eqn, values, lambda jaxpr: retrace(jaxpr, self._rule))
+        try:
+            outs = rewrite(eqn, values, lambda jaxpr: retrace(jaxpr, self._rule))
+        except ClosesOverTracer:  # the hook reads lifted state
+            outs = rebuild(eqn, values, lambda jaxpr, args: evaluate(jaxpr, args, self._rule))
         for container, snapshot in zip(self._walk.containers, before, strict=True):
             now = container.items()
             if len(now) != len(snapshot) or any(a is not b for (_, a), (_, b) in zip(now, snapshot, strict=True)):
@@ -227,7 +240,8 @@ class _Inliner:
 
     def _run_hook(self, hook: HookFn, values: list[Any]) -> list[Any]:
         try:
-            with watch(hook.base) as seen:
+            # What JAX jits inside the hook closes over our tracers: it must not be found again later.
+            with _compat.fresh_cache(), watch(hook.base) as seen:
                 outs = hook.call(*values)
         except JhopError:
             raise
@@ -292,10 +306,23 @@ def _leaf_aval(value: Any) -> Any:
     return weak_aval(device_kind(value)) if is_number(value) else jax.typeof(value)
 
 
+def _stay_numpy(spec: Any, before: np.ndarray, where: str) -> Any:
+    """A NumPy array that a hook replaced by what it computed from it stays a NumPy array."""
+    if jax.dtypes.canonicalize_dtype(before.dtype) != before.dtype:
+        raise Unsupported(
+            f"a hook writes `{where}`, a NumPy array of dtype {before.dtype}, which JAX would narrow to "
+            f"{jax.dtypes.canonicalize_dtype(before.dtype)}. Use that dtype, or turn x64 on (JAX_ENABLE_X64=1)."
+        )
+    return ("numpy", spec[1])
+
+
 def _after_results(writes: list[_state.Write], n_outs: int) -> list[_state.Write]:
     """Templates count state outputs from 0; the graph's outputs begin with its results."""
+    done: dict[int, Any] = {}
     return [
-        write if write.value is MISSING else write._replace(value=_state.map_outputs(write.value, lambda i: i + n_outs))
+        write
+        if write.value is MISSING
+        else write._replace(value=map_outputs(write.value, lambda i: i + n_outs, done))
         for write in writes
     ]
 

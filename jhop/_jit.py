@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import types
 import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -84,6 +85,8 @@ class Jitted:
         _jitted.add(self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if _compat.tracing():
+            return self._jitted(*args, **kwargs)  # part of an outer trace, whose hooks are inlined out there
         direct = self._direct
         if direct is not None and direct.entry.holds():
             try:
@@ -92,10 +95,7 @@ class Jitted:
                 self._direct, self._may_be_direct = None, False
         static, dynamic = self._split(args, kwargs) if self._static_names or self._static_nums else ((), (args, kwargs))
         flat, tree = jax.tree.flatten(dynamic)
-        for leaf in flat:
-            if isinstance(leaf, _compat.Tracer):
-                return self._jitted(*args, **kwargs)  # part of an outer trace, whose hooks are inlined out there
-        key = (tree, static, len(args), *map(_aval_key, flat))
+        key = (tree, static, len(args), _config(), *map(_aval_key, flat))
         found = self._cache.get(key)
         if found is None:
             found = self._cache[key] = self._capture(args, kwargs, flat)
@@ -155,6 +155,9 @@ class Jitted:
             name=hook_name(self._fn), made_by="jit",
         )  # fmt: skip
 
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        return self if instance is None else types.MethodType(self, instance)
+
     def reset(self) -> None:
         """Forgets what was compiled."""
         self._cache.clear()
@@ -178,6 +181,11 @@ def _same_type(value: Any, aval: Any) -> bool:
 
 
 _jitted: weakref.WeakSet[Jitted] = weakref.WeakSet()
+
+
+def _config() -> Any:
+    """Settings of JAX that change what a trace gives."""
+    return jax.config.jax_enable_x64, jax.config.jax_default_matmul_precision
 
 
 def _aval_key(leaf: Any) -> Any:

@@ -33,6 +33,7 @@ INFIX = {
 COMPARE = {"lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!="}
 PREFIX = {"neg": "-", "invert": "~"}
 NUMBERS = (bool, int, float)
+MAX_SIZE = 256  # operations in one expression
 I32_MIN, I32_MAX = -(2**31), 2**31 - 1
 
 
@@ -103,7 +104,7 @@ def device_kind(value: Any, twins: Sequence[Any] = ()) -> type:
     return float if large or any(jnp.issubdtype(twin.dtype, jnp.inexact) for twin in twins) else int
 
 
-def _scalar_impl(*args: Any, op: str, template: tuple[Any, ...], kind: type) -> Any:
+def _scalar_impl(*args: Any, op: str, template: tuple[Any, ...], kind: type, python: type) -> Any:
     return _as_weak(apply_step(op, fill(template, args)), kind)
 
 
@@ -111,7 +112,7 @@ def _as_weak(value: Any, kind: type) -> Any:
     return jax.lax.convert_element_type(value, weak_aval(kind).dtype) if isinstance(value, jax.Array) else value
 
 
-def _scalar_abstract_eval(*avals: Any, op: str, template: tuple[Any, ...], kind: type) -> Any:
+def _scalar_abstract_eval(*avals: Any, op: str, template: tuple[Any, ...], kind: type, python: type) -> Any:
     return weak_aval(kind)
 
 
@@ -131,13 +132,14 @@ _compat.register_lowering(scalar_p, _scalar_impl, multiple_results=False)
 class Scalar:
     """A lifted int, float or bool while a hook is traced. `isinstance(s, int)` answers as for the number itself."""
 
-    __slots__ = ("_expr", "_session", "_twin", "_value")
+    __slots__ = ("_expr", "_session", "_size", "_twin", "_value")
 
     def __init__(self, session: Any, expr: Expr, value: Any, twin: Any):
         self._session = session  # has .guard(expr, answer)
         self._expr = expr
         self._value = value
         self._twin = twin  # the device scalar
+        self._size = 1  # of the expression
 
     @property  # type: ignore[misc]
     def __class__(self):  # isinstance must answer as for the number: hooks check types
@@ -219,14 +221,25 @@ def step(op: str, *operands: Any) -> Any:
     """One arithmetic step, at least one of whose operands is a `Scalar`: computed, recorded, and put in the graph."""
     session = next(item._session for item in operands if is_scalar(item))
     values = [item._value if is_scalar(item) else item for item in operands]
-    value = apply_step(op, values)
+    try:
+        value = apply_step(op, values)
+    except Exception:
+        # The hook may catch this; it then depends on these very values.
+        for item in operands:
+            if is_scalar(item):
+                item._specialise()
+        raise
+    size = 1 + sum(item._size for item in operands if is_scalar(item))
+    if size > MAX_SIZE:  # a guard on it would be as large
+        return apply_step(op, [item._specialise() if is_scalar(item) else item for item in operands])
     if not isinstance(value, NUMBERS):  # complex roots: not representable as a lifted number
         return apply_step(op, [item._specialise() if is_scalar(item) else item for item in operands])
     exprs = tuple(item._expr if is_scalar(item) else Expr("const", (item,)) for item in operands)
     template = tuple(None if is_scalar(item) else item for item in operands)
     twins = [item._twin for item in operands if is_scalar(item)]
-    twin = scalar_p.bind(*twins, op=op, template=template, kind=device_kind(value, twins))
+    twin = scalar_p.bind(*twins, op=op, template=template, kind=device_kind(value, twins), python=type(value))
     result = Scalar(session, Expr(op, exprs), value, twin)
+    result._size = size
     session.note_step(result)
     return result
 

@@ -10,17 +10,15 @@ from __future__ import annotations
 import threading
 import types
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from jhop import _compat
 from jhop._append import AppendList
 from jhop._container import MISSING, Container
 from jhop._errors import Unsupported
-from jhop._scalar import is_scalar
-from jhop._walk import Walk, slot_names
+from jhop._walk import Walk
 
 # One trace at a time: while hooks are traced, their objects hold symbols that another thread must not see.
 LOCK = threading.RLock()
@@ -121,81 +119,6 @@ class Lift:
             for key in placed:
                 if key not in present:
                     yield Write(container, key, MISSING)
-
-
-def template(value: Any, known: Walk, note_output: Callable[[Any, str], int], where: str) -> Any:
-    """Turns a value that a hook stored into one that can be rebuilt after each run: ("kind", ...).
-
-    Kinds: ("number", i, type) and ("array", i) for the i-th output that `note_output` handed out; ("list" | "tuple" |
-    "set" | "deque", parts), ("dict", pairs) and ("object", class, pairs) for things the hook made anew; ("const",
-    value) for what was there before and for what cannot change.
-
-    Raises:
-        Unsupported: the value holds a tracer in a place that cannot be rebuilt.
-    """
-    if is_scalar(value):
-        return ("number", note_output(value, where), value.__class__)
-    if isinstance(value, _compat.Tracer):
-        return ("array", note_output(value, where))
-    if isinstance(value, AppendList):
-        return ("const", value.original)
-    if known.knows(value) or isinstance(value, _SHARED):
-        return ("const", value)
-
-    def parts_of(items: Any) -> list[Any]:
-        return [template(item, known, note_output, where) for item in items]
-
-    kind = type(value).__name__
-    if type(value) in _NEW.values():
-        parts = parts_of(value)
-        if kind == "tuple" and all(part[0] == "const" for part in parts):
-            return ("const", value)
-        return (kind, parts)
-    if type(value) is dict:
-        return ("dict", list(zip(value, parts_of(value.values()), strict=True)))
-    names = [*getattr(value, "__dict__", ()), *(n for n in slot_names(type(value)) if hasattr(value, n))]
-    if not names:
-        return ("const", value)
-    values = [getattr(value, name) for name in names]
-    return ("object", list(zip(names, parts_of(values), strict=True)), type(value))
-
-
-def rebuild(spec: Any, outs: list[Any]) -> Any:
-    """The value that a `template` stands for, given the outputs of one run."""
-    kind, content = spec[0], spec[1]
-    if kind == "number":
-        value = outs[content]
-        # A backend that compiled the whole graph gives an array; the state is a Python number all the same.
-        return value if type(value) is spec[2] else spec[2](value)
-    if kind == "array":
-        return outs[content]
-    if kind == "const":
-        return content
-    if kind == "dict":
-        return {key: rebuild(item, outs) for key, item in content}
-    if kind == "object":
-        made = object.__new__(spec[2])
-        for name, item in content:
-            object.__setattr__(made, name, rebuild(item, outs))
-        return made
-    return _NEW[kind](rebuild(item, outs) for item in content)
-
-
-def map_outputs(spec: Any, change: Callable[[int], int]) -> Any:
-    """A template whose outputs are numbered otherwise."""
-    kind, content = spec[0], spec[1]
-    if kind in ("number", "array"):
-        return (kind, change(content), *spec[2:])
-    if kind in ("dict", "object"):
-        return (kind, [(key, map_outputs(item, change)) for key, item in content], *spec[2:])
-    return spec if kind == "const" else (kind, [map_outputs(item, change) for item in content])
-
-
-def outputs_in(spec: Any) -> list[int]:
-    """The outputs that a template uses."""
-    found: list[int] = []
-    map_outputs(spec, lambda index: found.append(index) or index)  # type: ignore[func-returns-value]
-    return found
 
 
 def commit(writes: list[Write]) -> None:

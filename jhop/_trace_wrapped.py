@@ -107,7 +107,8 @@ def trace_wrapped(*args: Any, fn: Callable[..., Any], kind: str = "hook", **kwar
     extra = list(args[1:])
     call = flat_caller(fn, tree, n_extra=len(extra), kwargs=kwargs)
     flat = [*cts, *extra]
-    if getattr(_mode, "inlining", False) or not any(isinstance(value, _compat.Tracer) for value in flat):
+    staged = any(isinstance(value, _compat.Tracer) for value in flat) or _compat.tracing()
+    if getattr(_mode, "inlining", False) or not staged:
         return jax.tree.unflatten(tree, call(*flat))
     base = functools.partial(fn, **kwargs) if kwargs else fn
     hook = HookFn(base, call, hook_name(fn), ("hook", identity_key(fn), tree, len(extra), Token(kwargs)), kind)

@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import array
 import collections
+import contextvars
 import dis
 import enum
 import functools
+import gc
 import sys
 import types
 import weakref
@@ -34,8 +36,10 @@ MAX_CONTAINERS = 10_000
 _REFLECTION = {"__dict__", "vars", "setattr", "getattr", "delattr", "eval", "exec", "globals", "asdict", "fields"}
 _IMMUTABLE = (str, bytes, bool, complex, range, enum.Enum, np.dtype, type(None), type(Ellipsis), type(NotImplemented))
 # Their instances hold no Python state that a hook could read past JAX.
+_STANDARD_CONTAINERS = {"collections", "types", "argparse", "weakref"}
+_UNLIFTABLE = (bytearray, memoryview, array.array, functools._lru_cache_wrapper, contextvars.ContextVar)
 _OPAQUE_ROOTS = {"jax", "jaxlib", "numpy", "ml_dtypes"}
-_NEVER = ("__init__", "__new__", "__dict__", "__weakref__", "__doc__", "__module__", "__slots__", "__qualname__")
+_NEVER = ("__dict__", "__weakref__", "__doc__", "__module__", "__slots__", "__qualname__")
 
 
 T = TypeVar("T")
@@ -65,9 +69,9 @@ def is_number(value: Any) -> bool:
 
 def is_array(value: Any) -> bool:
     """Arrays that are lifted."""
-    if not isinstance(value, (jax.Array, np.ndarray, np.generic)) or isinstance(value, _compat.Tracer):
-        return False
-    return getattr(value.dtype, "kind", "") not in "OSUM" or jax.dtypes.issubdtype(value.dtype, jax.dtypes.extended)
+    if not isinstance(value, (jax.Array, np.ndarray)) or isinstance(value, _compat.Tracer):
+        return False  # a NumPy scalar is a value like a string: exact, and guarded
+    return getattr(value.dtype, "kind", "") not in "OSUM" and getattr(value.dtype, "names", None) is None
 
 
 # Library classes that hold state a hook may read, with the slots that hold it.
@@ -84,17 +88,22 @@ class Walk:
 
     Args:
         roots: pairs of (path, callable).
+        strict: whether state that cannot be lifted is an error; otherwise it is passed over.
+
+    Raises:
+        Unsupported: there is state that cannot be lifted.
 
     Attributes:
         containers: every container met, in order of meeting.
         leaves: slots with ints, floats and arrays.
         tracers: slots with JAX tracers.
         fixed: slots with anything else.
-        codes: pairs of a function and its code.
+        attributes: (object, attribute, value) for what is fixed besides slots: code, classes, functions of partials.
         pinned: ids of objects that something holds which cannot be made to hold another: a tuple, a bound method.
     """
 
-    def __init__(self, roots: list[tuple[str, Any]]):
+    def __init__(self, roots: list[tuple[str, Any]], *, strict: bool = True):
+        self._strict = strict
         self._names: set[str] = set()
         self._everything = False
         # Code met late may name attributes of objects met early, so walk until no new names turn up.
@@ -104,7 +113,7 @@ class Walk:
             self.leaves: list[Leaf] = []
             self.tracers: list[Leaf] = []
             self.fixed: list[Fixed] = []
-            self.codes: list[tuple[Any, Any]] = []
+            self.attributes: list[tuple[Any, str, Any]] = []
             self._by_id: dict[tuple[int, str], Container] = {}
             self._seen: dict[int, Any] = {}
             self.pinned: set[int] = set()  # ids of objects that are reached by more than slots
@@ -124,6 +133,10 @@ class Walk:
     def instances(self, cls: type[T], keep: Callable[[T], bool]) -> list[T]:
         """The instances of a class that were met."""
         return [value for value in self._seen.values() if isinstance(value, cls) and keep(value)]
+
+    def _refuse(self, message: str) -> None:
+        if self._strict:
+            raise Unsupported(message)
 
     def _attribute_names(self) -> set[str] | None:
         return None if self._everything else self._names
@@ -167,12 +180,18 @@ class Walk:
         kind = builtin_kind(value)
         if kind is not None:
             self._add(value, kind, path)
+        wrapped = value.__dict__.get("__wrapped__") if hasattr(value, "__dict__") and callable(value) else None
+        if wrapped is None and type(value).__module__.startswith("jaxlib"):
+            wrapped = getattr(value, "__wrapped__", None)
+        if wrapped is not None:
+            self._work.append((wrapped, f"{path}.__wrapped__"))
         if isinstance(value, types.FunctionType):
             self._visit_function(value, path)
         elif isinstance(value, types.MethodType):
             self._work.append((value.__self__, f"{path}.__self__"))
             self._work.append((value.__func__, f"{path}.__func__"))
         elif isinstance(value, functools.partial):
+            self.attributes.append((value, "func", value.func))
             self._work.append((value.func, f"{path}.func"))
             self._add(value, "partial", path)
             self._add(value.keywords, "dict", f"{path}.keywords")
@@ -194,6 +213,10 @@ class Walk:
                 self._work.append((getattr(value, name), f"{path}.{name}"))
         elif isinstance(value, (staticmethod, classmethod)):
             self._work.append((value.__func__, f"{path}.__func__"))
+        elif isinstance(value, types.MappingProxyType):
+            for inside in gc.get_referents(value):
+                self.pinned.add(id(inside))
+                self._work.append((inside, path))
         elif isinstance(value, weakref.ref):
             self._weak.add(id(value()))
             self._work.append((value(), f"{path}()"))
@@ -202,8 +225,13 @@ class Walk:
 
     def _visit_function(self, fn: types.FunctionType, path: str) -> None:
         if not is_user_file(fn.__code__.co_filename):
+            # A library's wrapper (contextmanager, vmap, grad): what it wraps may be the user's.
+            for cell in fn.__closure__ or ():
+                inside = _cell_contents(cell)
+                if isinstance(inside, (types.FunctionType, types.MethodType, functools.partial)):
+                    self._work.append((inside, f"{path}.__wrapped__"))
             return
-        self.codes.append((fn, fn.__code__))
+        self.attributes += [(fn, "__code__", fn.__code__), (fn, "__kwdefaults__", fn.__kwdefaults__)]
         names, loaded, imported = _code_names(fn.__code__)
         self._names |= names
         self._everything |= not _REFLECTION.isdisjoint(names)
@@ -246,24 +274,30 @@ class Walk:
     def _visit_instance(self, value: Any, path: str) -> None:
         cls = type(value)
         if hasattr(cls, "__next__"):
-            raise Unsupported(
+            self._refuse(
                 f"a hook reads `{path}`, a {cls.__name__}: an iterator keeps a position that cannot be lifted into a "
                 "graph. Keep a counter and index with it, or use fullgraph=False."
             )
-        if isinstance(value, (bytearray, array.array, functools._lru_cache_wrapper)):
-            raise Unsupported(
+            return
+        if isinstance(value, _UNLIFTABLE):
+            self._refuse(
                 f"a hook reads `{path}`, a {cls.__name__}, whose contents cannot be lifted into a graph. Use a list or "
                 "an array, or fullgraph=False."
             )
+            return
         if cls in _DECLARED:
             self._add(value, "slots", path, set(_DECLARED[cls]))
             return
         if _is_opaque(cls):
             return
-        if is_user_class(cls):
+        mine = is_user_class(cls)
+        if mine:
+            self.attributes.append((value, "__class__", cls))
             self._work.append((cls, path))
         if isinstance(getattr(value, "__dict__", None), dict):
-            self._add(value, "attrs", path, self._attribute_names())
+            # The code that reads attributes of a standard container (UserDict, SimpleNamespace) is not the user's.
+            everything = not mine and cls.__module__.split(".")[0] in _STANDARD_CONTAINERS
+            self._add(value, "attrs", path, None if everything else self._attribute_names())
         slots = slot_names(cls)
         if not self._everything:
             slots &= self._names
@@ -291,12 +325,21 @@ def _code_names(code: types.CodeType) -> tuple[frozenset[str], frozenset[str], f
     return frozenset(names), frozenset(loaded), frozenset(imported)
 
 
+def _cell_contents(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return None
+
+
 def slot_names(cls: type) -> set[str]:
-    """Attributes that instances of a class keep in `__slots__`."""
+    """Attributes that instances of a class keep in `__slots__`, private ones as Python mangles them."""
     found: set[str] = set()
     for base in cls.__mro__:
         slots = base.__dict__.get("__slots__", ())
-        found.update((slots,) if isinstance(slots, str) else slots)
+        for name in (slots,) if isinstance(slots, str) else slots:
+            private = name.startswith("__") and not name.endswith("__")
+            found.add(f"_{base.__name__.lstrip('_')}{name}" if private else name)
     return found - {"__dict__", "__weakref__"}
 
 
@@ -328,4 +371,4 @@ def is_user_class(cls: type) -> bool:
 
 def closed_over_tracers(fn: Any) -> list[Leaf]:
     """Slots reachable from a hook that hold JAX tracers."""
-    return Walk([(hook_name(fn), fn)]).tracers
+    return Walk([(hook_name(fn), fn)], strict=False).tracers

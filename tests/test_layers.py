@@ -21,6 +21,7 @@ LAYERS = (
     "_container",
     "_walk",
     "_append",
+    "_template",
     "_state",
     "_contract",
     "_trace_wrapped",

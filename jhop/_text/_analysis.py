@@ -10,7 +10,7 @@ from jhop import _compat
 from jhop._boundary import aot_prologue_p
 from jhop._container import MISSING
 from jhop._graph import NO_INFO, GraphModule
-from jhop._state import outputs_in
+from jhop._template import outputs_in
 from jhop._text._steps import Step, is_literal
 
 

@@ -1,0 +1,205 @@
+"""Values that hooks stored, as templates that are filled with each run's outputs.
+
+A template is a tuple whose first item is its kind:
+
+- ("number", i, type) and ("array", i): the i-th output of the graph;
+- ("numpy", i): the same as a NumPy array, where one was before;
+- ("list" | "set" | "tuple", parts), ("deque", parts, maxlen), ("namedtuple", parts, class), ("dict", pairs, class),
+  ("object", pairs, class): things that the hook made, made anew at each run;
+- ("copy", value): something mutable without traced content, of which each run gets a copy of its own;
+- ("const", value): what was there before, and what cannot change.
+"""
+
+from __future__ import annotations
+
+import copy
+import enum
+import functools
+import gc
+import types
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from jhop import _compat
+from jhop._append import AppendList
+from jhop._errors import Unsupported
+from jhop._scalar import is_scalar
+from jhop._walk import Walk, slot_names
+
+_SHARED = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType, type, np.dtype)
+_FROZEN = (int, float, complex, str, bytes, bool, type(None), range, enum.Enum, np.generic, frozenset)
+_DICTS = (dict, OrderedDict, Counter)
+_SEQUENCES = {"list": list, "tuple": tuple, "set": set}
+_OUTPUTS = ("number", "array", "numpy")
+
+
+class Templates:
+    """Makes templates of the values that one trace stored.
+
+    Args:
+        known: what the hooks could reach before they ran; such objects stay themselves.
+        note_output: hands out the number of the output that a tracer becomes.
+    """
+
+    def __init__(self, known: Walk, note_output: Callable[[Any, str], int]):
+        self._known = known
+        self._note = note_output
+        self._made: dict[int, Any] = {}  # by id: one object that is stored twice stays one
+        self._open: set[int] = set()
+        self._kept: list[Any] = []  # what was made a template of, alive, so that ids stay their own
+
+    def make(self, value: Any, where: str) -> Any:
+        """The template of a value stored at `where`.
+
+        Raises:
+            Unsupported: it holds traced content in a place that cannot be filled anew.
+        """
+        if is_scalar(value):
+            return ("number", self._note(value, where), value.__class__)
+        if isinstance(value, _compat.Tracer):
+            return ("array", self._note(value, where))
+        if isinstance(value, AppendList):
+            return ("const", value.original)
+        if self._known.knows(value) or isinstance(value, _FROZEN) and not _holds_symbol(value):
+            return ("const", value)
+        if id(value) in self._made:
+            return self._made[id(value)]
+        if id(value) in self._open:
+            raise Unsupported(f"a hook stored an object in `{where}` that contains itself; jhop cannot make it anew.")
+        self._open.add(id(value))
+        self._kept.append(value)
+        try:
+            made = self._made[id(value)] = self._make_new(value, where)
+        finally:
+            self._open.discard(id(value))
+        return made
+
+    def _make_new(self, value: Any, where: str) -> Any:
+        def parts_of(items: Any) -> list[Any]:
+            return [self.make(item, where) for item in items]
+
+        cls = type(value)
+        if cls in _SEQUENCES.values():
+            return (cls.__name__, parts_of(value))
+        if cls is deque:
+            return ("deque", parts_of(value), value.maxlen)
+        if isinstance(value, tuple) and hasattr(cls, "_make"):
+            return ("namedtuple", parts_of(value), cls)
+        if cls in _DICTS:
+            keys = [plain(key) for key in value]
+            return ("dict", list(zip(keys, parts_of(value.values()), strict=True)), cls)
+        if not _holds_symbol(value):
+            return ("const", value) if isinstance(value, _SHARED) else ("copy", value)
+        names = [*getattr(value, "__dict__", ()), *(n for n in slot_names(cls) if hasattr(value, n))]
+        if not names or isinstance(value, (*_SHARED, functools.partial, list, dict, tuple, set)) or not _can_make(cls):
+            raise Unsupported(
+                f"a hook stored traced content in `{where}` inside a {cls.__name__}, which jhop cannot make anew after "
+                "each run. Use a plain list, dict, tuple or an object of a class of your own."
+            )
+        parts = parts_of(getattr(value, name) for name in names)
+        return ("object", list(zip(names, parts, strict=True)), cls)
+
+
+def plain(key: Any) -> Any:
+    """A dict key that was a lifted number, as that number: hashing it specialised the graph on it."""
+    if is_scalar(key):
+        return key._value
+    return tuple(map(plain, key)) if type(key) is tuple else key
+
+
+def _can_make(cls: type) -> bool:
+    try:
+        object.__new__(cls) if cls.__new__ is object.__new__ else cls.__new__(cls)  # type: ignore[call-overload]
+    except TypeError:
+        return False
+    return True
+
+
+def _holds_symbol(value: Any, depth: int = 6) -> bool:
+    """Whether a traced number or array is anywhere inside an object."""
+    if is_scalar(value) or isinstance(value, _compat.Tracer):
+        return True
+    if depth == 0 or isinstance(value, (type, types.ModuleType, str, bytes, int, float, np.dtype)):
+        return False
+    if isinstance(value, types.FunctionType):
+        inside = [*(value.__closure__ or ()), *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+    elif isinstance(value, np.ndarray) and value.dtype != object:
+        return False
+    elif isinstance(value, np.ndarray):
+        inside = list(value.flat)
+    else:
+        inside = [item for item in gc.get_referents(value) if not isinstance(item, (type, types.ModuleType))]
+    return any(_holds_symbol(item, depth - 1) for item in inside)
+
+
+def rebuild(spec: Any, outs: list[Any], made: dict[int, Any]) -> Any:
+    """The value that a template stands for in one run.
+
+    Args:
+        outs: the graph's outputs.
+        made: by id of a template, what was made of it in this run: one object stored twice stays one.
+    """
+    kind, content = spec[0], spec[1]
+    if kind == "const":
+        return content
+    if kind == "number":
+        value = outs[content]
+        # A backend that compiled the whole graph gives an array; the state is a Python number all the same.
+        return value if type(value) is spec[2] else spec[2](value)
+    if kind == "array":
+        return outs[content]
+    if kind == "numpy":
+        return np.array(outs[content])
+    if id(spec) not in made:
+        made[id(spec)] = _rebuild_new(spec, outs, made)
+    return made[id(spec)]
+
+
+def _rebuild_new(spec: Any, outs: list[Any], made: dict[int, Any]) -> Any:
+    kind, content = spec[0], spec[1]
+    if kind == "copy":
+        return copy.deepcopy(content)
+    if kind in ("dict", "object"):
+        pairs = {key: rebuild(item, outs, made) for key, item in content}
+        if kind == "dict":
+            return spec[2](pairs)
+        result = spec[2].__new__(spec[2])
+        for name, value in pairs.items():
+            object.__setattr__(result, name, value)
+        return result
+    values = [rebuild(item, outs, made) for item in content]
+    if kind == "deque":
+        return deque(values, maxlen=spec[2])
+    return spec[2]._make(values) if kind == "namedtuple" else _SEQUENCES[kind](values)
+
+
+def map_outputs(spec: Any, change: Callable[[int], int], done: dict[int, Any] | None = None) -> Any:
+    """A template whose outputs are numbered otherwise."""
+    done = {} if done is None else done
+    kind, content = spec[0], spec[1]
+    if kind in _OUTPUTS:
+        return (kind, change(content), *spec[2:])
+    if kind in ("const", "copy"):
+        return spec
+    if id(spec) not in done:
+        if kind in ("dict", "object"):
+            mapped: Any = [(key, map_outputs(item, change, done)) for key, item in content]
+        else:
+            mapped = [map_outputs(item, change, done) for item in content]
+        done[id(spec)] = (kind, mapped, *spec[2:])
+    return done[id(spec)]
+
+
+def outputs_in(spec: Any) -> list[int]:
+    """The outputs that a template uses."""
+    found: list[int] = []
+
+    def note(index: int) -> int:
+        found.append(index)
+        return index
+
+    map_outputs(spec, note)
+    return found
