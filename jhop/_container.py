@@ -148,6 +148,11 @@ class Container:
             self.replace([value for _, value in snapshot])
             return
         before = dict(snapshot)
+        if self.kind == "dict" and self.names is None and [key for key, _ in now] != [key for key, _ in snapshot]:
+            dict.clear(self.obj)
+            for key, value in snapshot:
+                dict.__setitem__(self.obj, key, value)
+            return
         for key, _ in now:
             if key not in before:
                 self.remove(key)

@@ -40,8 +40,9 @@ class Guards:
     ):
         skip = {id(container) for container in ignore}
         self._attributes = walk.attributes
+        self._alive = walk.alive
         self._keys = [
-            (container, frozenset(key for key, _ in container.items()))
+            (container, _keys_of(container))
             for container in walk.containers
             if id(container) not in skip
         ]
@@ -51,19 +52,24 @@ class Guards:
             self._fixed += [Fixed(leaf.container, leaf.key, leaf.value) for leaf in leaves_kept]
         self._leaves = [] if frozen else [(leaf, _kind(leaf.value)) for leaf in leaves_kept]
         self._answers = [_Answer(expr, answer, walk.leaves) for expr, answer in dict.fromkeys(answers)]
-        self.hold: Callable[[], bool] = _generate(self._attributes, self._keys, self._fixed, self._leaves, self._answers)
+        self.hold: Callable[[], bool] = _generate(
+            self._attributes, self._alive, self._keys, self._fixed, self._leaves, self._answers
+        )
 
     def broken(self) -> str | None:
         """The first thing that changed, in words, or None."""
         for obj, name, value in self._attributes:
             if getattr(obj, name) is not value:
                 return f"`{name}` of {_short(obj)} was replaced"
+        for reference, alive in self._alive:
+            if (reference() is not None) is not alive:
+                return f"{reference!r} lost what it refers to"
         for container, key, value in self._fixed:
             now = container.get(key)
             if now is not value and not (isinstance(value, _BY_VALUE) and type(now) is type(value) and now == value):
                 return f"`{container.path_of(key)}` changed from {_short(value)} to {_short(now)}"
         for container, keys in self._keys:
-            if frozenset(key for key, _ in container.items()) != keys:
+            if _keys_of(container) != keys:
                 return f"`{container.path}` has other entries than before"
         for leaf, kind in self._leaves:
             now = leaf.container.get(leaf.key)
@@ -92,7 +98,7 @@ class _Answer:
 
 
 def _generate(
-    attributes: Any, keys: Any, fixed: list[Fixed], lifted: Any, answers: list[_Answer]
+    attributes: Any, alive: Any, keys: Any, fixed: list[Fixed], lifted: Any, answers: list[_Answer]
 ) -> Callable[[], bool]:
     """One function that says whether everything is as it was."""
     names: dict[str, Any] = {"jax_Array": jax.Array, "MISSING": MISSING}
@@ -102,6 +108,7 @@ def _generate(
         return f"k{len(names) - 1}"
 
     terms = [f"{name(obj)}.{attribute} is {name(value)}" for obj, attribute, value in attributes]
+    terms += [f"({name(reference)}() is not None) is {there}" for reference, there in alive]
     readers: dict[int, str] = {}
 
     def read(container: Container, key: Any) -> str:
@@ -144,7 +151,7 @@ def _read_code(container: Container, key: Any, name: Callable[[Any], str]) -> st
     return None
 
 
-def _keys_code(container: Container, present: frozenset[Any], name: Callable[[Any], str]) -> str:
+def _keys_code(container: Container, present: Any, name: Callable[[Any], str]) -> str:
     """Source that checks that a container has the entries it had."""
     if container.weak:
         return f"{name(_keys_of)}({name(container)}) == {name(present)}"
@@ -154,14 +161,16 @@ def _keys_code(container: Container, present: frozenset[Any], name: Callable[[An
     if container.kind in ("dict", "attrs") and container.names is not None:
         # Entries that were there are read anyway; only others could be new.
         table = f"{holder}.__dict__" if container.kind == "attrs" else holder
-        return f"{name(frozenset(container.names) - present)}.isdisjoint({table})"
+        return f"{name(frozenset(container.names).difference(present))}.isdisjoint({table})"
     if container.kind == "dict":
-        return f"len({holder}) == {len(present)} and {name(present)}.issuperset({holder})"
+        return f"tuple({holder}) == {name(present)}"
     return f"{name(_keys_of)}({name(container)}) == {name(present)}"
 
 
-def _keys_of(container: Container) -> frozenset[Any]:
-    return frozenset(key for key, _ in container.items())
+def _keys_of(container: Container) -> Any:
+    """The keys, in order where the order is a part of what a hook can see."""
+    keys = [key for key, _ in container.items()]
+    return tuple(keys) if container.kind == "dict" and container.names is None else frozenset(keys)
 
 
 def _kind(value: Any) -> Any:

@@ -24,7 +24,8 @@ from jhop._effects import watch
 from jhop._errors import JhopError, Unsupported
 from jhop._graph import GraphModule, Info, Input, Operator
 from jhop._guards import Guards
-from jhop._interp import ClosesOverTracer, contains, evaluate, inner_jaxprs, rebuild, retrace, rewrite
+from jhop._interp import ClosesOverTracer, contains, evaluate, inner_jaxprs, retrace, rewrite
+from jhop._rebuild import is_plain_call, rebuild
 from jhop._scalar import Expr, Scalar, device_kind, is_scalar, scalar_p, weak_aval
 from jhop._source import describe_hook, eqn_name, is_user_file, origin_of, user_frames
 from jhop._template import Templates, map_outputs, plain
@@ -129,6 +130,7 @@ class _Inliner:
         self._walk = Walk(_hook_roots(gm, self._jaxpr))
         self._writes: list[_state.Write] = []
         self._state_outs: list[Any] = []
+        self._lift: _state.Lift | None = None
         self._unread: list[Container] = []
         self._watched: list[Any] = []  # weak references to arrays that hooks saw or made
 
@@ -170,20 +172,30 @@ class _Inliner:
     def _traced(self, *flat: Any) -> list[Any]:
         n = len(self._jaxpr.invars)
         symbols = [
-            Scalar(self._session, Expr("leaf", (i,)), leaf.value, twin) if is_number(leaf.value) else twin
+            self._symbol(i, leaf, twin)
             for i, (leaf, twin) in enumerate(zip(self._walk.leaves, flat[n:], strict=True))
         ]
         for symbol in symbols:
             if is_scalar(symbol):
                 self._session.note_step(symbol)
         with _state.Lift(self._walk, symbols) as lift:
+            self._lift = lift
             with inlining():
                 outs = evaluate(self._gm.jaxpr, list(flat[:n]), self._rule, note=self._carry)
             self._collect(lift)
             self._unread = lift.untouched()
+            self._lift = None
         outs, self._state_outs = [*outs, *self._state_outs], []
         self._session.close()
         return outs
+
+    def _symbol(self, index: int, leaf: Leaf, twin: Any) -> Any:
+        """What stands for a lifted value while hooks run."""
+        if not is_number(leaf.value):
+            return twin
+        scalar = Scalar(self._session, Expr("leaf", (index,)), leaf.value, twin)
+        # `type(x)` cannot be answered by a stand-in: code that asks it gets the numbers themselves, guarded.
+        return scalar._specialise() if self._walk.mentions("type") else scalar
 
     def _carry(self, variable: Any, value: Any) -> None:
         """Takes what is known of a captured value over to its new variable."""
@@ -218,19 +230,25 @@ class _Inliner:
         if eqn.primitive is trace_wrapped_p:
             return self._run_hook(eqn.params["fn"], values)
         if any(contains(inner, trace_wrapped_p) for inner in inner_jaxprs(eqn)):
-            return self._rewrite_inner(eqn, values)
+            return self._inline_inner(eqn, values)
         return None
 
-    def _rewrite_inner(self, eqn: Any, values: list[Any]) -> list[Any]:
+    def _inline_inner(self, eqn: Any, values: list[Any]) -> list[Any]:
         """Inlines the hooks inside a higher-order equation; their state may be read there, not written."""
-        before = [container.items() for container in self._walk.containers]
+
+        def run(jaxpr: Any, args: list[Any]) -> list[Any]:
+            return evaluate(jaxpr, args, self._rule)
+
+        if is_plain_call(eqn):
+            return run(eqn.params["jaxpr"], values)  # its body, once, here: as good as outside
+        assert self._lift is not None
+        before = self._lift.contents()
         try:
             outs = rewrite(eqn, values, lambda jaxpr: retrace(jaxpr, self._rule))
         except ClosesOverTracer:  # the hook reads lifted state
-            outs = rebuild(eqn, values, lambda jaxpr, args: evaluate(jaxpr, args, self._rule))
-        for container, snapshot in zip(self._walk.containers, before, strict=True):
-            now = container.items()
-            if len(now) != len(snapshot) or any(a is not b for (_, a), (_, b) in zip(now, snapshot, strict=True)):
+            outs = rebuild(eqn, values, run)
+        for container, old, now in zip(self._walk.containers, before, self._lift.contents(), strict=True):
+            if len(now) != len(old) or any(a is not b for a, b in zip(now, old, strict=True)):
                 raise Unsupported(
                     f"a hook inside `{eqn.primitive}` writes Python state (`{container.path}`). State can be lifted "
                     "out of hooks at the top level of a compiled function; move the hooked value out of the "

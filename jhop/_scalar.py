@@ -33,7 +33,7 @@ INFIX = {
 COMPARE = {"lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!="}
 PREFIX = {"neg": "-", "invert": "~"}
 NUMBERS = (bool, int, float)
-MAX_SIZE = 256  # operations in one expression
+MAX_SIZE = 64  # operations in one expression
 I32_MIN, I32_MAX = -(2**31), 2**31 - 1
 
 

@@ -27,6 +27,10 @@ _NEW = {"list": list, "tuple": tuple, "set": set, "deque": deque}
 _SHARED = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType, type, np.dtype)
 
 
+# Functions that read a list from C, past its methods: `AppendList` would not notice.
+_READERS = """join heappush heappop heapify heapreplace heappushpop merge nlargest nsmallest array asarray stack concatenate
+dumps dump fromiter pack type""".split()
+
 APPEND: Any = object()  # the key of a write that appends to a list
 
 
@@ -68,6 +72,8 @@ class Lift:
         lists = {id(c.obj): c for c in self._walk.containers if c.kind == "list" and type(c.obj) is list}
         for pinned in self._walk.pinned:
             lists.pop(pinned, None)
+        if self._walk.mentions(*_READERS):
+            return
         # The innermost first, so that what holds a list is copied with the list's stand-in in it.
         for slot in self._walk.fixed:
             if slot.container.kind in ("set", "partial", "defaults"):  # tuples, as far as the hook can tell
@@ -80,6 +86,15 @@ class Lift:
             if stand_in is None:
                 stand_in = self._lists[id(slot.value)] = AppendList(slot.value, list(slot.value))
             slot.container.put(slot.key, stand_in)
+
+    def contents(self) -> list[list[Any]]:
+        """What every container holds now, lists by what stands for them."""
+        found = []
+        for container in self._walk.containers:
+            stand_in = self._lists.get(id(container.obj)) if container.kind == "list" else None
+            items = [value for _, value in container.items()]
+            found.append(items if stand_in is None else stand_in.raw() + items)
+        return found
 
     def untouched(self) -> list[Container]:
         """Lists that hooks did not read: at most they appended to them."""
@@ -113,6 +128,11 @@ class Lift:
                     yield Write(container, None, [value for _, value in now])
                 continue
             placed, present = dict(before), dict(now)
+            kept = [key for key in placed if key in present]
+            if container.kind == "dict" and container.names is None and kept != list(present)[: len(kept)]:
+                for key in placed:  # put in another order: written anew, from first to last
+                    yield Write(container, key, MISSING)
+                placed = {}
             for key, value in present.items():
                 if placed.get(key, MISSING) is not value:
                     yield Write(container, key, value)

@@ -13,8 +13,8 @@ from __future__ import annotations
 import array
 import collections
 import contextvars
+import ctypes
 import dis
-import enum
 import functools
 import gc
 import sys
@@ -34,10 +34,14 @@ from jhop._source import hook_name, is_user_file
 MAX_CONTAINERS = 10_000
 # Code that uses one of these can reach any attribute, so names say nothing about what it reads.
 _REFLECTION = {"__dict__", "vars", "setattr", "getattr", "delattr", "eval", "exec", "globals", "asdict", "fields"}
-_IMMUTABLE = (str, bytes, bool, complex, range, enum.Enum, np.dtype, type(None), type(Ellipsis), type(NotImplemented))
+_IMMUTABLE = {str, bytes, bool, complex, range, type(None), type(Ellipsis), type(NotImplemented)}
+_VIEWS = (types.MappingProxyType, type({}.keys()), type({}.values()), type({}.items()))
 # Their instances hold no Python state that a hook could read past JAX.
-_STANDARD_CONTAINERS = {"collections", "types", "argparse", "weakref"}
-_UNLIFTABLE = (bytearray, memoryview, array.array, functools._lru_cache_wrapper, contextvars.ContextVar)
+_STANDARD_CONTAINERS = {"collections", "types", "argparse", "weakref", "functools"}
+_UNLIFTABLE = (
+    bytearray, memoryview, array.array, functools._lru_cache_wrapper, contextvars.ContextVar, ctypes._SimpleCData,
+    ctypes.Structure, ctypes.Array,
+)  # fmt: skip
 _OPAQUE_ROOTS = {"jax", "jaxlib", "numpy", "ml_dtypes"}
 _NEVER = ("__dict__", "__weakref__", "__doc__", "__module__", "__slots__", "__qualname__")
 
@@ -69,7 +73,7 @@ def is_number(value: Any) -> bool:
 
 def is_array(value: Any) -> bool:
     """Arrays that are lifted."""
-    if not isinstance(value, (jax.Array, np.ndarray)) or isinstance(value, _compat.Tracer):
+    if not (isinstance(value, jax.Array) or type(value) is np.ndarray) or isinstance(value, _compat.Tracer):
         return False  # a NumPy scalar is a value like a string: exact, and guarded
     return getattr(value.dtype, "kind", "") not in "OSUM" and getattr(value.dtype, "names", None) is None
 
@@ -99,6 +103,7 @@ class Walk:
         tracers: slots with JAX tracers.
         fixed: slots with anything else.
         attributes: (object, attribute, value) for what is fixed besides slots: code, classes, functions of partials.
+        alive: weak references, and whether what they refer to is there.
         pinned: ids of objects that something holds which cannot be made to hold another: a tuple, a bound method.
     """
 
@@ -116,6 +121,7 @@ class Walk:
             self.attributes: list[tuple[Any, str, Any]] = []
             self._by_id: dict[tuple[int, str], Container] = {}
             self._seen: dict[int, Any] = {}
+            self.alive: list[tuple[Any, bool]] = []
             self.pinned: set[int] = set()  # ids of objects that are reached by more than slots
             self._weak: set[int] = set()  # ids of objects reached through weak references
             self._work: collections.deque[tuple[Any, str]] = collections.deque()
@@ -125,6 +131,10 @@ class Walk:
                     self._visit(*self._work.popleft())
             if (len(self._names), self._everything) == known:
                 break
+
+    def mentions(self, *names: str) -> bool:
+        """Whether the hooks' code uses one of these names."""
+        return not self._names.isdisjoint(names)
 
     def knows(self, value: Any) -> bool:
         """Whether an object was met, so that it existed before the hooks ran."""
@@ -174,7 +184,7 @@ class Walk:
             self._work.append((value, path))
 
     def _visit(self, value: Any, path: str) -> None:
-        if isinstance(value, _IMMUTABLE) or is_number(value) or id(value) in self._seen:
+        if type(value) in _IMMUTABLE or is_number(value) or id(value) in self._seen:
             return
         self._seen[id(value)] = value  # also keeps it alive, so that ids stay its own
         kind = builtin_kind(value)
@@ -199,6 +209,8 @@ class Walk:
             for index, item in enumerate(value):
                 self.pinned.add(id(item))
                 self._work.append((item, f"{path}[{index}]"))
+            if type(value) not in (tuple, frozenset):
+                self._visit_instance(value, path)
         elif isinstance(value, (types.BuiltinMethodType, types.MethodWrapperType)):
             owner = value.__self__  # `log.append`, kept by itself
             if owner is not None and not isinstance(owner, types.ModuleType):
@@ -213,11 +225,12 @@ class Walk:
                 self._work.append((getattr(value, name), f"{path}.{name}"))
         elif isinstance(value, (staticmethod, classmethod)):
             self._work.append((value.__func__, f"{path}.__func__"))
-        elif isinstance(value, types.MappingProxyType):
+        elif isinstance(value, _VIEWS):
             for inside in gc.get_referents(value):
                 self.pinned.add(id(inside))
                 self._work.append((inside, path))
         elif isinstance(value, weakref.ref):
+            self.alive.append((value, value() is not None))
             self._weak.add(id(value()))
             self._work.append((value(), f"{path}()"))
         else:
@@ -228,8 +241,9 @@ class Walk:
             # A library's wrapper (contextmanager, vmap, grad): what it wraps may be the user's.
             for cell in fn.__closure__ or ():
                 inside = _cell_contents(cell)
-                if isinstance(inside, (types.FunctionType, types.MethodType, functools.partial)):
-                    self._work.append((inside, f"{path}.__wrapped__"))
+                for item in inside.values() if isinstance(inside, dict) else (inside,):  # a dispatcher's functions
+                    if isinstance(item, (types.FunctionType, types.MethodType, functools.partial)):
+                        self._work.append((item, f"{path}.__wrapped__"))
             return
         self.attributes += [(fn, "__code__", fn.__code__), (fn, "__kwdefaults__", fn.__kwdefaults__)]
         names, loaded, imported = _code_names(fn.__code__)
@@ -250,7 +264,9 @@ class Walk:
 
     def _visit_module(self, module: types.ModuleType) -> None:
         filename = getattr(module, "__file__", None)
-        if filename is not None and is_user_file(filename):
+        root = module.__name__.split(".")[0]
+        made = filename is None and root not in sys.stdlib_module_names | sys.builtin_module_names | _OPAQUE_ROOTS
+        if made or (filename is not None and is_user_file(filename)):
             self._add(module.__dict__, "dict", f"G[{module.__name__!r}].__dict__", self._names - set(_NEVER))
 
     def _visit_class(self, cls: type) -> None:
@@ -258,10 +274,11 @@ class Walk:
             if not is_user_class(base) or (id(base) in self._seen and base is not cls):
                 continue
             self._seen[id(base)] = base
+            self.attributes.append((base, "__bases__", base.__bases__))
             special = {
                 name
                 for name, value in base.__dict__.items()
-                if name.startswith("__") and isinstance(value, types.FunctionType)
+                if name.startswith("__") and isinstance(value, (types.FunctionType, classmethod, staticmethod))
             }
             members = {
                 name
@@ -270,6 +287,8 @@ class Walk:
             }
             names = ((self._names | special) - members) - set(_NEVER)
             self._add(base, "class", f"G[{base.__qualname__!r}]", names)
+            if is_user_class(type(base)):
+                self._work.append((type(base), f"type(G[{base.__qualname__!r}])"))
 
     def _visit_instance(self, value: Any, path: str) -> None:
         cls = type(value)
@@ -285,6 +304,12 @@ class Walk:
                 "an array, or fullgraph=False."
             )
             return
+        if isinstance(value, np.ndarray):
+            self._refuse(
+                f"a hook reads `{path}`, a {cls.__name__} of dtype {value.dtype}, which JAX has no arrays of. Use a list "
+                "or an array of numbers."
+            )
+            return
         if cls in _DECLARED:
             self._add(value, "slots", path, set(_DECLARED[cls]))
             return
@@ -292,7 +317,8 @@ class Walk:
             return
         mine = is_user_class(cls)
         if mine:
-            self.attributes.append((value, "__class__", cls))
+            if id(value) not in self._weak:
+                self.attributes.append((value, "__class__", cls))
             self._work.append((cls, path))
         if isinstance(getattr(value, "__dict__", None), dict):
             # The code that reads attributes of a standard container (UserDict, SimpleNamespace) is not the user's.

@@ -28,6 +28,7 @@ LAYERS = (
     "_hook",
     "_boundary",
     "_interp",
+    "_rebuild",
     "_graph",
     "_capture",
     "_guards",
