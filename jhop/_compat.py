@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.export
 import jax.extend.core as jex_core
-from jax._src import core as _core  # `trace_state_clean` has no public name
+from jax._src import core as _core  # the current trace has no public name
 from jax.interpreters import mlir
 
 Tracer = jax.core.Tracer
@@ -29,8 +29,11 @@ _DimExpr = type(jax.export.symbolic_shape("n")[0])  # a class without a public n
 
 
 def tracing() -> bool:
-    """Whether JAX is tracing in this thread, so that operations on concrete arrays are staged too."""
-    return not _core.trace_state_clean()
+    """Whether operations in this thread are staged into a jaxpr, those on concrete arrays too."""
+    trace = _core.trace_ctx.trace
+    while (parent := getattr(trace, "parent_trace", None)) is not None:
+        trace = parent  # differentiation and vmap hand on to what is around them
+    return not isinstance(trace, _core.EvalTrace)
 
 
 _session_context = jax.make_user_context()

@@ -15,9 +15,10 @@ from typing import Any
 
 import jax
 import jax.export
+import numpy as np
 
 from jhop import _compat, _state, backends
-from jhop._errors import Unsupported
+from jhop._errors import JhopError, Unsupported
 from jhop._graph import DoesNotFit, GraphModule
 from jhop._inline import inline
 from jhop._source import describe_hook
@@ -39,6 +40,11 @@ class _Entry:
     def holds(self) -> bool:
         """Whether the guards hold."""
         return self.gm.lifted is None or self.gm.lifted.guards.hold()
+
+    def writes(self) -> bool:
+        """Whether running it changes Python state, or may find that numbers changed their type."""
+        lifted = self.gm.lifted
+        return lifted is not None and bool(lifted.writes or lifted.slots)
 
     def read(self) -> list[Any]:
         """The present values of the state inputs."""
@@ -80,13 +86,13 @@ class CompiledGraph:
             if not (same_types and entry is not None and entry.holds()):
                 entry = self._find(flat)
             state = entry.read()
-        try:
-            return self._run(entry, flat, state)
-        except DoesNotFit:
-            with _state.LOCK:
-                entry = self._add(flat)
-                state = entry.read()
-            return self._run(entry, flat, state)
+            if entry.writes():  # what is read must be what is written over
+                try:
+                    return self._run(entry, flat, state)
+                except DoesNotFit:
+                    entry = self._add(flat)
+                    return self._run(entry, flat, entry.read())
+        return self._run(entry, flat, state)
 
     def _find(self, flat: list[Any]) -> _Entry:
         shapes = _shapes_of(flat)
@@ -168,12 +174,27 @@ class CompiledGraph:
 
     def _run(self, entry: _Entry, flat: list[Any], state: list[Any]) -> list[Any]:
         lifted = entry.gm.lifted
-        outs = list(entry.run(*flat, *state))
-        if lifted is None or not lifted.writes:
-            return outs if lifted is None else outs[: lifted.n_outs]
-        with _state.LOCK:
+        outs = self._checked(entry, entry.run(*flat, *state))
+        if lifted is None:
+            return outs
+        if lifted.writes:
             lifted.commit(outs)
         return outs[: lifted.n_outs]
+
+    def _checked(self, entry: _Entry, outs: Any) -> list[Any]:
+        """What a backend's callable returned, once it is known to be what the graph returns."""
+        if not isinstance(outs, (list, tuple)):
+            raise JhopError(
+                f"{self._where}: a backend's callable must return a list of the graph's outputs, got "
+                f"{type(outs).__name__}."
+            )
+        jaxpr, _ = _compat.open_jaxpr(entry.gm.jaxpr)
+        if len(outs) != len(jaxpr.outvars):
+            raise JhopError(
+                f"{self._where}: a backend's callable must return all {len(jaxpr.outvars)} outputs of the graph, got "
+                f"{len(outs)}."
+            )
+        return [jax.numpy.asarray(out) if isinstance(out, np.ndarray) else out for out in outs]
 
     def _warn(self, error: Unsupported) -> None:
         jaxpr, _ = _compat.open_jaxpr(self.gm.jaxpr)

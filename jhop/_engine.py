@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jhop import _compat
+from jhop._contract import check_contract
 from jhop._errors import HookError
 from jhop._hook import run_hooks
 from jhop._node import AccumulateGrad, Edge, Node, set_grad_enabled
@@ -125,7 +126,18 @@ class Pass:
             self.accumulate(leaf, cts[0])
             self.post_accumulate(leaf)
             return []
+        if node.pre_hooks or node.post_hooks:
+            return self.hooked_node(node, cts)
         return self.node(node, cts)
+
+    def hooked_node(self, node: Node, cts: list[Any]) -> list[Any]:
+        """A node with hooks of its own: on the tuple of its cotangents before, on both tuples after."""
+        for fn in node.pre_hooks.snapshot() if node.pre_hooks else ():
+            cts = _replaced(fn, fn(tuple(cts)), cts)
+        outs = self.node(node, cts)
+        for fn in node.post_hooks.snapshot() if node.post_hooks else ():
+            outs = _replaced(fn, fn(tuple(outs), tuple(cts)), outs)
+        return outs
 
     def node(self, node: Node, cts: list[Any]) -> list[Any]:
         return node.apply(full_cts(node, cts), node.saved())
@@ -164,6 +176,19 @@ def run_post_hook(fn: Callable[[Any], Any], leaf: Any) -> None:
             f"post-accumulate {describe_hook(fn)} must return None, but returned {type(returned).__name__}. "
             "It is given the Tensor: change its .grad instead."
         )
+
+
+def _replaced(fn: Any, returned: Any, before: list[Any]) -> list[Any]:
+    """What a node hook made of a tuple of cotangents; None keeps them."""
+    if returned is None:
+        return before
+    if not isinstance(returned, tuple) or len(returned) != len(before):
+        raise HookError(
+            f"{describe_hook(fn)} of a node must return a tuple of {len(before)} cotangents or None, but returned "
+            f"{type(returned).__name__}" + (f" of {len(returned)}." if isinstance(returned, tuple) else ".")
+        )
+    pairs = zip(returned, before, strict=True)
+    return [old if new is None else check_contract(fn, new, jax.typeof(old)) for new, old in pairs]
 
 
 @jax.jit

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import types
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -19,9 +20,9 @@ import jax.numpy as jnp
 
 from jhop import backends
 from jhop._capture import parameter_names
-from jhop._compile import CompiledGraph
-from jhop._container import Container
-from jhop._errors import JhopError, Unsupported
+from jhop._compile import MAX_ENTRIES, CompiledGraph
+from jhop._container import MISSING
+from jhop._errors import JhopError
 from jhop._graph import GraphModule
 from jhop._guards import Guards
 from jhop._joint import BoundHook, Joint, Tracing, is_dynamic, value_of
@@ -51,7 +52,7 @@ class _Compiled:
     aot_id: int
     diff: tuple[int, ...]
     captured: tuple[Tensor, ...]
-    guards: Guards | None
+    guards: Guards
 
 
 class CompiledNode(Node):
@@ -75,7 +76,7 @@ class CompiledNode(Node):
 
     def apply(self, cts: list[Any], saved: list[Any]) -> list[Any]:
         assert self.compiled.backward is not None  # a node is made only for outputs that carry gradients
-        return list(self.compiled.backward(*saved, *cts))
+        return self.compiled.joint.only_reached(self.compiled.backward(*saved, *cts))
 
     def release(self) -> None:
         self._saved = None
@@ -102,11 +103,15 @@ class CompiledFunction:
         recording = grad_enabled()
         key = (tree, recording, *(_leaf_key(leaf) for leaf in leaves))
         known = self._cache.setdefault(key, [])
-        compiled = next((c for c in reversed(known) if c.guards is None or c.guards.hold()), None)
+        compiled = next((c for c in reversed(known) if c.guards.hold()), None)
         if compiled is None:
             compiled = self._trace(args, kwargs, leaves, tree, recording)
             known.append(compiled)
+            del known[:-MAX_ENTRIES]
         return self._run(compiled, leaves)
+
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        return self if instance is None else types.MethodType(self, instance)
 
     def reset(self) -> None:
         """Forgets what was traced."""
@@ -124,7 +129,8 @@ class CompiledFunction:
             hook = BoundHook(fn, slots, [next(bound) for _ in slots]) if slots else fn
             dynamic[index].register_hook(hook)
         if any(joint.out_moving):
-            edges = [dynamic[i]._edge("jhop.compile") for i in compiled.diff]
+            reached = zip(compiled.diff, joint.reached, strict=True)
+            edges = [dynamic[i]._edge("jhop.compile") for i, used in reached if used]
             computed = iter(outs[n:])
             saved = [next(computed) if i is None else values[i] for i in joint.residuals]
             moving = [i for i, moves in enumerate(joint.out_moving) if moves]
@@ -136,15 +142,16 @@ class CompiledFunction:
 
     def _trace(self, args: Any, kwargs: Any, leaves: list[Any], tree: Any, recording: bool) -> _Compiled:
         aot_id = backends.take_aot_id()
-        walk = _walk(self._fn)
-        captured = () if walk is None or not recording else tuple(walk.instances(Tensor, _wants_grad))
+        static = [(f"argument{i}", leaf) for i, leaf in enumerate(leaves) if not is_dynamic(leaf)]
+        walk = Walk([(hook_name(self._fn), self._fn), *static], strict=False)
+        captured = tuple(walk.instances(Tensor, _wants_grad)) if recording else ()
         arguments = [leaf for leaf in leaves if is_dynamic(leaf)]
         dynamic = [*arguments, *captured]
         diff = [
             i for i, leaf in enumerate(dynamic) if recording and isinstance(leaf, Tensor) and leaf.requires_grad
         ]
         names = parameter_names(self._fn, args, kwargs) if len(arguments) == len(leaves) else []
-        before = [] if walk is None else [container.items() for container in walk.containers]
+        before = [container.items() for container in walk.containers]
         joint = Tracing(self._fn, leaves, tree, captured, diff, names).run()
         backward = None
         if joint.backward is not None:
@@ -158,7 +165,7 @@ class CompiledFunction:
             aot_id=aot_id,
             diff=tuple(diff),
             captured=captured,
-            guards=None if walk is None else Guards(walk, [], frozen=True, ignore=_changed(walk, before)),
+            guards=Guards(walk, [], frozen=True, ignore_slots=_changed(walk, before)),
         )
 
     def _callable(self, gm: GraphModule, example: list[Any]) -> Callable[..., list[Any]]:
@@ -172,22 +179,17 @@ class CompiledFunction:
 _functions: weakref.WeakSet[CompiledFunction] = weakref.WeakSet()
 
 
-def _walk(fn: Any) -> Walk | None:
-    """What a function can reach; None if that cannot be said, and then nothing of it is guarded."""
-    try:
-        return Walk([(hook_name(fn), fn)])
-    except Unsupported:
-        return None
-
-
-def _changed(walk: Walk, before: list[list[tuple[Any, Any]]]) -> list[Container]:
-    """Containers that the function itself changed while it was traced: its effects, not what it depends on."""
-    return [
-        container
-        for container, old in zip(walk.containers, before, strict=True)
-        if len(now := container.items()) != len(old)
-        or any(a is not b for (_, a), (_, b) in zip(now, old, strict=True))
-    ]
+def _changed(walk: Walk, before: list[list[tuple[Any, Any]]]) -> list[tuple[int, Any]]:
+    """Slots that the function itself changed while it was traced: its effects, not what it depends on."""
+    found: list[tuple[int, Any]] = []
+    for container, items in zip(walk.containers, before, strict=True):
+        old, now = dict(items), dict(container.items())
+        if container.kind == "set":
+            found += [(id(container), key) for key in old.keys() ^ now.keys()]
+        else:
+            changed = (key for key in {**old, **now} if old.get(key, MISSING) is not now.get(key, MISSING))
+            found += [(id(container), key) for key in changed]
+    return found
 
 
 def _wants_grad(tensor: Tensor) -> bool:
@@ -201,8 +203,11 @@ def _leaf_key(leaf: Any) -> Any:
     return (type(leaf) is Tensor, isinstance(leaf, Tensor) and leaf._requires_grad, aval)
 
 
+_OPTIONS_ONLY: Any = object()  # `@jhop.compile(backend=...)`
+
+
 def compile(
-    fn_or_gm: Any, *, backend: Any = "xla", fullgraph: bool = False, dynamic: bool | None = None
+    fn_or_gm: Any = _OPTIONS_ONLY, *, backend: Any = "xla", fullgraph: bool = False, dynamic: bool | None = None
 ) -> Callable[..., Any]:
     """Compiles a function of Tensors, or a captured graph.
 
@@ -236,6 +241,8 @@ def compile(
 
     The counterpart in PyTorch is `torch.compile`.
     """
+    if fn_or_gm is _OPTIONS_ONLY:  # used as a decorator with options
+        return functools.partial(compile, backend=backend, fullgraph=fullgraph, dynamic=dynamic)
     if isinstance(fn_or_gm, GraphModule):
         return CompiledGraph(
             fn_or_gm, backend=backend, fullgraph=fullgraph, dynamic=bool(dynamic), where="jhop.compile"

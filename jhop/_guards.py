@@ -28,6 +28,7 @@ class Guards:
         answers: host expressions over `walk.leaves`, with the truth value that each had.
         frozen: numbers and arrays are part of the graph, not inputs: they too must stay what they are.
         ignore: containers that do not count.
+        ignore_slots: single slots that do not count, as (id of the container, key).
     """
 
     def __init__(
@@ -37,17 +38,23 @@ class Guards:
         *,
         frozen: bool = False,
         ignore: Collection[Container] = (),
+        ignore_slots: Collection[tuple[int, Any]] = (),
     ):
         skip = {id(container) for container in ignore}
+        slots = set(ignore_slots)
         self._attributes = walk.attributes
         self._alive = walk.alive
         self._keys = [
             (container, _keys_of(container))
             for container in walk.containers
-            if id(container) not in skip
+            if id(container) not in skip and not any(place == id(container) for place, _ in slots)
         ]
-        leaves_kept = [leaf for leaf in walk.leaves if id(leaf.container) not in skip]
-        self._fixed = [item for item in walk.fixed if id(item.container) not in skip]
+
+        def counts(slot: Fixed | Leaf) -> bool:
+            return id(slot.container) not in skip and (id(slot.container), slot.key) not in slots
+
+        leaves_kept = [leaf for leaf in walk.leaves if counts(leaf)]
+        self._fixed = [item for item in walk.fixed if counts(item)]
         if frozen:
             self._fixed += [Fixed(leaf.container, leaf.key, leaf.value) for leaf in leaves_kept]
         self._leaves = [] if frozen else [(leaf, _kind(leaf.value)) for leaf in leaves_kept]

@@ -20,14 +20,15 @@ from jhop import _compat, _state
 from jhop._capture import Recorder, trace
 from jhop._container import MISSING, Container
 from jhop._contract import HookFn
+from jhop._describe import describe_hook_values, explain
 from jhop._effects import watch
 from jhop._errors import JhopError, Unsupported
 from jhop._graph import GraphModule, Info, Input, Operator
 from jhop._guards import Guards
 from jhop._interp import ClosesOverTracer, contains, evaluate, inner_jaxprs, retrace, rewrite
 from jhop._rebuild import is_plain_call, rebuild
-from jhop._scalar import Expr, Scalar, device_kind, is_scalar, scalar_p, weak_aval
-from jhop._source import describe_hook, eqn_name, is_user_file, origin_of, user_frames
+from jhop._scalar import Expr, Scalar, device_kind, is_scalar, weak_aval
+from jhop._source import origin_of
 from jhop._template import Templates, map_outputs, plain
 from jhop._template import rebuild as rebuild_value
 from jhop._trace_wrapped import inlining, trace_wrapped_p
@@ -144,7 +145,7 @@ class _Inliner:
         self._refuse_leaks()
         jaxpr, consts = _compat.open_jaxpr(closed)
         jaxpr, slots = self._prune(jaxpr, len(given))
-        info = _describe_hook_values(jaxpr, info)
+        info = describe_hook_values(jaxpr, info)
         n_outs = len(self._jaxpr.outvars)
         lifted = Lifted(
             slots=slots,
@@ -264,7 +265,7 @@ class _Inliner:
         except JhopError:
             raise
         except Exception as error:
-            raise Unsupported(_explain(hook, error)) from error
+            raise Unsupported(explain(hook, error)) from error
         for value in [*values, *outs, *(record.result for record in seen.operators)]:
             if isinstance(value, _compat.Tracer):
                 self._watched.append(weakref.ref(value))
@@ -343,77 +344,3 @@ def _after_results(writes: list[_state.Write], n_outs: int) -> list[_state.Write
         else write._replace(value=map_outputs(write.value, lambda i: i + n_outs, done))
         for write in writes
     ]
-
-
-def _describe_hook_values(jaxpr: Any, info: dict[Any, Info]) -> dict[Any, Info]:
-    """Adds source positions and the user's local names to values that hooks computed."""
-    inside = _inside_one_instruction(jaxpr, info)
-    for eqn in jaxpr.eqns:
-        for variable in eqn.outvars:
-            known = info.get(variable)
-            if known is not None and not known.stage.startswith("hook"):
-                continue  # carried over from the captured graph
-            frames = user_frames(eqn)
-            if not frames:
-                continue
-            name = None if eqn.primitive is scalar_p or variable in inside else eqn_name(eqn)
-            stage = known.stage if known else "hook"
-            if name is None and stage == "hook_result":
-                name = "result"
-            base = known or Info()
-            origin = base.origin or origin_of(*frames[0])
-            info[variable] = dataclasses.replace(base, name=name, origin=origin, stage=stage)
-    return info
-
-
-def _inside_one_instruction(jaxpr: Any, info: dict[Any, Info]) -> set[Any]:
-    """Values that exist only within one instruction of the user's, such as a cast before a product."""
-    place = {v: user_frames(eqn)[:1] for eqn in jaxpr.eqns for v in eqn.outvars}
-    inside = set()
-    for eqn in jaxpr.eqns:
-        here = user_frames(eqn)[:1]
-        for atom in eqn.invars:
-            if isinstance(atom, jex_core.Literal) or not here or place.get(atom) != here:
-                continue
-            if info.get(atom, Info()).operator is None:
-                inside.add(atom)
-    return inside
-
-
-_VALUE_ERRORS = (
-    jax.errors.ConcretizationTypeError,
-    jax.errors.TracerArrayConversionError,
-    jax.errors.TracerIntegerConversionError,
-    jax.errors.NonConcreteBooleanIndexError,
-)
-
-
-def _explain(hook: HookFn, error: Exception) -> str:
-    """The message for an exception that left a hook while it was traced."""
-    head = f"{describe_hook(hook.base)} cannot be traced"
-    place = _place_of(error)
-    if isinstance(error, jax.errors.TracerBoolConversionError):
-        return (
-            f"{head}: it branches on the value of an array{place}. While the backward is traced, arrays have no "
-            "values. Use `jnp.where` or `jax.lax.cond`, or fullgraph=False to run the hook on the host each time."
-        )
-    if isinstance(error, _VALUE_ERRORS):
-        return (
-            f"{head}: it reads the value of an array{place} (float(), int(), .item(), .tolist(), numpy). While the "
-            "backward is traced, arrays have no values. Stay with jax.numpy, or use fullgraph=False to run the hook "
-            "on the host each time."
-        )
-    return f"{head}: it raised {type(error).__name__}: {error}{place}. Nothing was written."
-
-
-def _place_of(error: Exception) -> str:
-    place, tb = "", error.__traceback__
-    while tb is not None:
-        code = tb.tb_frame.f_code
-        if is_user_file(code.co_filename):
-            origin = origin_of(code, tb.tb_lasti)
-            place = f'\n  File "{origin.file}", line {origin.line}, in {origin.function}\n    {origin.text}\n'
-        tb = tb.tb_next
-    return place
-
-

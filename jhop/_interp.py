@@ -127,7 +127,7 @@ def has_symbols(value: Any) -> bool:
         return any(map(has_symbols, [v.aval for v in opened.invars])) or any(
             any(has_symbols(param) for param in eqn.params.values()) for eqn in opened.eqns
         )
-    if hasattr(value, "shape") and hasattr(value, "update"):
+    if isinstance(value, jax.core.ShapedArray):
         return any(_compat.is_dim_expr(dim) for dim in value.shape)
     return _compat.is_dim_expr(value)
 
@@ -142,7 +142,7 @@ def with_sizes(sizes: dict[str, int]) -> Rule:
             return type(value)(*(fill(item) for item in value))
         if is_jaxpr(value):
             return value
-        if hasattr(value, "shape") and hasattr(value, "update"):
+        if isinstance(value, jax.core.ShapedArray):
             return value.update(shape=tuple(_compat.evaluate_dim(dim, sizes) for dim in value.shape))
         return _compat.evaluate_dim(value, sizes) if _compat.is_dim_expr(value) else value
 

@@ -88,7 +88,7 @@ class Jitted:
         if _compat.tracing():
             return self._jitted(*args, **kwargs)  # part of an outer trace, whose hooks are inlined out there
         direct = self._direct
-        if direct is not None and direct.entry.holds():
+        if direct is not None and direct.config == _config() and direct.entry.holds():
             try:
                 return direct.run(*args, **kwargs)
             except _OtherTypes:
@@ -120,7 +120,7 @@ class Jitted:
             return jax.tree.unflatten(out_tree, evaluate(gm.jaxpr, flat))
 
         run.__name__ = hook_name(self._fn)
-        return _Direct(entry, jax.jit(run, **self._options))
+        return _Direct(entry, jax.jit(run, **self._options), _config())
 
     def _split(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """(static arguments as a key, the others)."""
@@ -169,6 +169,7 @@ class _Direct(NamedTuple):
 
     entry: Any
     run: Callable[..., Any]
+    config: Any
 
 
 class _OtherTypes(Exception):

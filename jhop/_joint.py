@@ -8,6 +8,7 @@ hooks that were registered late are in it; they stay opaque.
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -41,6 +42,7 @@ class Joint:
         out_tree, out_moving: structure of the results, and which carry gradients.
         registered: (input index, hook, slots) for hooks that the function registers on its inputs, in order; `slots`
             are places in the hook for values of the forward, which are its last outputs.
+        reached: per differentiated input, whether an output that carries a gradient depends on it.
     """
 
     forward: GraphModule
@@ -49,6 +51,11 @@ class Joint:
     out_tree: Any
     out_moving: tuple[bool, ...]
     registered: tuple[tuple[int, Any, tuple[Leaf, ...]], ...]
+    reached: tuple[bool, ...]
+
+    def only_reached(self, cts: Any) -> list[Any]:
+        """Cotangents of the inputs that gradients reach, of all that the backward returns."""
+        return [ct for ct, used in zip(cts, self.reached, strict=True) if used]
 
 
 class BoundHook:
@@ -75,6 +82,7 @@ class Inside:
     def __init__(self, name: str) -> None:
         self.inputs: list[tuple[int, Tensor]] = []
         self.points: list[HookList] = []
+        self.results: list[Any] = []  # weak references to the Tensors made in here
         self.captured: dict[int, Tensor] = {}  # by id of the Tensor outside
         self._name = name
 
@@ -95,7 +103,11 @@ class Inside:
         return tensor
 
     def result(self, value: Any, moving: bool) -> Any:
+        if not moving and isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jnp.inexact):
+            value = jax.lax.stop_gradient(value)  # computed without recording, or detached
         result = traced_result(self, value, moving)
+        if isinstance(result, Tensor):
+            self.results.append(weakref.ref(result))
         if isinstance(result, Tensor) and result._hooks is not None:
             self.points.append(result._hooks)
         return result
@@ -105,8 +117,9 @@ class Inside:
 
     def close(self) -> None:
         """Tensors of the trace may live on in hooks; they must not carry tracers."""
-        for _, tensor in self.inputs:
-            tensor._value = None
+        for tensor in [*(tensor for _, tensor in self.inputs), *(ref() for ref in self.results)]:
+            if tensor is not None:
+                tensor._value = None
 
 
 def is_dynamic(leaf: Any) -> bool:
@@ -174,8 +187,18 @@ class Tracing:
         args, kwargs = jax.tree.unflatten(self._tree, given)
         out = self._fn(*args, **kwargs)
         outs, self._out_tree = jax.tree.flatten(out, is_leaf=lambda leaf: isinstance(leaf, Tensor))
+        outs = [self._inside.enter(o) if isinstance(o, Tensor) and o._trace is None else o for o in outs]
+        self._check_results(outs)
         self._out_moving = tuple(isinstance(o, Tensor) and o.requires_grad for o in outs)
         return [jnp.asarray(value_of(o)) for o in outs]
+
+    def _check_results(self, outs: list[Any]) -> None:
+        for out in outs:
+            if not isinstance(out, (Tensor, jax.Array, np.ndarray, np.generic, int, float, complex)):
+                raise JhopError(
+                    f"jhop.compile: `{hook_name(self._fn)}` returned a {type(out).__name__}; a compiled function "
+                    "returns Tensors, arrays, numbers and pytrees of them."
+                )
 
     def _forward(self, *values: Any) -> list[Any]:
         """Outputs; residuals; values that hooks on intermediates close over; and those that hooks on inputs do."""
@@ -231,7 +254,19 @@ class Tracing:
         return Joint(
             forward=forward, backward=backward, residuals=residuals, out_tree=self._out_tree,
             out_moving=self._out_moving, registered=tuple(self._registered),
+            reached=self._reached(jaxpr, n),
         )  # fmt: skip
+
+    def _reached(self, jaxpr: Any, n: int) -> tuple[bool, ...]:
+        """Which differentiated inputs the outputs with gradients depend on."""
+        needed = {
+            v for v, moves in zip(jaxpr.outvars[:n], self._out_moving, strict=True)
+            if moves and not isinstance(v, jex_core.Literal)
+        }  # fmt: skip
+        for eqn in reversed(jaxpr.eqns):
+            if needed.intersection(eqn.outvars):
+                needed.update(v for v in eqn.invars if not isinstance(v, jex_core.Literal))
+        return tuple(jaxpr.invars[i] in needed for i in self._diff)
 
     def _pullback(self, wanted: list[Any], place: dict[Any, int]) -> Callable[..., list[Any]]:
         """The backward as a function of residuals, then cotangents.

@@ -20,11 +20,12 @@ import numpy as np
 from jhop import _compat
 from jhop._errors import JhopError
 from jhop._hook import HookList, tensor_point
-from jhop._node import OpNode, grad_enabled
+from jhop._node import OpNode, grad_enabled, inside
 from jhop._static import Static
 from jhop._tensor import Tensor
 
 _ARRAYS = (jax.Array, np.ndarray, np.generic)
+_CACHE_SIZE = 4096  # functions and kinds of arguments; a new lambda at each call must not fill the memory
 _cache: dict[Any, _Op] = {}
 
 
@@ -79,7 +80,7 @@ def apply(fn: Callable[..., Any], args: Any, kwargs: Any, *, dynamic_ints: bool 
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     if not tensors:
         return fn(*args, **kwargs)
-    if any(leaf._trace is not None for leaf in tensors):
+    if inside() is not None or any(leaf._trace is not None for leaf in tensors):
         return _apply_traced(fn, leaves, tree)
     static: list[Any] = []
     dynamic: list[Any] = []
@@ -108,6 +109,8 @@ _flat_cache: dict[Any, _Op] = {}
 def _apply_flat(fn: Any, args: tuple[Any, ...], dynamic_ints: bool) -> Any:
     """`apply` for the common case, at a third of its cost: only Tensors, arrays and numbers. None: not that case."""
     recording = grad_enabled()
+    if inside() is not None:
+        return None
     key: list[Any] = [fn]
     dynamic: list[Any] = []
     sources: list[Tensor] = []
@@ -137,12 +140,18 @@ def _apply_flat(fn: Any, args: tuple[Any, ...], dynamic_ints: bool) -> Any:
     if op is None:
         tree = jax.tree.structure((tuple(0 for _ in args), {}))
         diff = tuple(i for i, moves in enumerate(key[1:]) if moves is True)
+        if len(_flat_cache) >= _CACHE_SIZE:
+            _flat_cache.clear()
         op = _flat_cache[tuple(key)] = _make_op(fn, tree, (_DYNAMIC,) * len(args), diff)
     value = op.forward(*dynamic)
     if type(value) is not _ARRAY or not _is_inexact(value.dtype):
         return _wrap(fn, op, value, dynamic, sources)
     edges = [source._edge("lift") for source in sources]
     return Tensor(value, requires_grad=True, node=OpNode(edges, (value.aval,), op.pullback, dynamic, fn, has_number))
+
+
+def _carries(value: Any) -> bool:
+    return isinstance(value, jax.Array) and _is_inexact(value.dtype)
 
 
 @functools.cache
@@ -158,7 +167,7 @@ def _is_dynamic(leaf: Any) -> bool:
 
 def _wrap(fn: Any, op: _Op, out: Any, dynamic: list[Any], sources: list[Tensor]) -> Any:
     outs, out_tree = (([out], None) if isinstance(out, jax.Array) else jax.tree.flatten(out))
-    moving = [i for i, value in enumerate(outs) if jnp.issubdtype(value.dtype, jnp.inexact)] if sources else []
+    moving = [i for i, value in enumerate(outs) if _carries(value)] if sources else []
     results = [Tensor(value) if isinstance(value, jax.Array) else value for value in outs]
     if moving:
         edges = [source._edge("lift") for source in sources]
@@ -172,7 +181,8 @@ def _wrap(fn: Any, op: _Op, out: Any, dynamic: list[Any], sources: list[Tensor])
 
 def _apply_traced(fn: Any, leaves: list[Any], tree: Any) -> Any:
     """Inside a compiled function: call `fn` on tracers; each differentiable result is a hook point."""
-    trace = next(leaf._trace for leaf in leaves if isinstance(leaf, Tensor) and leaf._trace is not None)
+    own = (leaf._trace for leaf in leaves if isinstance(leaf, Tensor) and leaf._trace is not None)
+    trace = inside() or next(own)
     leaves = [trace.enter(leaf) if isinstance(leaf, Tensor) and leaf._trace is None else leaf for leaf in leaves]
     values = [leaf._value if isinstance(leaf, Tensor) else leaf for leaf in leaves]
     moving = grad_enabled() and any(isinstance(leaf, Tensor) and leaf._requires_grad for leaf in leaves)
@@ -207,6 +217,8 @@ def _op_for(fn: Any, tree: Any, static: tuple[Static, ...], diff: tuple[int, ...
     except TypeError:  # an unhashable callable object
         return _make_op(fn, tree, static, diff)
     if op is None:
+        if len(_cache) >= _CACHE_SIZE:
+            _cache.clear()
         op = _cache[key] = _make_op(fn, tree, static, diff)
     return op
 
@@ -224,7 +236,7 @@ def _make_op(fn: Any, tree: Any, static: tuple[Static, ...], diff: tuple[int, ..
             for index, value in zip(diff, moving, strict=True):
                 filled[index] = value
             outs = jax.tree.leaves(raw(*filled))
-            return [value for value in outs if jnp.issubdtype(value.dtype, jnp.inexact)]
+            return [value for value in outs if _carries(value)]
 
         _, pull = jax.vjp(of_moving, *(saved[index] for index in diff))
         return list(pull(list(cts)))
@@ -275,16 +287,17 @@ def _getitem(x: Any, index: Any) -> Any:
 
 
 def _index(self: Tensor, index: Any) -> Any:
-    return apply(_getitem, (self, jax.tree.map(_positions, index, is_leaf=_is_leaf)), {})
+    items = index if isinstance(index, tuple) else (index,)
+    items = tuple(part for item in items for part in _positions(item))
+    return apply(_getitem, (self, items if len(items) != 1 else items[0]), {})
 
 
-def _positions(item: Any) -> Any:
-    """A mask as the positions of its true entries, whose number must be known before tracing."""
+def _positions(item: Any) -> tuple[Any, ...]:
+    """A mask as the positions of its true entries, one array per dimension: their number must be known."""
     mask = item._value if isinstance(item, Tensor) else item
-    if isinstance(mask, _ARRAYS) and mask.dtype == bool and not isinstance(mask, _compat.Tracer):
-        found = np.nonzero(np.asarray(mask))
-        return found[0] if len(found) == 1 else found
-    return item
+    if isinstance(mask, _ARRAYS) and mask.dtype == bool and np.ndim(mask) and not isinstance(mask, _compat.Tracer):
+        return np.nonzero(np.asarray(mask))
+    return (item,)
 
 
 def _method(name: str) -> Any:

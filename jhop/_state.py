@@ -28,8 +28,8 @@ _SHARED = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, type
 
 
 # Functions that read a list from C, past its methods: `AppendList` would not notice.
-_READERS = """join heappush heappop heapify heapreplace heappushpop merge nlargest nsmallest array asarray stack concatenate
-dumps dump fromiter pack type""".split()
+_READERS = """join heappush heappop heapify heapreplace heappushpop merge nlargest nsmallest array asarray stack
+concatenate dumps dump fromiter pack type""".split()
 
 APPEND: Any = object()  # the key of a write that appends to a list
 

@@ -112,7 +112,7 @@ def plain(key: Any) -> Any:
 
 def _can_make(cls: type) -> bool:
     try:
-        object.__new__(cls) if cls.__new__ is object.__new__ else cls.__new__(cls)  # type: ignore[call-overload]
+        cls.__new__(cls)  # type: ignore[call-overload]
     except TypeError:
         return False
     return True

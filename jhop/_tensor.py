@@ -93,6 +93,8 @@ class Tensor:
 
     @grad.setter
     def grad(self, grad: Any) -> None:
+        if not isinstance(getattr(grad, "value", grad), _compat.Tracer):
+            self._outside("Assigning to .grad")
         if grad is not None:
             array = grad.value if isinstance(grad, Tensor) else grad
             if not isinstance(array, (jax.Array, np.ndarray)):
@@ -110,6 +112,14 @@ class Tensor:
             )
 
     # -- hooks ---------------------------------------------------------------------------------------------------------
+
+    def _outside(self, where: str) -> None:
+        """Refuses what has no meaning while a compiled function is traced."""
+        if self._trace is not None or inside() is not None:
+            raise JhopError(
+                f"{where} inside a function that jhop.compile traces would happen once and not at every call. Do it "
+                "outside, before or after the call."
+            )
 
     def _need_grad(self, where: str) -> None:
         if not self._requires_grad:
@@ -155,6 +165,7 @@ class Tensor:
         Raises:
             HookError: `fn` is not callable, or the Tensor is no leaf that requires grad.
         """
+        self._outside("Tensor.register_post_accumulate_grad_hook")
         self._need_grad("Tensor.register_post_accumulate_grad_hook")
         if not self.is_leaf:
             raise HookError(
@@ -167,6 +178,7 @@ class Tensor:
 
     def retain_grad(self) -> None:
         """Makes a later backward store this Tensor's gradient in `.grad`, after its hooks. Nothing new for leaves."""
+        self._outside("Tensor.retain_grad")
         self._need_grad("Tensor.retain_grad")
         if self._node is not None and not self._retains:
             self._node.retain_at(self._slot, self)
@@ -186,6 +198,7 @@ class Tensor:
             JhopError: no gradient was given for a non-scalar, it has another shape or dtype, the Tensor does not
                 require grad, or the graph was freed by an earlier backward. Nothing was written then.
         """
+        self._outside("Tensor.backward")
         _engine.backward([(self._edge("backward"), self._seed(gradient))], keep_graph=retain_graph)
 
     def _seed(self, gradient: Any) -> Any:
@@ -219,10 +232,13 @@ class Tensor:
 
     def detach(self) -> Tensor:
         """A Tensor of the same value that takes no part in this graph; hooks stay behind."""
+        if self._trace is not None:
+            return self._trace.result(self._value, False)
         return Tensor(self._value)
 
     def requires_grad_(self, requires_grad: bool = True) -> Tensor:
         """Sets whether gradients are wanted for this leaf; returns the Tensor."""
+        self._outside("Tensor.requires_grad_")
         if not self.is_leaf and not requires_grad:
             raise JhopError("Tensor.requires_grad_: only a leaf can stop requiring grad; use detach().")
         if requires_grad:

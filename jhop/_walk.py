@@ -35,7 +35,7 @@ MAX_CONTAINERS = 10_000
 # Code that uses one of these can reach any attribute, so names say nothing about what it reads.
 _REFLECTION = {"__dict__", "vars", "setattr", "getattr", "delattr", "eval", "exec", "globals", "asdict", "fields"}
 _IMMUTABLE = {str, bytes, bool, complex, range, type(None), type(Ellipsis), type(NotImplemented)}
-_VIEWS = (types.MappingProxyType, type({}.keys()), type({}.values()), type({}.items()))
+_VIEWS: tuple[type, ...] = (types.MappingProxyType, type({}.keys()), type({}.values()), type({}.items()))
 # Their instances hold no Python state that a hook could read past JAX.
 _STANDARD_CONTAINERS = {"collections", "types", "argparse", "weakref", "functools"}
 _UNLIFTABLE = (
@@ -265,7 +265,7 @@ class Walk:
     def _visit_module(self, module: types.ModuleType) -> None:
         filename = getattr(module, "__file__", None)
         root = module.__name__.split(".")[0]
-        made = filename is None and root not in sys.stdlib_module_names | sys.builtin_module_names | _OPAQUE_ROOTS
+        made = filename is None and root not in {*sys.stdlib_module_names, *sys.builtin_module_names, *_OPAQUE_ROOTS}
         if made or (filename is not None and is_user_file(filename)):
             self._add(module.__dict__, "dict", f"G[{module.__name__!r}].__dict__", self._names - set(_NEVER))
 
@@ -306,8 +306,8 @@ class Walk:
             return
         if isinstance(value, np.ndarray):
             self._refuse(
-                f"a hook reads `{path}`, a {cls.__name__} of dtype {value.dtype}, which JAX has no arrays of. Use a list "
-                "or an array of numbers."
+                f"a hook reads `{path}`, a {cls.__name__} of dtype {value.dtype}, which JAX has no arrays of. Use a "
+                "list or an array of numbers."
             )
             return
         if cls in _DECLARED:

@@ -21,7 +21,7 @@ from jhop import _compat, _engine, _state
 from jhop._boundary import accumulate_grad, aot_prologue, validate_outputs
 from jhop._capture import Backward, Recorder, trace
 from jhop._contract import WeakIdentity, identity_key
-from jhop._errors import HookError, JhopError
+from jhop._errors import HookError, JhopError, Unsupported
 from jhop._forward import CompiledNode
 from jhop._graph import GraphModule, Info, Input
 from jhop._hook import run_hooks
@@ -275,6 +275,12 @@ class _CapturePass(_engine.Pass):
         self._origin = f"{node.name()} (NodeCall {self._tape.number[node] + 1})"
         return super().visit(node, cts)
 
+    def hooked_node(self, node: Node, cts: list[Any]) -> list[Any]:
+        raise Unsupported(
+            f"compiled_autograd: {node.name()} has hooks on the node itself, which cannot be captured yet. Hook its "
+            "Tensors with register_hook, or run backward() outside of enable()."
+        )
+
     def node(self, node: Node, cts: list[Any]) -> list[Any]:
         saved = [self._flat[i] for i in self._tape.saved[node]]
         cts = _engine.full_cts(node, cts)
@@ -310,7 +316,7 @@ class _CapturePass(_engine.Pass):
         for eqn in _compat.open_jaxpr(gm.jaxpr)[0].eqns:
             if eqn.primitive is trace_wrapped_p:
                 self._hook_place()
-        return evaluate(gm.jaxpr, values, note=note)
+        return compiled.joint.only_reached(evaluate(gm.jaxpr, values, note=note))
 
     def _hook_place(self) -> None:
         self.hook_places.append(self.n_hooks)

@@ -32,6 +32,7 @@ LAYERS = (
     "_graph",
     "_capture",
     "_guards",
+    "_describe",
     "_inline",
     "backends",
     "_text._namespace",

@@ -1,0 +1,86 @@
+"""What is said of hooks that were inlined: names and places of their values, and why one cannot be traced."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.extend.core as jex_core
+
+from jhop._contract import HookFn
+from jhop._graph import Info
+from jhop._scalar import scalar_p
+from jhop._source import describe_hook, eqn_name, is_user_file, origin_of, user_frames
+
+
+def describe_hook_values(jaxpr: Any, info: dict[Any, Info]) -> dict[Any, Info]:
+    """Adds source positions and the user's local names to values that hooks computed."""
+    inside = _inside_one_instruction(jaxpr, info)
+    for eqn in jaxpr.eqns:
+        for variable in eqn.outvars:
+            known = info.get(variable)
+            if known is not None and not known.stage.startswith("hook"):
+                continue  # carried over from the captured graph
+            frames = user_frames(eqn)
+            if not frames:
+                continue
+            name = None if eqn.primitive is scalar_p or variable in inside else eqn_name(eqn)
+            stage = known.stage if known else "hook"
+            if name is None and stage == "hook_result":
+                name = "result"
+            base = known or Info()
+            origin = base.origin or origin_of(*frames[0])
+            info[variable] = dataclasses.replace(base, name=name, origin=origin, stage=stage)
+    return info
+
+
+def _inside_one_instruction(jaxpr: Any, info: dict[Any, Info]) -> set[Any]:
+    """Values that exist only within one instruction of the user's, such as a cast before a product."""
+    place = {v: user_frames(eqn)[:1] for eqn in jaxpr.eqns for v in eqn.outvars}
+    inside = set()
+    for eqn in jaxpr.eqns:
+        here = user_frames(eqn)[:1]
+        for atom in eqn.invars:
+            if isinstance(atom, jex_core.Literal) or not here or place.get(atom) != here:
+                continue
+            if info.get(atom, Info()).operator is None:
+                inside.add(atom)
+    return inside
+
+
+_VALUE_ERRORS = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+    jax.errors.NonConcreteBooleanIndexError,
+)
+
+
+def explain(hook: HookFn, error: Exception) -> str:
+    """The message for an exception that left a hook while it was traced."""
+    head = f"{describe_hook(hook.base)} cannot be traced"
+    place = _place_of(error)
+    if isinstance(error, jax.errors.TracerBoolConversionError):
+        return (
+            f"{head}: it branches on the value of an array{place}. While the backward is traced, arrays have no "
+            "values. Use `jnp.where` or `jax.lax.cond`, or fullgraph=False to run the hook on the host each time."
+        )
+    if isinstance(error, _VALUE_ERRORS):
+        return (
+            f"{head}: it reads the value of an array{place} (float(), int(), .item(), .tolist(), numpy). While the "
+            "backward is traced, arrays have no values. Stay with jax.numpy, or use fullgraph=False to run the hook "
+            "on the host each time."
+        )
+    return f"{head}: it raised {type(error).__name__}: {error}{place}. Nothing was written."
+
+
+def _place_of(error: Exception) -> str:
+    place, tb = "", error.__traceback__
+    while tb is not None:
+        code = tb.tb_frame.f_code
+        if is_user_file(code.co_filename):
+            origin = origin_of(code, tb.tb_lasti)
+            place = f'\n  File "{origin.file}", line {origin.line}, in {origin.function}\n    {origin.text}\n'
+        tb = tb.tb_next
+    return place
