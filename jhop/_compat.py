@@ -31,9 +31,16 @@ _DimExpr = type(jax.export.symbolic_shape("n")[0])  # a class without a public n
 def tracing() -> bool:
     """Whether operations in this thread are staged into a jaxpr, those on concrete arrays too."""
     trace = _core.trace_ctx.trace
-    while (parent := getattr(trace, "parent_trace", None)) is not None:
-        trace = parent  # differentiation and vmap hand on to what is around them
-    return not isinstance(trace, _core.EvalTrace)
+    while type(trace).__name__ != "DynamicJaxprTrace":  # the one that stages; others hand on to what is around them
+        trace = getattr(trace, "parent_trace", None)
+        if trace is None:
+            return False
+    return True
+
+
+def transforming() -> bool:
+    """Whether any transformation of JAX is under way in this thread."""
+    return not _core.trace_state_clean()
 
 
 _session_context = jax.make_user_context()

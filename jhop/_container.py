@@ -66,7 +66,7 @@ class Container:
         if obj is None:
             return []  # weakly held, and gone
         table = obj.__dict__ if self.kind in ("attrs", "class") else obj
-        items = list(dict.items(table) if isinstance(table, dict) else table.items())
+        items = list(_methods(table).items(table) if isinstance(table, dict) else table.items())
         return items if self.names is None else [(name, value) for name, value in items if name in self.names]
 
     def get(self, key: Any) -> Any:
@@ -75,7 +75,7 @@ class Container:
         try:
             # Methods of the built-in classes themselves: a subclass may do anything in its own.
             if self.kind == "dict":
-                return dict.get(obj, key, MISSING)
+                return _methods(obj).get(obj, key, MISSING)
             if self.kind == "list":
                 return list.__getitem__(obj, key)
             if self.kind == "deque":
@@ -96,7 +96,7 @@ class Container:
         """Writes one slot, past any `__setattr__` of the user's (reading went past `__getattr__` too)."""
         obj = self.obj
         if self.kind == "dict":
-            dict.__setitem__(obj, key, value)
+            _methods(obj).__setitem__(obj, key, value)
         elif self.kind == "list":
             list.__setitem__(obj, key, value)
         elif self.kind == "deque":
@@ -119,7 +119,7 @@ class Container:
         """Deletes one slot."""
         obj = self.obj
         if self.kind == "dict":
-            dict.__delitem__(obj, key)
+            _methods(obj).__delitem__(obj, key)
         elif self.kind == "attrs":
             del obj.__dict__[key]
         elif self.kind == "cell":
@@ -149,9 +149,9 @@ class Container:
             return
         before = dict(snapshot)
         if self.kind == "dict" and self.names is None and [key for key, _ in now] != [key for key, _ in snapshot]:
-            dict.clear(self.obj)
+            _methods(self.obj).clear(self.obj)
             for key, value in snapshot:
-                dict.__setitem__(self.obj, key, value)
+                _methods(self.obj).__setitem__(self.obj, key, value)
             return
         for key, _ in now:
             if key not in before:
@@ -174,6 +174,11 @@ class Container:
         if self.kind in ("attrs", "slots", "class"):
             return f"{self.path}.{key}"
         return f"{self.path}[{key!r}]"
+
+
+def _methods(obj: Any) -> Any:
+    """The built-in class whose methods work on a dict: an OrderedDict keeps its order by itself."""
+    return collections.OrderedDict if isinstance(obj, collections.OrderedDict) else dict
 
 
 def builtin_kind(value: Any) -> str | None:

@@ -23,6 +23,7 @@ from jhop._graph import GraphModule, Input
 from jhop._interp import evaluate
 from jhop._source import hook_name
 from jhop._static import Static
+from jhop._walk import closed_over_tracers
 
 _TRACE_OPTIONS = {"static_argnums", "static_argnames", "donate_argnums", "donate_argnames", "keep_unused", "inline"}
 
@@ -85,7 +86,7 @@ class Jitted:
         _jitted.add(self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if _compat.tracing():
+        if _compat.transforming() and self._is_inner(args, kwargs):
             return self._jitted(*args, **kwargs)  # part of an outer trace, whose hooks are inlined out there
         direct = self._direct
         if direct is not None and direct.config == _config() and direct.entry.holds():
@@ -121,6 +122,15 @@ class Jitted:
 
         run.__name__ = hook_name(self._fn)
         return _Direct(entry, jax.jit(run, **self._options), _config())
+
+    def _is_inner(self, args: Any, kwargs: Any) -> bool:
+        """Whether a call is part of what JAX is transforming, and not a computation of its own."""
+        leaves = jax.tree.leaves((args, kwargs))
+        return (
+            _compat.tracing()
+            or any(isinstance(leaf, _compat.Tracer) for leaf in leaves)
+            or bool(closed_over_tracers(self._fn))
+        )
 
     def _split(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """(static arguments as a key, the others)."""
