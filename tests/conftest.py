@@ -1,6 +1,7 @@
 """What every test runs under: eight CPU devices, strict dtype promotion, and no graph left over from another test."""
 
 import os
+from pathlib import Path
 
 # XLA reads these once, when JAX starts its first backend, so they stand before the imports below.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -36,3 +37,14 @@ def fresh():
     import jhop
 
     jhop.reset()
+
+
+def pytest_collection_modifyitems(config, items):
+    """Marks what jhop does not do yet: see known_limits.txt."""
+    lines = (Path(__file__).parent / "known_limits.txt").read_text(encoding="utf-8").splitlines()
+    limits = dict(line.split("  # ", 1) for line in lines if line and not line.startswith("#"))
+    for item in items:
+        reason = limits.get(item.nodeid)
+        if reason is not None:
+            # Threads may happen to be lucky; everything else must fail as long as it is listed.
+            item.add_marker(pytest.mark.xfail(reason=reason, strict="threads" not in item.name))

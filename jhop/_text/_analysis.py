@@ -29,6 +29,9 @@ def needed_values(gm: GraphModule, steps: list[Step], same: dict[Any, Any]) -> s
     outs = _compat.open_jaxpr(gm.jaxpr)[0].outvars
     needed = {v for v in (resolve(v, same) for v in outs) if not is_literal(v)}
     for step in reversed(steps):
+        if not step.outvars:  # an effect
+            needed.update(v for v in step.invars if not is_literal(v))
+            continue
         info = gm.info.get(step.outvars[0], NO_INFO)
         if not needed.intersection(step.outvars) and info.operator is None and info.stage != "captured":
             continue

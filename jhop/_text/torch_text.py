@@ -47,7 +47,7 @@ class BackwardPrinter:
         self._gm = gm
         self._backward = gm.backward
         self._jaxpr, _ = _compat.open_jaxpr(gm.jaxpr)
-        self._steps, self._same = steps_of(self._jaxpr, lambda eqn: self._info(eqn.outvars[0]).aot is not None)
+        self._steps, self._same = steps_of(self._jaxpr, self._is_aot)
         self._space = Namespace()
         self._env = ShapeEnv()
         self._value: dict[Any, Any] = {}  # variable -> Stmt, or a Python constant
@@ -95,6 +95,8 @@ class BackwardPrinter:
         for index, variable in enumerate(self._jaxpr.invars[: len(shapes)]):
             stmt = self._add("call_function", "getitem", "getitem", (inputs, index), variable.aval, origin="inputs")
             self._value[variable] = stmt
+        for number, variable in enumerate(self._jaxpr.constvars):
+            self._value[variable] = RawCode(f"self._tensor_constant{number}")
         self._lift_sizes()
         for variable, given in zip(self._jaxpr.invars[len(shapes) :], self._gm.inputs[len(shapes) :], strict=True):
             self._state_input(variable, given)
@@ -155,11 +157,17 @@ class BackwardPrinter:
         atom = resolve(atom, self._same)
         return python_value(atom.val) if isinstance(atom, jex_core.Literal) else self._value[atom]
 
+    def _is_aot(self, eqn: Any) -> bool:
+        return any(self._info(v).aot is not None for v in eqn.outvars)
+
     def _info(self, variable: Any) -> Info:
         return self._gm.info.get(variable, NO_INFO)
 
     def _equation(self, eqn: Any) -> None:
         primitive = eqn.primitive
+        if not eqn.outvars:  # an effect, such as jax.debug.print
+            self._function(eqn, ("effect", len(self._body)))
+            return
         if primitive is validate_outputs_p:
             self._validate(eqn)
         elif primitive is aot_prologue_p:
@@ -170,7 +178,7 @@ class BackwardPrinter:
             self._scalar(eqn)
         elif self._info(eqn.outvars[0]).aot is not None:
             self._aot(eqn)
-        elif eqn.outvars[0] in self._needed:
+        elif self._needed.intersection(eqn.outvars):
             self._hook_step(eqn)
 
     def _validate(self, eqn: Any) -> None:
@@ -289,17 +297,20 @@ class BackwardPrinter:
             stmt = self._add("call_function", name, target, tuple(operands), variable.aval, origin=origin)
         else:
             stmt = self._function(eqn, origin)
-        self._rename(stmt, info.name)
-        self._value[variable] = stmt
-        for index, other in enumerate(eqn.outvars[1:]):
-            item = self._add("call_function", "getitem", "getitem", (stmt, index + 1), other.aval, origin=origin)
+        if len(eqn.outvars) == 1:
+            self._rename(stmt, info.name)
+            self._value[variable] = stmt
+            return
+        for index, other in enumerate(eqn.outvars):
+            item = self._add("call_function", "getitem", "getitem", (stmt, index), other.aval, origin=origin)
+            self._rename(item, self._info(other).name)
             self._value[other] = item
 
     def _function(self, eqn: Any, origin: Any) -> Stmt:
         """A step that no Python operator made: a function of the `torch` name space where it has one."""
         name = eqn.params["name"].strip("_") if eqn.primitive.name in CALLS else aten_name(eqn.primitive.name)
         args = tuple(self._operand(atom, origin) for atom in eqn.invars)
-        aval = eqn.outvars[0].aval
+        aval = eqn.outvars[0].aval if len(eqn.outvars) == 1 else None
         name, args = call_of(eqn, args) or (name, args)
         if eqn.primitive.name == "reduce_sum" and len(eqn.params["axes"]) == eqn.invars[0].aval.ndim:
             return self._add("call_method", "sum", "sum", args, aval, origin=origin)
