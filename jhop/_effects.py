@@ -89,6 +89,8 @@ def watch(hook: Any, *, remedy: str | None = None) -> Iterator[Watch]:
             if the code caught it, or turned it into another error.
     """
     seen, outer = Watch(hook, remedy), _thread.current
+    if (label := _banned.label_of(hook)) is not None:  # a hook that is `print` itself is called by us, not by user code
+        raise Unsupported(_message(label, hook, "", remedy))
     collecting = gc.isenabled()
     gc.disable()  # what others do when garbage is collected would look like the hook's own doing
     try:
@@ -115,6 +117,16 @@ def watch(hook: Any, *, remedy: str | None = None) -> Iterator[Watch]:
 _LAST_RESORT = "pass `fullgraph=False`, which runs this hook on the host each time"
 
 
+def _message(label: str, hook: Any, place: str, remedy: str | None) -> str:
+    """What `Unsupported` says of a call of `label` at `place`, which is empty where the hook is the callee itself."""
+    remedies = [each for each in (_banned.remedy_for(label), remedy or _LAST_RESORT) if each]
+    return (
+        f"cannot trace a call to `{label}` in {describe_hook(hook)}\n{place}"
+        f"The backward is traced once and replayed, so `{label}` would run once, at trace time, and never again.\n"
+        f"Instead, {'; or '.join(remedies)}."
+    )
+
+
 def _refuse(label: str | None, frame: types.FrameType | None) -> None:
     """Raises `Unsupported` if the call of `label`, found in `frame`, is user code's."""
     user, seen = _banned.blamed_frame(frame), _thread.current
@@ -123,14 +135,8 @@ def _refuse(label: str | None, frame: types.FrameType | None) -> None:
     if _banned.count_imports(user) > seen.imports:
         return  # in a module that the hook imports, which is run but once in any case
     where = origin_of(user.f_code, user.f_lasti)
-    remedies = [remedy for remedy in (_banned.remedy_for(label), seen.remedy or _LAST_RESORT) if remedy]
-    error = Unsupported(
-        f"cannot trace a call to `{label}` in {describe_hook(seen.hook)}\n"
-        f'  File "{where.file}", line {where.line}, in {where.function}\n'
-        f"    {where.text}\n"
-        f"The backward is traced once and replayed, so `{label}` would run once, at trace time, and never again.\n"
-        f"Instead, {'; or '.join(remedies)}."
-    )
+    place = f'  File "{where.file}", line {where.line}, in {where.function}\n    {where.text}\n'
+    error = Unsupported(_message(label, seen.hook, place, seen.remedy))
     seen.error = seen.error or error
     try:
         raise error

@@ -32,6 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jhop
 from jhop._effects import OperatorRecord, watch
 from jhop._errors import Unsupported
 from jhop._source import describe_hook
@@ -449,6 +450,24 @@ def test_remedies(call, remedy):
 def test_given_remedy_replaces_the_last_resort():
     with pytest.raises(Unsupported, match="; or compile with `jhop.jit`."):
         traced(says, remedy="compile with `jhop.jit`")
+
+
+@pytest.mark.parametrize(
+    ("label", "hook"),
+    [("print", print), ("print", printer), ("logging.Logger.info", log.info), ("time.sleep", time.sleep)],
+)
+def test_hook_that_is_itself_banned(label, hook, capsys):
+    with pytest.raises(Unsupported, match=f"cannot trace a call to `{label}` in "):
+        jhop.jit(jax.grad(lambda x: jhop.hook(x, hook) * 3.0), fullgraph=True)(2.0)
+    assert capsys.readouterr().out == ""
+
+
+def test_hook_that_is_print_itself_runs_on_the_host_each_time(capsys):
+    fn = jhop.jit(jax.grad(lambda x: jhop.hook(x, print) * 3.0))
+    with pytest.warns(UserWarning, match="print"):
+        assert [float(fn(x)) for x in (2.0, 4.0)] == [3.0, 3.0]
+    jax.effects_barrier()
+    assert capsys.readouterr().out.count("3.0") == 2
 
 
 def test_first_error_counts_and_other_exceptions_keep_their_way():
