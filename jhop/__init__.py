@@ -4,7 +4,8 @@
 manner of PyTorch. See README.md.
 """
 
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError as _NotInstalled
+from importlib.metadata import version as _version
 
 from jhop import _text as _text
 from jhop import autograd as autograd
@@ -30,6 +31,6 @@ from jhop._tensor import tensor as tensor
 from jhop._trace_wrapped import trace_wrapped as trace_wrapped
 
 try:
-    __version__ = version("jhop")
-except PackageNotFoundError:  # a checkout that was never installed
+    __version__ = _version("jhop")
+except _NotInstalled:  # a checkout that was never installed
     __version__ = "0+unknown"

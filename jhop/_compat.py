@@ -5,7 +5,6 @@ Differences are found by looking at the feature, not at the version number.
 
 from __future__ import annotations
 
-import functools
 import inspect
 import sys
 from typing import Any
@@ -91,14 +90,6 @@ def scan_split(params: dict[str, Any]) -> tuple[int, int]:
     return consts, carry
 
 
-def shard_map_axes(params: dict[str, Any]) -> frozenset[str]:
-    """The mesh axes that a shard_map equation makes manual."""
-    for key in ("newly_manual_axes", "manual_axes"):
-        if key in params:
-            return frozenset(params[key])
-    raise KeyError(f"shard_map equation without manual axes: {sorted(params)}")
-
-
 def asked_by_operator() -> bool:
     """Whether the attribute lookup under way comes from a binary operator of JAX's arrays."""
     # jax._src.numpy.array_methods names them `_operator_mul` and so on, in all versions so far.
@@ -136,9 +127,3 @@ def varying_axes(aval: Any) -> frozenset[str]:
 def register_lowering(primitive: Any, fun: Any, *, multiple_results: bool) -> None:
     """Lowers a primitive by tracing `fun` in its place."""
     mlir.register_lowering(primitive, mlir.lower_fun(fun, multiple_results=multiple_results))
-
-
-@functools.cache
-def jax_version() -> tuple[int, ...]:
-    """For reports and benchmarks; code asks for features instead."""
-    return tuple(int(part) for part in jax.__version__.split(".")[:3])

@@ -26,4 +26,13 @@ class Unsupported(JhopError):
 
     Raised before anything was printed, written or assigned. The message names the call, the hook and its
     source line, and what to use instead.
+
+    Example:
+        >>> import jax, jhop
+        >>> grad = jhop.jit(jax.grad(lambda x: jhop.hook(x, print) * 3.0), fullgraph=True)
+        >>> try:
+        ...     grad(2.0)
+        ... except jhop.Unsupported as error:
+        ...     print("print" in str(error))
+        True
     """

@@ -29,6 +29,16 @@ class Tensor:
         grad: the accumulated gradient, a `jax.Array` of the Tensor's shape and dtype, or None.
         requires_grad: whether gradients flow to or through it.
         grad_fn: the node that made it; None for leaves.
+
+    Example:
+        >>> import jhop
+        >>> x = jhop.tensor([1.0, 2.0], requires_grad=True)
+        >>> handle = x.register_hook(lambda grad: grad * 10.0)
+        >>> (x * 3.0).sum().backward()
+        >>> x.grad.tolist()
+        [30.0, 30.0]
+
+    The counterpart in PyTorch is `torch.Tensor`.
     """
 
     __slots__ = (

@@ -30,7 +30,16 @@ def no_grad() -> Iterator[None]:
 
 @contextlib.contextmanager
 def enable_grad() -> Iterator[None]:
-    """Inside the block, operations on Tensors of this thread are recorded, also inside `no_grad`."""
+    """Inside the block, operations on Tensors of this thread are recorded, also inside `no_grad`.
+
+    Example:
+        >>> import jhop
+        >>> x = jhop.tensor(1.0, requires_grad=True)
+        >>> with jhop.autograd.no_grad(), jhop.autograd.enable_grad():
+        ...     y = x * 2.0
+        >>> y.requires_grad
+        True
+    """
     with _recording(True):
         yield
 
@@ -54,6 +63,15 @@ def backward(tensors: Tensor | Sequence[Tensor], gradients: Any = None, *, retai
 
     Raises:
         JhopError: as for `Tensor.backward`, or another number of gradients than of Tensors.
+
+    Example:
+        >>> import jhop
+        >>> x = jhop.tensor(3.0, requires_grad=True)
+        >>> jhop.autograd.backward([x * x, x * 5.0])
+        >>> float(x.grad)
+        11.0
+
+    The counterpart in PyTorch is `torch.autograd.backward`.
     """
     roots = [tensors] if isinstance(tensors, Tensor) else tensors
     given = [gradients] if isinstance(tensors, Tensor) and not isinstance(gradients, (list, tuple)) else gradients

@@ -24,7 +24,16 @@ def normalize_gm(text: str) -> str:
 
 @contextlib.contextmanager
 def fresh_aot_ids() -> Iterator[None]:
-    """Inside the block, numbers of ahead-of-time compiles, which are part of printed names, start at 0."""
+    """Inside the block, numbers of ahead-of-time compiles, which are part of printed names, start at 0.
+
+    The block's end puts back what they were, so that tests of printed graphs do not depend on their order.
+
+    Example:
+        >>> import jhop
+        >>> x = jhop.tensor([1.0, 2.0], requires_grad=True)
+        >>> with jhop.testing.fresh_aot_ids():
+        ...     y = jhop.compile(lambda x: x * 3.0, backend="aot_eager")(x)
+    """
     before = backends.aot_ids(0)
     try:
         yield

@@ -9,6 +9,7 @@ statements one by one: what each means is a matter of its primitive, what it is 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax.extend.core as jex_core
@@ -201,10 +202,7 @@ class BackwardPrinter:
         args = ([self._read(v) for v in eqn.invars], described)
         stmt = self._add("call_function", "validate_outputs", f"{_OPS}validate_outputs", args, origin=origin)
         count = len(self._backward.shapes) + len(self._backward.sizes)
-        for index, variable in enumerate(eqn.outvars):
-            item = self._add("call_function", "getitem", "getitem", (stmt, index), variable.aval, origin=origin)
-            self._rename(item, f"getitem_{count + index}")
-            self._value[variable] = item
+        self._unpack(stmt, eqn, origin, [f"getitem_{count + index}" for index in range(len(eqn.outvars))])
 
     def _prologue(self, eqn: Any) -> None:
         info = self._info(eqn.outvars[0])
@@ -216,9 +214,13 @@ class BackwardPrinter:
         target = f"torch__dynamo_compiled_autograd_{name}" + (f"_{seen}" if seen else "")
         origin = "prologue", prefix
         stmt = self._add("call_function", name, target, args, origin=origin)
-        for index, variable in enumerate(eqn.outvars):
+        self._unpack(stmt, eqn, origin, [f"{prefix}{self._info(variable).name}" for variable in eqn.outvars])
+
+    def _unpack(self, stmt: Stmt, eqn: Any, origin: Any, names: Sequence[str | None]) -> None:
+        """Takes the results of an equation from the tuple that `stmt` makes, one statement each."""
+        for index, (variable, name) in enumerate(zip(eqn.outvars, names, strict=True)):
             item = self._add("call_function", "getitem", "getitem", (stmt, index), variable.aval, origin=origin)
-            self._rename(item, f"{prefix}{self._info(variable).name}")
+            self._rename(item, name)
             self._value[variable] = item
 
     def _aot(self, eqn: Any) -> None:
@@ -301,10 +303,7 @@ class BackwardPrinter:
             self._rename(stmt, info.name)
             self._value[variable] = stmt
             return
-        for index, other in enumerate(eqn.outvars):
-            item = self._add("call_function", "getitem", "getitem", (stmt, index), other.aval, origin=origin)
-            self._rename(item, self._info(other).name)
-            self._value[other] = item
+        self._unpack(stmt, eqn, origin, [self._info(other).name for other in eqn.outvars])
 
     def _function(self, eqn: Any, origin: Any) -> Stmt:
         """A step that no Python operator made: a function of the `torch` name space where it has one."""
