@@ -1,0 +1,124 @@
+"""What the files `test_under_*.py` share: hooks, and ways to run a program, checked against hand-written rules.
+
+A program is `program(point, x, s)`, a scalar function of an array `x` and a scalar `s`. It puts its hooks on values
+with `point(value, s)`, which is `jhop.hook` in one run and a `jax.custom_vjp` by hand in the other: gradients must
+agree. Some hooks close over `s`, a tracer; by hand it is a residual.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.test_util import check_grads
+
+import jhop
+
+Rule = Callable[[Any, Any], Any]
+Point = Callable[[Any, Any], Any]
+
+
+def linear(ct, s):
+    return 3 * ct
+
+
+def nonlinear(ct, s):
+    return ct * ct + 2 * ct
+
+
+def clip(ct, s):
+    norm = jnp.sqrt(sum(jnp.sum(jnp.abs(leaf) ** 2) for leaf in jax.tree.leaves(ct)))
+    return jax.tree.map(lambda leaf: leaf * jnp.minimum(1.0, 0.5 / norm).astype(leaf.dtype), ct)
+
+
+def closing(ct, s):
+    return ct * s + ct
+
+
+def true(ct, s):
+    """The cotangent itself, in other words."""
+    return (ct * 3 - ct) / 2
+
+
+RULES: dict[str, Rule] = {rule.__name__: rule for rule in (linear, nonlinear, clip, closing)}
+
+
+def hooked(rule: Rule) -> Point:
+    """Puts a rule on a value with `jhop.hook`."""
+    if rule is closing:
+        return lambda x, s: jhop.hook(x, lambda ct: rule(ct, s))
+    return lambda x, s: jhop.hook(x, lambda ct: rule(ct, None))
+
+
+def by_hand(rule: Rule) -> Point:
+    """What `jhop.hook` replaces: an identity with a hand-written rule."""
+
+    @jax.custom_vjp
+    def point(x, s):
+        return x
+
+    point.defvjp(lambda x, s: (x, s), lambda s, ct: (rule(ct, s), jnp.zeros_like(s)))
+    return point
+
+
+def ignored(x: Any, s: Any) -> Any:
+    """No hook at all: where its gradient agrees, a test shows nothing."""
+    return x
+
+
+def _inlined(fn: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *args: jhop.inline(jhop.make_fx(fn)(*args))(*args)
+
+
+RUNS: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
+    "eager": lambda fn: fn,
+    "jax.jit": jax.jit,
+    "jhop.jit": lambda fn: jhop.jit(fn, fullgraph=True),
+    "make_fx": lambda fn: lambda *args: jhop.make_fx(fn)(*args)(*args),
+    "inline": _inlined,
+}
+
+
+def agree(got: Any, expected: Any, rtol: float = 2e-5) -> None:
+    """Asserts equal structure, shapes, dtypes, and values up to rounding."""
+    assert jax.tree.structure(got) == jax.tree.structure(expected)
+    for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
+        wide = np.complex128 if jnp.issubdtype(ours.dtype, jnp.complexfloating) else np.float64
+        np.testing.assert_allclose(np.asarray(ours).astype(wide), np.asarray(theirs).astype(wide), rtol, atol=1e-6)
+
+
+def differ(got: Any, other: Any) -> bool:
+    """Whether two gradients are visibly not the same."""
+    return not all(
+        np.allclose(np.asarray(a), np.asarray(b), rtol=1e-2, atol=1e-3)
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(other), strict=True)
+    )
+
+
+def check(program: Any, rule: str, run: str, x: Any, s: Any = None, derivative: Callable[..., Any] = jax.grad) -> None:
+    """Asserts that a derivative of a program with hooks is that of the same program with hand-written rules.
+
+    Args:
+        program: `program(point, x, s)`.
+        rule: a key of `RULES`.
+        run: a key of `RUNS`, how the derivative is run.
+        derivative: e.g. `jax.grad`; applied to a function of (x, s), so it differentiates by `x`.
+    """
+    s = jnp.float32(1.5) if s is None else s
+
+    def of(point: Point) -> Callable[..., Any]:
+        return derivative(lambda x, s: program(point, x, s))
+
+    expected = of(by_hand(RULES[rule]))(x, s)
+    assert differ(expected, of(ignored)(x, s)), "this program does not show whether its hooks ran"
+    agree(RUNS[run](of(hooked(RULES[rule])))(x, s), expected)
+
+
+def check_true_gradient(program: Any, x: Any, s: Any = None, modes: Any = ("fwd", "rev"), order: int = 2) -> None:
+    """Asserts by finite differences that hooks which return the true gradient leave all derivatives right."""
+    s = jnp.float32(1.5) if s is None else s
+    check_grads(lambda x: program(hooked(true), x, s), (x,), order=order, modes=modes, rtol=2e-2, atol=2e-2)
