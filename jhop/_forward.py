@@ -21,16 +21,15 @@ import jax.numpy as jnp
 from jhop import backends
 from jhop._capture import parameter_names
 from jhop._compile import MAX_ENTRIES, CompiledGraph
-from jhop._container import MISSING
 from jhop._errors import JhopError
 from jhop._graph import GraphModule
 from jhop._guards import Guards
 from jhop._joint import BoundHook, Joint, Tracing, is_dynamic, value_of
+from jhop._lookups import Lookups
 from jhop._node import Node, freed, grad_enabled
 from jhop._source import hook_name
 from jhop._static import Static
 from jhop._tensor import Tensor
-from jhop._walk import Walk
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -143,15 +142,14 @@ class CompiledFunction:
     def _trace(self, args: Any, kwargs: Any, leaves: list[Any], tree: Any, recording: bool) -> _Compiled:
         aot_id = backends.take_aot_id()
         static = [(f"argument{i}", leaf) for i, leaf in enumerate(leaves) if not is_dynamic(leaf)]
-        walk = Walk([(hook_name(self._fn), self._fn), *static], strict=False)
-        captured = tuple(walk.instances(Tensor, _wants_grad)) if recording else ()
+        lookups = Lookups([(hook_name(self._fn), self._fn), *static])
+        captured = tuple(lookups.walk.instances(Tensor, _wants_grad)) if recording else ()
         arguments = [leaf for leaf in leaves if is_dynamic(leaf)]
         dynamic = [*arguments, *captured]
         diff = [
             i for i, leaf in enumerate(dynamic) if recording and isinstance(leaf, Tensor) and leaf.requires_grad
         ]
         names = parameter_names(self._fn, args, kwargs) if len(arguments) == len(leaves) else []
-        before = [container.items() for container in walk.containers]
         joint = Tracing(self._fn, leaves, tree, captured, diff, names).run()
         backward = None
         if joint.backward is not None:
@@ -165,7 +163,7 @@ class CompiledFunction:
             aot_id=aot_id,
             diff=tuple(diff),
             captured=captured,
-            guards=Guards(walk, [], frozen=True, ignore_slots=_changed(walk, before)),
+            guards=lookups.guards(joint.hooks()),
         )
 
     def _callable(self, gm: GraphModule, example: list[Any]) -> Callable[..., list[Any]]:
@@ -177,19 +175,6 @@ class CompiledFunction:
 
 
 _functions: weakref.WeakSet[CompiledFunction] = weakref.WeakSet()
-
-
-def _changed(walk: Walk, before: list[list[tuple[Any, Any]]]) -> list[tuple[int, Any]]:
-    """Slots that the function itself changed while it was traced: its effects, not what it depends on."""
-    found: list[tuple[int, Any]] = []
-    for container, items in zip(walk.containers, before, strict=True):
-        old, now = dict(items), dict(container.items())
-        if container.kind == "set":
-            found += [(id(container), key) for key in old.keys() ^ now.keys()]
-        else:
-            changed = (key for key in {**old, **now} if old.get(key, MISSING) is not now.get(key, MISSING))
-            found += [(id(container), key) for key in changed]
-    return found
 
 
 def _wants_grad(tensor: Tensor) -> bool:

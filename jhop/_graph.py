@@ -14,8 +14,9 @@ import jax
 import jax.extend.core as jex_core
 
 from jhop import _compat
+from jhop._contract import HookFn
 from jhop._errors import JhopError
-from jhop._interp import evaluate, has_symbols, with_sizes
+from jhop._interp import evaluate, has_symbols, inner_jaxprs, with_sizes
 from jhop._scalar import I32_MAX, I32_MIN, apply_step, fill, scalar_p
 
 
@@ -64,6 +65,18 @@ class Input:
     role: str = "array"
     source: str = ""
     number: type | None = None  # int or float for a lifted Python number
+
+
+def hooks_in(jaxpr: Any) -> list[HookFn]:
+    """The hooks that are opaque in a jaxpr, at any depth, in the order of their equations."""
+    found: list[HookFn] = []
+    for eqn in _compat.open_jaxpr(jaxpr)[0].eqns:
+        hook = eqn.params.get("fn")
+        if isinstance(hook, HookFn):
+            found.append(hook)
+        for inner in inner_jaxprs(eqn):
+            found += hooks_in(inner)
+    return found
 
 
 class DoesNotFit(Exception):

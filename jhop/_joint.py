@@ -20,7 +20,7 @@ import numpy as np
 from jhop import _compat
 from jhop._capture import Recorder, trace
 from jhop._errors import JhopError
-from jhop._graph import GraphModule, Info, Input
+from jhop._graph import GraphModule, Info, Input, hooks_in
 from jhop._hook import HookList
 from jhop._lift import traced_result
 from jhop._node import grad_enabled, set_inside
@@ -52,6 +52,11 @@ class Joint:
     out_moving: tuple[bool, ...]
     registered: tuple[tuple[int, Any, tuple[Leaf, ...]], ...]
     reached: tuple[bool, ...]
+
+    def hooks(self) -> list[Any]:
+        """The user's callables that its graphs run."""
+        graphs = [gm for gm in (self.forward, self.backward) if gm is not None]
+        return [hook.base for gm in graphs for hook in hooks_in(gm.jaxpr)] + [fn for _, fn, _ in self.registered]
 
     def only_reached(self, cts: Any) -> list[Any]:
         """Cotangents of the inputs that gradients reach, of all that the backward returns."""

@@ -14,7 +14,6 @@ import array
 import collections
 import contextvars
 import ctypes
-import dis
 import functools
 import gc
 import sys
@@ -29,6 +28,7 @@ import numpy as np
 from jhop import _compat
 from jhop._container import Container, builtin_kind
 from jhop._errors import Unsupported
+from jhop._names import names_in_code, slot_names
 from jhop._source import hook_name, is_user_file
 
 MAX_CONTAINERS = 10_000
@@ -93,6 +93,8 @@ class Walk:
     Args:
         roots: pairs of (path, callable).
         strict: whether state that cannot be lifted is an error; otherwise it is passed over.
+        without: for a function that is run once, when it is traced: code that is not looked into. What code only
+            stores does not count then either.
 
     Raises:
         Unsupported: there is state that cannot be lifted.
@@ -107,8 +109,15 @@ class Walk:
         pinned: ids of objects that something holds which cannot be made to hold another: a tuple, a bound method.
     """
 
-    def __init__(self, roots: list[tuple[str, Any]], *, strict: bool = True):
+    def __init__(
+        self,
+        roots: list[tuple[str, Any]],
+        *,
+        strict: bool = True,
+        without: frozenset[types.CodeType] | None = None,
+    ):
         self._strict = strict
+        self._without = without
         self._names: set[str] = set()
         self._everything = False
         # Code met late may name attributes of objects met early, so walk until no new names turn up.
@@ -246,11 +255,14 @@ class Walk:
                         self._work.append((item, f"{path}.__wrapped__"))
             return
         self.attributes += [(fn, "__code__", fn.__code__), (fn, "__kwdefaults__", fn.__kwdefaults__)]
-        names, loaded, imported = _code_names(fn.__code__)
+        if self._without is not None and fn.__code__ in self._without:
+            return
+        names, loaded, imported, cells = names_in_code(fn.__code__, self._without)
         self._names |= names
         self._everything |= not _REFLECTION.isdisjoint(names)
-        for index, cell in enumerate(fn.__closure__ or ()):
-            self._add(cell, "cell", f"{path}.__closure__[{index}]")
+        for index, (name, cell) in enumerate(zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True)):
+            if name in cells:
+                self._add(cell, "cell", f"{path}.__closure__[{index}]")
         if fn.__defaults__:
             self._add(fn, "defaults", path)
         if fn.__kwdefaults__:
@@ -331,42 +343,11 @@ class Walk:
             self._add(value, "slots", path, slots)
 
 
-@functools.lru_cache(maxsize=4096)
-def _code_names(code: types.CodeType) -> tuple[frozenset[str], frozenset[str], frozenset[str]]:
-    """(names and identifier-like strings in code, globals that it uses, modules that it imports), nested code too."""
-    names = set(code.co_names)
-    loaded: set[str] = set()
-    imported: set[str] = set()
-    for instruction in dis.get_instructions(code):
-        if instruction.opname in ("LOAD_GLOBAL", "STORE_GLOBAL", "DELETE_GLOBAL", "LOAD_NAME"):
-            loaded.add(instruction.argval)
-        elif instruction.opname == "IMPORT_NAME":
-            imported.add(instruction.argval)
-    for const in code.co_consts:
-        if isinstance(const, types.CodeType):
-            for found, inner in zip((names, loaded, imported), _code_names(const), strict=True):
-                found |= inner
-        elif isinstance(const, str) and const.isidentifier():
-            names.add(const)
-    return frozenset(names), frozenset(loaded), frozenset(imported)
-
-
 def _cell_contents(cell: Any) -> Any:
     try:
         return cell.cell_contents
     except ValueError:
         return None
-
-
-def slot_names(cls: type) -> set[str]:
-    """Attributes that instances of a class keep in `__slots__`, private ones as Python mangles them."""
-    found: set[str] = set()
-    for base in cls.__mro__:
-        slots = base.__dict__.get("__slots__", ())
-        for name in (slots,) if isinstance(slots, str) else slots:
-            private = name.startswith("__") and not name.endswith("__")
-            found.add(f"_{base.__name__.lstrip('_')}{name}" if private else name)
-    return found - {"__dict__", "__weakref__"}
 
 
 def _is_opaque(cls: type) -> bool:

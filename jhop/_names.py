@@ -1,0 +1,71 @@
+"""Names that code uses, read off code objects without running them."""
+
+from __future__ import annotations
+
+import dis
+import functools
+import types
+from typing import NamedTuple
+
+_GLOBALS = {"LOAD_GLOBAL", "STORE_GLOBAL", "DELETE_GLOBAL", "LOAD_NAME"}
+_READS = {"LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR", "LOAD_GLOBAL", "LOAD_NAME", "IMPORT_FROM"}
+
+
+class Names(NamedTuple):
+    """What code names, the code nested in it included.
+
+    Attributes:
+        attributes: names of attributes, and strings that could be such names.
+        globals: global variables.
+        modules: modules that it imports.
+        cells: variables of functions around it.
+    """
+
+    attributes: frozenset[str]
+    globals: frozenset[str]
+    modules: frozenset[str]
+    cells: frozenset[str]
+
+
+@functools.lru_cache(maxsize=4096)
+def names_in_code(code: types.CodeType, without: frozenset[types.CodeType] | None = None) -> Names:
+    """What code names; with `without`, leaving out those code objects, and names that are only stored to."""
+    attributes = set(code.co_names) if without is None else set()
+    loaded: set[str] = set()
+    imported: set[str] = set()
+    cells = set(code.co_freevars) if without is None else set()
+    for instruction in dis.get_instructions(code):
+        name = instruction.opname
+        if name == "IMPORT_NAME":
+            imported.add(instruction.argval)
+        elif without is None:
+            if name in _GLOBALS:
+                loaded.add(instruction.argval)
+        elif name in _READS:
+            attributes.add(instruction.argval)
+            if name in _GLOBALS:
+                loaded.add(instruction.argval)
+        elif "DEREF" in name and name.startswith("LOAD"):
+            cells.add(instruction.argval)
+    for const in code.co_consts:
+        if isinstance(const, types.CodeType):
+            if without is None or const not in without:
+                inner = names_in_code(const, without)
+                attributes |= inner.attributes
+                loaded |= inner.globals
+                imported |= inner.modules
+                cells |= inner.cells
+        elif isinstance(const, str) and const.isidentifier():
+            attributes.add(const)
+    return Names(frozenset(attributes), frozenset(loaded), frozenset(imported), frozenset(cells))
+
+
+def slot_names(cls: type) -> set[str]:
+    """Attributes that instances of a class keep in `__slots__`, private ones as Python mangles them."""
+    found: set[str] = set()
+    for base in cls.__mro__:
+        slots = base.__dict__.get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            private = name.startswith("__") and not name.endswith("__")
+            found.add(f"_{base.__name__.lstrip('_')}{name}" if private else name)
+    return found - {"__dict__", "__weakref__"}
