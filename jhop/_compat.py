@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.export
 import jax.extend.core as jex_core
+from jax._src import config as _config  # what JAX itself puts into the keys of its caches
 from jax._src import core as _core  # the current trace has no public name
 from jax.interpreters import mlir
 
@@ -45,9 +46,19 @@ def transforming() -> bool:
 _session_context = jax.make_user_context()
 
 
+def cache_of(owner: object) -> Any:
+    """A context manager in which JAX finds only those traces of inner functions that were made in it before."""
+    return _session_context(owner)
+
+
 def fresh_cache() -> Any:
     """A context manager in which functions that JAX jits are traced anew, and not found again afterwards."""
-    return _session_context(object())
+    return cache_of(object())
+
+
+def trace_context() -> Any:
+    """All settings that change what a trace gives: x64, precision, meshes, axis names ..."""
+    return _config.trace_context()
 
 
 def is_dim_expr(value: Any) -> bool:

@@ -19,8 +19,9 @@ import numpy as np
 
 from jhop import _compat, _state, backends
 from jhop._errors import JhopError, Unsupported
-from jhop._graph import DoesNotFit, GraphModule
+from jhop._graph import GraphModule
 from jhop._inline import inline
+from jhop._program import DoesNotFit
 from jhop._source import describe_hook
 from jhop._text._symbols import ShapeEnv
 from jhop._trace_wrapped import trace_wrapped_p
@@ -36,6 +37,7 @@ class _Entry:
     gm: GraphModule
     run: Callable[..., list[Any]]
     shapes: tuple[Any, ...]
+    refused: Unsupported | None = None  # why it runs on the host
 
     def holds(self) -> bool:
         """Whether the guards hold."""
@@ -94,7 +96,7 @@ class CompiledGraph:
                     return self._run(entry, flat, entry.read())
         return self._run(entry, flat, state)
 
-    def _find(self, flat: list[Any]) -> _Entry:
+    def _find(self, flat: list[Any], *, on_host: bool = True) -> _Entry:
         shapes = _shapes_of(flat)
         reason = ""
         for entry in reversed(self._entries):
@@ -107,7 +109,7 @@ class CompiledGraph:
                 reason = "the inputs have other shapes or dtypes"
         if self._entries:
             self.misses.append(reason)
-        return self._add(flat)
+        return self._add(flat, on_host=on_host)
 
     def _matches(self, entry: _Entry, flat: list[Any], shapes: tuple[Any, ...]) -> bool:
         if not entry.gm.shapes:
@@ -125,15 +127,15 @@ class CompiledGraph:
                     return False
         return True
 
-    def _add(self, flat: list[Any]) -> _Entry:
+    def _add(self, flat: list[Any], *, on_host: bool = True) -> _Entry:
         before = backends.aot_ids()
         try:
             gm = self._inline(flat)
         except Unsupported as error:
-            if self._fullgraph:
+            if self._fullgraph or not on_host:
                 raise
             self._warn(error)
-            entry = _Entry(self.gm, backends.eager(self.gm, flat), _shapes_of(flat))
+            entry = _Entry(self.gm, backends.eager(self.gm, flat), _shapes_of(flat), error)
         else:
             example = [*flat, *(gm.lifted.read() if gm.lifted is not None else [])]
             run = backends.run_backend(self._backend, gm, example, self._where)
@@ -209,8 +211,20 @@ class CompiledGraph:
             stacklevel=5,
         )
 
+    def entry(self, flat: list[Any]) -> _Entry:
+        """The version for these inputs, traced if there is none. Inputs may be `jax.ShapeDtypeStruct`s.
+
+        Raises:
+            Unsupported: a hook cannot be traced, even if it could run on the host.
+        """
+        with _state.LOCK:
+            entry = self._find(flat, on_host=False)
+        if entry.refused is not None:
+            raise entry.refused
+        return entry
+
     def last_entry(self) -> _Entry | None:
-        """The version that ran last, if hooks were inlined in it."""
+        """The version that ran last."""
         return self._last
 
     def reset(self) -> None:

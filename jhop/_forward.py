@@ -150,7 +150,8 @@ class CompiledFunction:
             i for i, leaf in enumerate(dynamic) if recording and isinstance(leaf, Tensor) and leaf.requires_grad
         ]
         names = parameter_names(self._fn, args, kwargs) if len(arguments) == len(leaves) else []
-        joint = Tracing(self._fn, leaves, tree, captured, diff, names).run()
+        with lookups.tracing():
+            joint = Tracing(self._fn, leaves, tree, captured, diff, names).run()
         backward = None
         if joint.backward is not None:
             backward = CompiledGraph(

@@ -16,8 +16,7 @@ import jax.extend.core as jex_core
 from jhop import _compat
 from jhop._contract import HookFn
 from jhop._errors import JhopError
-from jhop._interp import evaluate, has_symbols, inner_jaxprs, with_sizes
-from jhop._scalar import I32_MAX, I32_MIN, apply_step, fill, scalar_p
+from jhop._interp import evaluate, inner_jaxprs, with_sizes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,10 +76,6 @@ def hooks_in(jaxpr: Any) -> list[HookFn]:
         for inner in inner_jaxprs(eqn):
             found += hooks_in(inner)
     return found
-
-
-class DoesNotFit(Exception):
-    """Lifted numbers are no longer of the types that a graph was traced with; the caller traces anew."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -184,13 +179,6 @@ class GraphModule:
             sizes.setdefault(symbol, jax.numpy.shape(flat[index])[axis])
         return with_sizes(sizes)
 
-    def lower_with(self, transform: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Callable[..., list[Any]]:
-        """A callable on flat inputs whose array part is `transform(function)`, e.g. `jax.jit` of it.
-
-        Arithmetic on lifted Python numbers stays in Python: it is exact, and never waits for the device.
-        """
-        return _Program(self, transform)
-
     # -- print ---------------------------------------------------------------------------------------------------------
 
     def print_readable(self, print_output: bool = True, *, dialect: str = "torch") -> str:
@@ -281,83 +269,3 @@ class Graph:
                 info = gm.info.get(variable, NO_INFO)
                 self.nodes.append(GraphNode("call", name, eqn.primitive.name, args, variable.aval, info))
         self.nodes.append(GraphNode("output", "output", "", tuple(map(atom, jaxpr.outvars)), None, NO_INFO))
-
-
-class _Program:
-    """A graph cut in two: Python arithmetic on lifted numbers, and one function of arrays."""
-
-    def __init__(self, gm: GraphModule, transform: Callable[..., Any]):
-        jaxpr, consts = _compat.open_jaxpr(gm.jaxpr)
-        self._gm = gm
-        numbers = [v for v, given in zip(jaxpr.invars, gm.inputs, strict=True) if given.number is not None]
-        host = set(numbers)
-        self._host_eqns = []
-        device_eqns = []
-        for eqn in jaxpr.eqns:
-            if eqn.primitive is scalar_p and host.issuperset(eqn.invars):
-                self._host_eqns.append(eqn)
-                host.update(eqn.outvars)
-            else:
-                device_eqns.append(eqn)
-        read = {v for eqn in device_eqns for v in eqn.invars if not isinstance(v, jex_core.Literal)}
-        self._numbers = [v for v in jaxpr.invars if v in host]
-        self._feeds = [v for v in [*self._numbers, *(o for e in self._host_eqns for o in e.outvars)] if v in read]
-        arrays = [v for v in jaxpr.invars if v not in host]
-        self._is_number = [v in host for v in jaxpr.invars]
-        self._outs = [(v, not isinstance(v, jex_core.Literal) and v in host) for v in jaxpr.outvars]
-        device = jaxpr.replace(
-            constvars=[],
-            invars=[*jaxpr.constvars, *arrays, *self._feeds],
-            outvars=[v for v, on_host in self._outs if not on_host],
-            eqns=device_eqns,
-            debug_info=jaxpr.debug_info._replace(arg_names=None, result_paths=None),
-        )
-        self._consts = consts
-        self._device = transform(self._make_device(device))
-
-    def _make_device(self, device: Any) -> Callable[..., list[Any]]:
-        symbolic = bool(self._gm.shapes) and any(has_symbols(v.aval) for v in device.invars)
-
-        def run(*flat: Any) -> list[Any]:
-            rule = None
-            if symbolic:
-                rest = iter(flat[len(self._consts) :])
-                rule = self._gm.rule_for([0 if number else next(rest) for number in self._is_number])
-            return evaluate(device, list(flat), rule)
-
-        run.__name__ = self._gm.name
-        return run
-
-    def __call__(self, *args: Any) -> list[Any]:
-        if not self._numbers:
-            return self._device(*self._consts, *args)
-        env: dict[Any, Any] = {}
-        arrays = list(self._consts)
-        numbers = iter(self._numbers)
-        for value, number in zip(args, self._is_number, strict=True):
-            if number:
-                env[next(numbers)] = value
-            else:
-                arrays.append(value)
-        for eqn in self._host_eqns:
-            operands = fill(eqn.params["template"], [env[v] for v in eqn.invars])
-            try:
-                value = env[eqn.outvars[0]] = apply_step(eqn.params["op"], operands)
-            except Exception:  # the hook would have met it: let it, in a new trace
-                raise DoesNotFit from None
-            if type(value) is not eqn.params["python"]:
-                raise DoesNotFit
-        arrays.extend(_feed(env[v], v.aval) for v in self._feeds)
-        results = iter(self._device(*arrays))
-        return [env[v] if on_host else next(results) for v, on_host in self._outs]
-
-
-def _feed(value: Any, aval: Any) -> Any:
-    """A lifted number as the device takes it."""
-    if type(value) is not int or aval.dtype.itemsize == 8:
-        return value
-    if jax.numpy.issubdtype(aval.dtype, jax.numpy.inexact):
-        return float(value)
-    if not I32_MIN <= value <= I32_MAX:
-        raise DoesNotFit
-    return value

@@ -1,7 +1,7 @@
 """`jhop.jit`: `jax.jit` for functions with hooks. Hooks are inlined, the Python state they touch is lifted.
 
 The function is traced by `jax.jit` itself, with hooks opaque; what comes out goes through the same stages as a captured
-backward pass (`_compile.CompiledGraph`).
+backward pass (`_compile.CompiledGraph`), and runs as one `jax.jit` of the same arguments, with the same options.
 """
 
 from __future__ import annotations
@@ -9,40 +9,49 @@ from __future__ import annotations
 import functools
 import inspect
 import types
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 
-from jhop import _compat
+from jhop import _aot, _compat, _state
 from jhop._capture import parameter_names
-from jhop._compile import CompiledGraph
+from jhop._compile import MAX_ENTRIES, CompiledGraph
 from jhop._errors import JhopError
-from jhop._graph import GraphModule, Input
-from jhop._interp import evaluate
+from jhop._graph import GraphModule, Input, hooks_in
+from jhop._guards import Guards
+from jhop._lookups import Lookups
+from jhop._options import Options
+from jhop._program import DoesNotFit
 from jhop._source import hook_name
 from jhop._static import Static
+from jhop._step import OtherTypes, Signature, Step
 from jhop._walk import closed_over_tracers
 
-_TRACE_OPTIONS = {"static_argnums", "static_argnames", "donate_argnums", "donate_argnames", "keep_unused", "inline"}
+_OPTIONS_ONLY: Any = object()  # `@jhop.jit(fullgraph=True)`
+WARN_AFTER = 8  # traces of a function for one kind of arguments
 
 
-def jit(fn: Callable[..., Any], *, fullgraph: bool = False, **jax_jit_kwargs: Any) -> Callable[..., Any]:
+def jit(fn: Callable[..., Any] = _OPTIONS_ONLY, *, fullgraph: bool = False, **jax_jit_kwargs: Any) -> Any:
     """Compiles a JAX function, hooks and their Python state included.
 
     Args:
-        fn: a function of arrays and pytrees that JAX can trace; hooks sit on values inside it (`jhop.hook`).
+        fn: a function of arrays and pytrees that JAX can trace; hooks sit on values inside it (`jhop.hook`). Left out,
+            a decorator with these options is returned.
         fullgraph: whether a hook that cannot be traced is an error. Otherwise the function then runs operation by
             operation, with its hooks on the host, and a warning says so.
         **jax_jit_kwargs: options of `jax.jit`: static_argnums, static_argnames, donate_argnums, donate_argnames,
-            keep_unused, inline.
+            in_shardings, out_shardings, keep_unused, inline, compiler_options ...
 
     Returns:
         A function of the same arguments. After each call, what hooks wrote is in the Python objects: ints are ints.
+        Its methods `trace`, `lower` and `eval_shape` are those of `jax.jit`'s, with hooks inlined; `graph` shows it.
+        Where anything changed that a hook closes over, or that the function itself looked up, the next call knows.
 
     Raises:
-        JhopError: `fn` is not callable, or an option is not supported.
+        JhopError: `fn` is not callable, or `jax.jit` has no such option.
         HookError: at the call, a hook broke its contract.
         Unsupported: at the call, with fullgraph=True, a hook cannot be traced.
 
@@ -59,15 +68,36 @@ def jit(fn: Callable[..., Any], *, fullgraph: bool = False, **jax_jit_kwargs: An
         >>> counter.n
         3
     """
+    if fn is _OPTIONS_ONLY:
+        return functools.partial(jit, fullgraph=fullgraph, **jax_jit_kwargs)
     if not callable(fn):
         raise JhopError(f"jhop.jit: expected a function, got {type(fn).__name__}.")
-    unknown = set(jax_jit_kwargs) - _TRACE_OPTIONS
-    if unknown:
+    known = {
+        name for name, parameter in inspect.signature(jax.jit).parameters.items()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    }  # fmt: skip
+    if unknown := sorted(jax_jit_kwargs.keys() - known):
         raise JhopError(
-            f"jhop.jit: option {sorted(unknown)} is not supported; supported are {sorted(_TRACE_OPTIONS)}. Put a "
-            "`jax.jit` with that option inside the function."
+            f"jhop.jit: `jax.jit` has no option {', '.join(unknown)}. Its options are {', '.join(sorted(known))}."
         )
     return Jitted(fn, fullgraph, jax_jit_kwargs)
+
+
+class _Version(NamedTuple):
+    """A function as it was traced for one kind of arguments and one state of what it looked up."""
+
+    guards: Guards
+    compiled: CompiledGraph
+    signature: Signature
+    out_info: Any
+
+
+class _Direct(NamedTuple):
+    """A version and its compiled step, for calls with the arguments as they come."""
+
+    version: _Version
+    entry: Any
+    context: Any
 
 
 class Jitted:
@@ -77,51 +107,59 @@ class Jitted:
         functools.update_wrapper(self, fn, updated=())
         self._fn = fn
         self._fullgraph = fullgraph
-        self._options = options
-        self._jitted = jax.jit(fn, **options)
-        self._static_nums, self._static_names = _statics(fn, options)
-        self._cache: dict[Any, tuple[CompiledGraph, Any]] = {}
+        self._options = Options(fn, options)
+        self._jitted = jax.jit(fn, **self._options.given)
+        self._cache: dict[Any, list[_Version]] = {}
         self._direct: _Direct | None = None
-        self._may_be_direct = not (self._static_nums or self._static_names)
+        self._inside: tuple[Guards, object] | None = None
+        self._may_be_direct = not (self._options.static.nums or self._options.static.names)
+        self._warned = False
         _jitted.add(self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if _compat.transforming() and self._is_inner(args, kwargs):
-            return self._jitted(*args, **kwargs)  # part of an outer trace, whose hooks are inlined out there
+            return self._call_inside(args, kwargs)
         direct = self._direct
-        if direct is not None and direct.config == _config() and direct.entry.holds():
+        if direct is not None and direct.context == _compat.trace_context() and direct.version.guards.hold():
             try:
-                return direct.run(*args, **kwargs)
-            except _OtherTypes:
+                return self._run_direct(direct.entry, args, kwargs)
+            except OtherTypes:
                 self._direct, self._may_be_direct = None, False
-        static, dynamic = self._split(args, kwargs) if self._static_names or self._static_nums else ((), (args, kwargs))
-        flat, tree = jax.tree.flatten(dynamic)
-        key = (tree, static, len(args), _config(), *map(_aval_key, flat))
-        found = self._cache.get(key)
-        if found is None:
-            found = self._cache[key] = self._capture(args, kwargs, flat)
-        compiled, out_tree = found
-        outs = compiled.run(flat, same_types=True)
-        if self._may_be_direct and self._direct is None:
-            self._direct = self._make_direct(compiled, out_tree, tree)
-        return jax.tree.unflatten(out_tree, outs)
+            except _Stale:
+                self._direct = None
+        version, flat = self._version(args, kwargs)
+        outs = version.compiled.run(flat, same_types=True)
+        self._direct = self._make_direct(version) if self._may_be_direct else None
+        return jax.tree.unflatten(version.signature.out_tree, outs)
 
-    def _make_direct(self, compiled: CompiledGraph, out_tree: Any, tree: Any) -> _Direct | None:
-        """The quick way for a graph that touches no Python state: one `jax.jit`, whose own cache knows the types."""
-        entry = compiled.last_entry()
-        gm = entry.gm if entry is not None else None
-        if gm is None or gm.lifted is None or gm.lifted.slots or gm.lifted.writes or _compat.open_jaxpr(gm.jaxpr)[1]:
+    def _run_direct(self, entry: Any, args: Any, kwargs: Any) -> Any:
+        """The quick way: `jax.jit` itself looks at the arguments, and its step raises where they are of other types."""
+        step: Step = entry.run
+        if not step.stateful:
+            if not entry.holds():
+                raise _Stale
+            return step.jitted(*args, **kwargs)
+        with _state.LOCK:  # another thread may be tracing, with symbols in objects that both read
+            if not entry.holds():
+                raise _Stale
+            try:
+                return step.run(args, kwargs)
+            except DoesNotFit:
+                raise _Stale from None
+
+    def _make_direct(self, version: _Version) -> _Direct | None:
+        entry = version.compiled.last_entry()
+        if entry is None or not isinstance(entry.run, Step):
             return None
-        avals = [v.aval for v in _compat.open_jaxpr(gm.jaxpr)[0].invars]
+        return _Direct(version, entry, _compat.trace_context())
 
-        def run(*args: Any, **kwargs: Any) -> Any:
-            flat, found = jax.tree.flatten((args, kwargs))
-            if found != tree or any(not _same_type(x, aval) for x, aval in zip(flat, avals, strict=True)):
-                raise _OtherTypes
-            return jax.tree.unflatten(out_tree, evaluate(gm.jaxpr, flat))
-
-        run.__name__ = hook_name(self._fn)
-        return _Direct(entry, jax.jit(run, **self._options), _config())
+    def _call_inside(self, args: Any, kwargs: Any) -> Any:
+        """A call that is part of an outer trace: hooks are inlined out there, or run when `jax.jit` lowers it."""
+        if self._inside is None or not self._inside[0].hold():
+            guards = Lookups([(hook_name(self._fn), self._fn)]).guards(())  # what hooks read counts too
+            self._inside = guards, object()
+        with _compat.cache_of(self._inside[1]):
+            return self._jitted(*args, **kwargs)
 
     def _is_inner(self, args: Any, kwargs: Any) -> bool:
         """Whether a call is part of what JAX is transforming, and not a computation of its own."""
@@ -132,38 +170,88 @@ class Jitted:
             or bool(closed_over_tracers(self._fn))
         )
 
-    def _split(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        """(static arguments as a key, the others)."""
-        static = [
-            *((i, Static(arg)) for i, arg in enumerate(args) if i in self._static_nums),
-            *((name, Static(kwargs[name])) for name in sorted(kwargs) if name in self._static_names),
-        ]
-        positional = tuple(arg for i, arg in enumerate(args) if i not in self._static_nums)
-        named = {name: value for name, value in kwargs.items() if name not in self._static_names}
-        return tuple(static), (positional, named)
-
-    def _capture(self, args: Any, kwargs: Any, flat: list[Any]) -> tuple[CompiledGraph, Any]:
-        traced = self._jitted.trace(*args, **kwargs)
-        names = _input_names(self._fn, args, kwargs, len(flat))
-        name = hook_name(self._fn)
-        gm = GraphModule(
-            jaxpr=traced.jaxpr, inputs=tuple(Input(name=name) for name in names), name=name, made_by="jit"
+    def _version(self, args: Any, kwargs: Any) -> tuple[_Version, list[Any]]:
+        """(the version for these arguments, traced if there is none, and the arguments as flat inputs)."""
+        static, *dynamic = self._options.split(args, kwargs)
+        flat, tree = jax.tree.flatten(tuple(dynamic))
+        key = (
+            tree,
+            tuple((place, Static(arg)) for place, arg in static),
+            len(args),
+            _compat.trace_context(),
+            *map(_aval_key, flat),
         )
-        donated = _donated(traced)
+        known = self._cache.setdefault(key, [])
+        version = next((version for version in reversed(known) if version.guards.hold()), None)
+        if version is None:
+            if len(known) >= WARN_AFTER:
+                self._warn_of_traces(known[-1].guards.broken())
+            version = self._capture(args, kwargs, Signature(self._fn, tree, len(args), list(dynamic[1]), self._options))
+            known.append(version)
+            del known[:-MAX_ENTRIES]
+        return version, flat
+
+    def _warn_of_traces(self, reason: str | None) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"jhop.jit: `{hook_name(self._fn)}` was traced more than {WARN_AFTER} times for arguments of the same "
+                f"types, the last time because {reason}. What the function itself reads is part of what is compiled: "
+                "pass what changes as an argument.",
+                UserWarning,
+                stacklevel=5,
+            )
+
+    def _capture(self, args: Any, kwargs: Any, signature: Signature) -> _Version:
+        lookups = Lookups([(hook_name(self._fn), self._fn), *_named_statics(self._options.split(args, kwargs)[0])])
+        with lookups.tracing():
+            # As another function object, whose trace JAX does not know yet.
+            traced = jax.jit(_another(self._fn), **self._options.given).trace(*args, **kwargs)
+        signature.out_tree = jax.tree.structure(traced.out_info)
+        gm = self._graph_of(traced, args, kwargs)
         compiled = CompiledGraph(
-            gm, backend=functools.partial(_xla, donated=donated), fullgraph=self._fullgraph, dynamic=False,
+            gm, backend=functools.partial(Step, signature=signature), fullgraph=self._fullgraph, dynamic=False,
             where="jhop.jit",
         )  # fmt: skip
-        return compiled, jax.tree.structure(traced.out_info)
+        hooks = hooks_in(gm.jaxpr)
+        return _Version(lookups.guards(hook.base for hook in hooks), compiled, signature, traced.out_info)
+
+    def _graph_of(self, traced: Any, args: Any, kwargs: Any) -> GraphModule:
+        names = parameter_names(self._fn, args, kwargs)
+        count = len(traced.jaxpr.in_avals)
+        names = names if len(names) == count else [f"arg{i}" for i in range(count)]  # static arguments are no inputs
+        inputs = tuple(Input(name=name) for name in names)
+        return GraphModule(jaxpr=traced.jaxpr, inputs=inputs, name=hook_name(self._fn), made_by="jit")
 
     def graph(self, *args: Any, **kwargs: Any) -> GraphModule:
         """The graph for these arguments with hooks opaque; `jhop.inline` of it is what runs."""
-        traced = self._jitted.trace(*args, **kwargs)
-        return GraphModule(
-            jaxpr=traced.jaxpr,
-            inputs=tuple(Input(name=name) for name in _input_names(self._fn, args, kwargs, len(traced.jaxpr.in_avals))),
-            name=hook_name(self._fn), made_by="jit",
-        )  # fmt: skip
+        return self._version(args, kwargs)[0].compiled.gm
+
+    def trace(self, *args: Any, **kwargs: Any) -> _aot.Traced:
+        """As `jax.jit(fn).trace`: a stage on the way to a compiled program, hooks inlined, of which `lower` is next.
+
+        Args:
+            *args, **kwargs: arguments of the function, or `jax.ShapeDtypeStruct`s in their place.
+
+        Raises:
+            Unsupported: a hook cannot be traced.
+        """
+        version, flat = self._version(args, kwargs)
+        _, *dynamic = self._options.split(args, kwargs)
+        return _aot.trace(hook_name(self._fn), version.guards, version.compiled.entry(flat), *dynamic)
+
+    def lower(self, *args: Any, **kwargs: Any) -> _aot.Lowered:
+        """As `jax.jit(fn).lower`, with hooks inlined: `lower(...).compile()` runs. Arguments as for `trace`."""
+        return self.trace(*args, **kwargs).lower()
+
+    def eval_shape(self, *args: Any, **kwargs: Any) -> Any:
+        """Shapes and dtypes of the results, as `jax.ShapeDtypeStruct`s. Nothing is compiled, no hook runs."""
+        return self._version(args, kwargs)[0].out_info
+
+    def clear_cache(self) -> None:
+        """Forgets what was compiled."""
+        self._jitted.clear_cache()
+        self.reset()
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
         return self if instance is None else types.MethodType(self, instance)
@@ -171,32 +259,28 @@ class Jitted:
     def reset(self) -> None:
         """Forgets what was compiled."""
         self._cache.clear()
-        self._direct = None
+        self._direct = self._inside = None
 
 
-class _Direct(NamedTuple):
-    """A compiled version that may be called with the arguments as they are, while its guards hold."""
-
-    entry: Any
-    run: Callable[..., Any]
-    config: Any
-
-
-class _OtherTypes(Exception):
-    """The quick way was called with arguments that it was not made for."""
-
-
-def _same_type(value: Any, aval: Any) -> bool:
-    found = jax.typeof(value)
-    return (found.shape, found.dtype, found.weak_type) == (aval.shape, aval.dtype, aval.weak_type)
+class _Stale(Exception):
+    """A version that no longer holds."""
 
 
 _jitted: weakref.WeakSet[Jitted] = weakref.WeakSet()
 
 
-def _config() -> Any:
-    """Settings of JAX that change what a trace gives."""
-    return jax.config.jax_enable_x64, jax.config.jax_default_matmul_precision
+def _another(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function as another object."""
+
+    @functools.wraps(fn, updated=())
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return fn(*args, **kwargs)
+
+    return call
+
+
+def _named_statics(static: list[tuple[Any, Any]]) -> list[tuple[str, Any]]:
+    return [(place if isinstance(place, str) else f"argument{place}", value) for place, value in static]
 
 
 def _aval_key(leaf: Any) -> Any:
@@ -206,42 +290,7 @@ def _aval_key(leaf: Any) -> Any:
         return jax.typeof(leaf)
 
 
-def _xla(gm: GraphModule, example_inputs: list[Any], *, donated: tuple[bool, ...]) -> Callable[..., list[Any]]:
-    """The xla backend, with donated inputs."""
-    _, consts = _compat.open_jaxpr(gm.jaxpr)
-    places = tuple(len(consts) + i for i, given in enumerate(donated) if given)
-    return gm.lower_with(functools.partial(jax.jit, donate_argnums=places))
-
-
-def _input_names(fn: Any, args: Any, kwargs: Any, count: int) -> list[str]:
-    names = parameter_names(fn, args, kwargs)
-    return names if len(names) == count else [f"arg{i}" for i in range(count)]  # static arguments are no inputs
-
-
-def _donated(traced: Any) -> tuple[bool, ...]:
-    return tuple(bool(getattr(info, "donated", False)) for info in jax.tree.leaves(traced.args_info))
-
-
-def _statics(fn: Any, options: dict[str, Any]) -> tuple[frozenset[int], frozenset[str]]:
-    """Static arguments by position and by name, each completed from the other as `jax.jit` does."""
-    nums = options.get("static_argnums", ())
-    names = options.get("static_argnames", ())
-    nums = {nums} if isinstance(nums, int) else set(nums or ())
-    names = {names} if isinstance(names, str) else set(names or ())
-    try:
-        parameters = list(inspect.signature(fn).parameters)
-    except (TypeError, ValueError):
-        return frozenset(nums), frozenset(names)
-    nums = {n % len(parameters) for n in nums}
-    positions = {name: i for i, name in enumerate(parameters)}
-    if names:
-        nums |= {positions[name] for name in names if name in positions}
-    names |= {parameters[n] for n in nums}
-    return frozenset(nums), frozenset(names)
-
-
 def reset_jitted() -> None:
     """Forgets what jitted functions compiled."""
     for jitted in list(_jitted):
         jitted.reset()
-

@@ -2,21 +2,45 @@
 
 Hooks are another matter. Their bodies run when a graph is inlined, and the numbers and arrays that they use are inputs:
 the code of hooks is left out here, or a hook that counts would have its function traced again at every call.
+
+JAX keeps traces of inner functions too (of `jax.jit`, the body of a `scan`), and finds them again by function and types
+alone. So every trace here is made in an *epoch*, a value in the key of JAX's caches, that ends when anything that was
+looked up in it has changed, or can no longer be checked.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import types
-from collections.abc import Iterable
+import weakref
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+from jhop import _compat
 from jhop._container import MISSING
 from jhop._guards import Guards
 from jhop._walk import Walk
 
-_Place = tuple[int, str]  # a container: the id of its object, and its kind
 
+class _Epoch:
+    """Traces that may share those of inner functions: nothing that they looked up has changed."""
+
+    def __init__(self) -> None:
+        self._guards: list[weakref.ref[Guards]] = []
+
+    def add(self, guards: Guards) -> None:
+        self._guards.append(weakref.ref(guards))
+
+    def holds(self) -> bool:
+        known = [ref() for ref in self._guards]
+        return all(guards is not None and guards.hold() for guards in known)
+
+
+_epoch = _Epoch()
+
+
+_Place = tuple[int, str]  # a container: the id of its object, and its kind
 
 class Lookups:
     """What can be read from some roots, before and after a function is traced.
@@ -32,14 +56,27 @@ class Lookups:
             (id(container.obj), container.kind): container.items() for container in self.walk.containers
         }
 
+    @contextlib.contextmanager
+    def tracing(self) -> Iterator[None]:
+        """Where the function is traced: what JAX kept of inner functions is used only if it still holds."""
+        global _epoch
+        if not _epoch.holds():
+            _epoch = _Epoch()
+        with _compat.cache_of(_epoch):
+            yield
+
     def guards(self, hooks: Iterable[Any]) -> Guards:
         """When what was traced since may be used again; `hooks` are the callables that it left opaque."""
         walk = Walk(self._roots, strict=False, without=frozenset(code for hook in hooks for code in code_of(hook)))
         changed: list[tuple[int, Any]] = []
         for container in walk.containers:
             before = self._before.get((id(container.obj), container.kind), [])
+            if container.names is not None:  # fewer than before: those that only hooks use are left out
+                before = [(name, value) for name, value in before if name in container.names]
             changed += ((id(container), key) for key in _changed(container.kind, before, container.items()))
-        return Guards(walk, [], frozen=True, ignore_slots=changed)
+        guards = Guards(walk, [], frozen=True, ignore_slots=changed)
+        _epoch.add(guards)
+        return guards
 
 
 def _changed(kind: str, before: list[tuple[Any, Any]], after: list[tuple[Any, Any]]) -> list[Any]:
@@ -64,4 +101,4 @@ def code_of(fn: Any) -> Iterable[types.CodeType]:
         elif getattr(fn, "__wrapped__", None) is not None:
             fn = fn.__wrapped__
         elif not isinstance(fn, (types.FunctionType, type)):
-            fn = getattr(type(fn), "__call__", fn)
+            fn = next((c.__dict__["__call__"] for c in type(fn).__mro__ if "__call__" in c.__dict__), fn)

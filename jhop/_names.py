@@ -11,6 +11,11 @@ _GLOBALS = {"LOAD_GLOBAL", "STORE_GLOBAL", "DELETE_GLOBAL", "LOAD_NAME"}
 _READS = {"LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR", "LOAD_GLOBAL", "LOAD_NAME", "IMPORT_FROM"}
 
 
+# Ways to ask for text; only with one of these does the text of an object matter to a traced function.
+TEXT = frozenset({"str", "repr", "format", "print"})
+TEXT_METHODS = frozenset({"__str__", "__repr__", "__format__"})
+
+
 class Names(NamedTuple):
     """What code names, the code nested in it included.
 
@@ -47,6 +52,8 @@ def names_in_code(code: types.CodeType, without: frozenset[types.CodeType] | Non
                 loaded.add(instruction.argval)
         elif "DEREF" in name and name.startswith("LOAD"):
             cells.add(instruction.argval)
+        elif name.startswith(("FORMAT_", "CONVERT_VALUE")):
+            attributes.add("format")
     for const in code.co_consts:
         if isinstance(const, types.CodeType):
             if without is None or const not in without:

@@ -28,7 +28,7 @@ import numpy as np
 from jhop import _compat
 from jhop._container import Container, builtin_kind
 from jhop._errors import Unsupported
-from jhop._names import names_in_code, slot_names
+from jhop._names import TEXT, TEXT_METHODS, names_in_code, slot_names
 from jhop._source import hook_name, is_user_file
 
 MAX_CONTAINERS = 10_000
@@ -297,6 +297,9 @@ class Walk:
                 for name, value in base.__dict__.items()
                 if isinstance(value, (types.MemberDescriptorType, types.GetSetDescriptorType))
             }
+            if self._without is not None:  # the fields that it made methods of are not read by the function
+                special = {name for name in special if not _is_generated(base, name)}
+                special -= TEXT_METHODS if self._names.isdisjoint(TEXT) else set()
             names = ((self._names | special) - members) - set(_NEVER)
             self._add(base, "class", f"G[{base.__qualname__!r}]", names)
             if is_user_class(type(base)):
@@ -348,6 +351,12 @@ def _cell_contents(cell: Any) -> Any:
         return cell.cell_contents
     except ValueError:
         return None
+
+
+def _is_generated(cls: type, name: str) -> bool:
+    """Whether a method was made by `dataclass`, out of the fields."""
+    code = getattr(cls.__dict__[name], "__code__", None)
+    return "__dataclass_fields__" in cls.__dict__ and code is not None and code.co_filename == "<string>"
 
 
 def _is_opaque(cls: type) -> bool:

@@ -16,6 +16,7 @@ import jax
 
 from jhop._errors import JhopError
 from jhop._graph import GraphModule
+from jhop._program import Program
 
 Backend = Callable[[GraphModule, list[Any]], Callable[..., list[Any]]]
 
@@ -45,7 +46,7 @@ def eager(gm: GraphModule, example_inputs: list[Any]) -> Callable[..., list[Any]
         gm: the graph.
         example_inputs: the values that it is about to run on: arrays, then lifted numbers and arrays.
     """
-    return gm.lower_with(lambda device: device)
+    return Program(gm, lambda device: device)
 
 
 def aot_eager(gm: GraphModule, example_inputs: list[Any]) -> Callable[..., list[Any]]:
@@ -62,7 +63,7 @@ def xla(gm: GraphModule, example_inputs: list[Any]) -> Callable[..., list[Any]]:
 
 def xla_program(gm: GraphModule) -> Callable[..., list[Any]]:
     """What `xla` returns, for stages that took their id themselves."""
-    return gm.lower_with(jax.jit)
+    return Program(gm, jax.jit)
 
 
 NAMED: dict[str, Backend] = {"eager": eager, "aot_eager": aot_eager, "xla": xla, "inductor": xla}

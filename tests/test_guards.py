@@ -31,7 +31,7 @@ def gradient(hook):
 
 
 def entries(fn):
-    return sum(len(compiled._entries) for compiled, _ in fn._cache.values())
+    return sum(len(version.compiled._entries) for known in fn._cache.values() for version in known)
 
 
 def check(case, *, refusable=False):
@@ -973,7 +973,7 @@ def test_reason_for_a_new_trace_is_kept():
     fn(X)
     box.flag = False
     fn(X)
-    ((graph, _),) = fn._cache.values()
+    (((_, graph, *_),),) = fn._cache.values()
     assert len(graph.misses) == 1 and "flag" in graph.misses[0]
 
 

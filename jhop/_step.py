@@ -1,0 +1,131 @@
+"""An inlined graph as one `jax.jit` of the user's own arguments, Python state beside them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from jhop import _compat
+from jhop._graph import GraphModule
+from jhop._options import Options
+from jhop._program import Program
+from jhop._source import hook_name
+
+
+class OtherTypes(Exception):
+    """A step was called with arguments of types that it was not made for."""
+
+
+class Signature:
+    """How a function was called.
+
+    Attributes:
+        name: of the function; XLA's programs are called after it.
+        in_tree: structure of (positional, named) arguments, less the static ones.
+        out_tree: structure of the results.
+    """
+
+    def __init__(self, fn: Any, in_tree: Any, n_args: int, names: list[str], options: Options):
+        self.name = getattr(fn, "__name__", hook_name(fn))
+        self.in_tree = in_tree
+        self.out_tree: Any = None
+        self._n_args = n_args
+        self._names = names
+        self._options = options
+
+    def jit(self, run: Any, *, state_in: bool, state_out: bool) -> Any:
+        """`jax.jit` of a function of these arguments, with the user's options."""
+        names = dict.fromkeys(self._names)
+        return jax.jit(run, **self._options.for_program(self._n_args, names, state_in=state_in, state_out=state_out))
+
+
+class Step:
+    """What `jhop.jit` makes of an inlined graph: a backend of `CompiledGraph`, and more than that.
+
+    As a backend's callable it takes and returns flat lists. `run` takes the arguments as the user gave them.
+
+    Attributes:
+        jitted: the `jax.jit`. Of a graph without state it takes and returns what the user's function does; else it
+            takes a list of arrays first (constants, state) and returns (results, state).
+        stateful: whether it does.
+    """
+
+    def __init__(self, gm: GraphModule, example_inputs: list[Any], *, signature: Signature):
+        self._lifted: Any = gm.lifted
+        self._signature = signature
+        jaxpr, consts = _compat.open_jaxpr(gm.jaxpr)
+        self._n_given = sum(given.role == "array" for given in gm.inputs)
+        self._n_outs = self._lifted.n_outs
+        self._n_consts = len(consts)
+        self._avals = [v.aval for v in jaxpr.invars[: self._n_given]]
+        self.stateful = bool(consts or self._lifted.slots or self._lifted.writes)
+        self._program = Program(gm, self._jit)
+        self.jitted = self._program.device
+
+    def _jit(self, device: Any) -> Any:
+        n_consts, n_outs, out_tree = self._n_consts, self._n_outs, self._signature.out_tree
+
+        def results(state: list[Any], args: Any, kwargs: Any) -> tuple[Any, list[Any]]:
+            flat, tree = jax.tree.flatten((args, kwargs))
+            if tree != self._signature.in_tree or any(map(_differs, flat, self._avals)):
+                raise OtherTypes
+            outs = device(*state[:n_consts], *flat, *state[n_consts:])
+            return jax.tree.unflatten(out_tree, outs[:n_outs]), outs[n_outs:]
+
+        def pure(*args: Any, **kwargs: Any) -> Any:
+            return results([], args, kwargs)[0]
+
+        def with_state(state: list[Any], /, *args: Any, **kwargs: Any) -> Any:
+            return results(state, args, kwargs)
+
+        run = with_state if self.stateful else pure
+        run.__name__ = self._signature.name
+        return self._signature.jit(run, state_in=self.stateful, state_out=self.stateful)
+
+    def __call__(self, *flat: Any) -> list[Any]:
+        args, kwargs = jax.tree.unflatten(self._signature.in_tree, flat[: self._n_given])
+        if not self.stateful:
+            return jax.tree.leaves(self.jitted(*args, **kwargs))
+        results, changed = self.call(args, kwargs, flat[self._n_given :])
+        return [*jax.tree.leaves(results), *changed]
+
+    def call(self, args: Any, kwargs: Any, state: Any, jitted: Any = None) -> tuple[Any, list[Any]]:
+        """(results, new values of state) for arguments as the user gave them and the values of the state inputs.
+
+        Args:
+            jitted: `self.jitted`, compiled ahead of time.
+        """
+        numbers, arrays = self._program.split(state, self._n_given)
+        results, outs = (jitted or self.jitted)([*self._program.consts, *arrays], *args, **kwargs)
+        return results, self._program.join(numbers, [None] * self._n_outs + outs)[self._n_outs :]
+
+    def run(self, args: Any, kwargs: Any, jitted: Any = None) -> Any:
+        """Reads state, calls, and writes state back.
+
+        Raises:
+            DoesNotFit: a number of state no longer has the type that it had. Nothing was written.
+        """
+        if not self.stateful:
+            return (jitted or self.jitted)(*args, **kwargs)
+        results, changed = self.call(args, kwargs, self._lifted.read(), jitted)
+        if self._lifted.writes:
+            self._lifted.commit([*[None] * self._n_outs, *changed])
+        return results
+
+    def state_paths(self) -> list[str]:
+        """Where its Python state is."""
+        written = (write.container.path_of(write.key) for write in self._lifted.writes)
+        return list(dict.fromkeys([*(slot.path for slot in self._lifted.slots), *written]))
+
+    def examples(self) -> list[Any]:
+        """The arrays that go before the user's arguments, as of now; none where there is no state."""
+        if not self.stateful:
+            return []
+        _, arrays = self._program.split(self._lifted.read(), self._n_given)
+        return [[*self._program.consts, *arrays]]
+
+
+def _differs(value: Any, aval: Any) -> bool:
+    found = jax.typeof(value)
+    return (found.shape, found.dtype, found.weak_type) != (aval.shape, aval.dtype, aval.weak_type)
