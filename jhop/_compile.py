@@ -223,6 +223,10 @@ class CompiledGraph:
             raise entry.refused
         return entry
 
+    def versions(self) -> int:
+        """How many versions there are."""
+        return len(self._entries)
+
     def last_entry(self) -> _Entry | None:
         """The version that ran last."""
         return self._last

@@ -132,6 +132,7 @@ def _generate(
             terms.append(f"{term}is {name(value)}")
     for container, present in keys:
         terms.append(_keys_code(container, present, name))
+    terms = [term for term in terms if term != "True"]
     for leaf, kind in lifted:
         code = _read_code(leaf.container, leaf.key, name) or read(leaf.container, leaf.key)
         if isinstance(kind, tuple):
@@ -151,7 +152,7 @@ def _read_code(container: Container, key: Any, name: Callable[[Any], str]) -> st
         return None
     if container.kind == "cell":
         return f"{name(container.obj)}.cell_contents"
-    if container.kind == "attrs" and isinstance(key, str):
+    if container.kind in ("attrs", "class") and isinstance(key, str):
         return f"{name(container.obj)}.__dict__[{key!r}]"
     if container.kind == "dict" and type(container.obj) is dict and isinstance(key, (str, int)):
         return f"{name(container.obj)}[{key!r}]"
@@ -165,9 +166,11 @@ def _keys_code(container: Container, present: Any, name: Callable[[Any], str]) -
     holder = name(container.obj)
     if container.kind in ("list", "deque"):
         return f"len({holder}) == {len(present)}"
-    if container.kind in ("dict", "attrs") and container.names is not None:
+    if container.kind == "cell" and present:
+        return "True"  # what is in it is read anyway
+    if container.kind in ("dict", "attrs", "class") and container.names is not None:
         # Entries that were there are read anyway; only others could be new.
-        table = f"{holder}.__dict__" if container.kind == "attrs" else holder
+        table = holder if container.kind == "dict" else f"{holder}.__dict__"
         return f"{name(frozenset(container.names).difference(present))}.isdisjoint({table})"
     if container.kind == "dict":
         return f"tuple({holder}) == {name(present)}"

@@ -8,8 +8,10 @@ result says how to write them after each run.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -30,9 +32,9 @@ from jhop._rebuild import is_plain_call, rebuild
 from jhop._scalar import Expr, Scalar, device_kind, is_scalar, weak_aval
 from jhop._source import origin_of
 from jhop._template import Templates, map_outputs, plain
-from jhop._template import rebuild as rebuild_value
 from jhop._trace_wrapped import inlining, trace_wrapped_p
 from jhop._walk import Leaf, Walk, is_number
+from jhop._writeback import write_back
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,14 +57,10 @@ class Lifted:
         """The present values of the state inputs."""
         return [slot.container.get(slot.key) for slot in self.slots]
 
-    def commit(self, outs: list[Any]) -> None:
-        """Writes the new state; all of it, or none if anything is raised."""
-        made: dict[int, Any] = {}
-        final = [
-            write if write.value is MISSING else write._replace(value=rebuild_value(write.value, outs, made))
-            for write in self.writes
-        ]
-        _state.commit(final)
+    @functools.cached_property
+    def commit(self) -> Callable[[list[Any]], None]:
+        """A function that writes the new state, given the graph's outputs: all of it, or none if anything is raised."""
+        return write_back(self.writes)
 
 
 _CAPTURED = Info(stage="captured")

@@ -248,6 +248,10 @@ class Jitted:
         """Shapes and dtypes of the results, as `jax.ShapeDtypeStruct`s. Nothing is compiled, no hook runs."""
         return self._version(args, kwargs)[0].out_info
 
+    def versions(self) -> int:
+        """How many programs were compiled so far, for all types of arguments and states of what is looked up."""
+        return sum(version.compiled.versions() for known in self._cache.values() for version in known)
+
     def clear_cache(self) -> None:
         """Forgets what was compiled."""
         self._jitted.clear_cache()

@@ -14,7 +14,7 @@ import jax.extend.core as jex_core
 from jhop import _compat
 from jhop._graph import GraphModule
 from jhop._interp import evaluate, has_symbols
-from jhop._scalar import I32_MAX, I32_MIN, apply_step, fill, scalar_p
+from jhop._scalar import I32_MAX, I32_MIN, scalar_p, step_code
 
 
 class DoesNotFit(Exception):
@@ -34,30 +34,31 @@ class Program:
         self._gm = gm
         numbers = [v for v, given in zip(jaxpr.invars, gm.inputs, strict=True) if given.number is not None]
         host = set(numbers)
-        self._host_eqns = []
-        device_eqns = []
+        host_eqns, device_eqns = [], []
         for eqn in jaxpr.eqns:
             if eqn.primitive is scalar_p and host.issuperset(eqn.invars):
-                self._host_eqns.append(eqn)
+                host_eqns.append(eqn)
                 host.update(eqn.outvars)
             else:
                 device_eqns.append(eqn)
         n_results = len(jaxpr.outvars) if gm.lifted is None else gm.lifted.n_outs
-        self._outs = [
+        outs = [
             (v, i >= n_results and not isinstance(v, jex_core.Literal) and v in host)
             for i, v in enumerate(jaxpr.outvars)
         ]
-        outs = [v for v, on_host in self._outs if not on_host]
-        atoms = [*(atom for eqn in device_eqns for atom in eqn.invars), *outs]
+        self._on_host = [on_host for _, on_host in outs]
+        device_outs = [v for v, on_host in outs if not on_host]
+        atoms = [*(atom for eqn in device_eqns for atom in eqn.invars), *device_outs]
         read = {atom for atom in atoms if not isinstance(atom, jex_core.Literal)}
-        self._numbers = [v for v in jaxpr.invars if v in host]
-        self._feeds = [v for v in [*self._numbers, *(o for e in self._host_eqns for o in e.outvars)] if v in read]
+        numbers = [v for v in jaxpr.invars if v in host]
+        feeds = [v for v in [*numbers, *(o for eqn in host_eqns for o in eqn.outvars)] if v in read]
+        self._host = _host_code(numbers, host_eqns, [v for v, on_host in outs if on_host], feeds)
         arrays = [v for v in jaxpr.invars if v not in host]
         self._is_number = [v in host for v in jaxpr.invars]
         device = jaxpr.replace(
             constvars=[],
-            invars=[*jaxpr.constvars, *arrays, *self._feeds],
-            outvars=outs,
+            invars=[*jaxpr.constvars, *arrays, *feeds],
+            outvars=device_outs,
             eqns=device_eqns,
             debug_info=jaxpr.debug_info._replace(arg_names=None, result_paths=None),
         )
@@ -77,43 +78,56 @@ class Program:
         return run
 
     def __call__(self, *args: Any) -> list[Any]:
-        if not self._numbers:
+        if not any(self._is_number):
             return self.device(*self.consts, *args)
         numbers, arrays = self.split(args)
         return self.join(numbers, self.device(*self.consts, *arrays))
 
-    def split(self, values: Sequence[Any], start: int = 0) -> tuple[dict[Any, Any], list[Any]]:
+    def split(self, values: Sequence[Any], start: int = 0) -> tuple[Sequence[Any], list[Any]]:
         """Does the host's part for the inputs from the `start`th on, before which there are only arrays.
 
         Returns:
-            (lifted numbers and what was computed of them, inputs of the device's function).
+            (outputs that stay on the host, inputs of the device's function).
 
         Raises:
             DoesNotFit: a number no longer has the type that it had.
         """
-        env: dict[Any, Any] = {}
+        numbers: list[Any] = []
         arrays: list[Any] = []
-        numbers = iter(self._numbers)
         for value, number in zip(values, self._is_number[start:], strict=True):
-            if number:
-                env[next(numbers)] = value
-            else:
-                arrays.append(value)
-        for eqn in self._host_eqns:
-            operands = fill(eqn.params["template"], [env[v] for v in eqn.invars])
-            try:
-                value = env[eqn.outvars[0]] = apply_step(eqn.params["op"], operands)
-            except Exception:  # the hook would have met it: let it, in a new trace
-                raise DoesNotFit from None
-            if type(value) is not eqn.params["python"]:
-                raise DoesNotFit
-        arrays.extend(_feed(env[v], v.aval) for v in self._feeds)
-        return env, arrays
+            (numbers if number else arrays).append(value)
+        outs, feeds = self._host(*numbers)
+        return outs, arrays + feeds
 
-    def join(self, numbers: dict[Any, Any], outs: Sequence[Any]) -> list[Any]:
+    def join(self, numbers: Sequence[Any], outs: Sequence[Any]) -> list[Any]:
         """All outputs of the graph, from those of `split` and of the device."""
-        results = iter(outs)
-        return [numbers[v] if on_host else next(results) for v, on_host in self._outs]
+        host, device = iter(numbers), iter(outs)
+        return [next(host) if on_host else next(device) for on_host in self._on_host]
+
+
+def _host_code(numbers: list[Any], eqns: list[Any], outs: list[Any], feeds: list[Any]) -> Callable[..., Any]:
+    """A generated function of the lifted numbers: (outputs that are numbers, numbers as the device takes them)."""
+    given: dict[str, Any] = {"DoesNotFit": DoesNotFit, "feed": _feed}
+    names: dict[Any, str] = {v: f"n{i}" for i, v in enumerate(numbers)}
+
+    def name(value: Any) -> str:
+        given[f"k{len(given)}"] = value
+        return f"k{len(given) - 1}"
+
+    lines = []
+    for eqn in eqns:
+        out = names[eqn.outvars[0]] = f"n{len(names)}"
+        read = iter(eqn.invars)
+        operands = [names[next(read)] if item is None else name(item) for item in eqn.params["template"]]
+        lines.append(f"        {out} = {step_code(eqn.params['op'], operands)}")
+        lines.append(f"        if type({out}) is not {name(eqn.params['python'])}: raise DoesNotFit")
+    source = f"def host({', '.join(names[v] for v in numbers)}):\n"
+    if lines:  # where a step fails, the hook would have met it: let it, in a new trace
+        source += "    try:\n" + "\n".join(lines) + "\n    except Exception:\n        raise DoesNotFit from None\n"
+    fed = ", ".join(f"feed({names[v]}, {name(v.aval)})" for v in feeds)
+    source += f"    return ({''.join(f'{names[v]}, ' for v in outs)}), [{fed}]\n"
+    exec(source, given)
+    return given["host"]
 
 
 def _feed(value: Any, aval: Any) -> Any:

@@ -53,14 +53,18 @@ def to_code(expr: Expr, leaf: Callable[[int], str]) -> str:
         if isinstance(value, float) and not math.isfinite(value):
             return f"float({str(value)!r})"
         return f"({value!r})"
-    args = [to_code(arg, leaf) for arg in expr.args]
-    if expr.op in PREFIX:
-        return f"({PREFIX[expr.op]}{args[0]})"
-    if expr.op == "is_nan":
+    return step_code(expr.op, [to_code(arg, leaf) for arg in expr.args])
+
+
+def step_code(op: str, args: Sequence[str]) -> str:
+    """Python source of one operation."""
+    if op in PREFIX:
+        return f"({PREFIX[op]}{args[0]})"
+    if op == "is_nan":
         return f"({args[0]} != {args[0]})"
     if len(args) == 1:
-        return f"{expr.op}({args[0]})"  # abs, int, float: builtins under their own names
-    return f"({args[0]} {INFIX.get(expr.op) or COMPARE[expr.op]} {args[1]})"
+        return f"{op}({args[0]})"  # abs, int, float: builtins under their own names
+    return f"({args[0]} {INFIX.get(op) or COMPARE[op]} {args[1]})"
 
 
 def leaves(expr: Expr) -> set[int]:

@@ -31,7 +31,7 @@ def gradient(hook):
 
 
 def entries(fn):
-    return sum(len(version.compiled._entries) for known in fn._cache.values() for version in known)
+    return fn.versions()
 
 
 def check(case, *, refusable=False):

@@ -24,6 +24,7 @@ LAYERS = (
     "_append",
     "_template",
     "_state",
+    "_writeback",
     "_contract",
     "_trace_wrapped",
     "_hook",
