@@ -7,6 +7,7 @@ quick enough to be called before every run. Where it says no, `Guards.broken` lo
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -44,6 +45,7 @@ class Guards:
         slots = set(ignore_slots)
         self._attributes = walk.attributes
         self._alive = walk.alive
+        self._abc_token = abc.get_cache_token() if walk.asks_abstract_classes else None
         self._keys = [
             (container, _keys_of(container))
             for container in walk.containers
@@ -60,7 +62,7 @@ class Guards:
         self._leaves = [] if frozen else [(leaf, _kind(leaf.value)) for leaf in leaves_kept]
         self._answers = [_Answer(expr, answer, walk.leaves) for expr, answer in dict.fromkeys(answers)]
         self.hold: Callable[[], bool] = _generate(
-            self._attributes, self._alive, self._keys, self._fixed, self._leaves, self._answers
+            self._attributes, self._alive, self._keys, self._fixed, self._leaves, self._answers, self._abc_token
         )
 
     def broken(self) -> str | None:
@@ -73,7 +75,7 @@ class Guards:
                 return f"{reference!r} lost what it refers to"
         for container, key, value in self._fixed:
             now = container.get(key)
-            if now is not value and not (isinstance(value, _BY_VALUE) and type(now) is type(value) and now == value):
+            if now is not value and not (isinstance(value, _BY_VALUE) and _equal(now, value)):
                 return f"`{container.path_of(key)}` changed from {_short(value)} to {_short(now)}"
         for container, keys in self._keys:
             if _keys_of(container) != keys:
@@ -85,6 +87,8 @@ class Guards:
         for answer in self._answers:
             if answer.now() is not answer.then:
                 return f"`{answer.text}` was {answer.then} and is {not answer.then}"
+        if self._abc_token not in (None, abc.get_cache_token()):
+            return "a class was registered with an abstract base class"
         return None
 
 
@@ -97,7 +101,7 @@ class _Answer:
         self.text = to_code(expr, lambda i: slots[i].path)
         self._slots = [slots[i] for i in used]
         code = to_code(expr, lambda i: f"v{i}")
-        names = {"__builtins__": {"abs": abs, "int": int, "float": float}}
+        names = {"__builtins__": {"abs": abs, "int": int, "float": float, "str": str}}
         self._check = eval(f"lambda {', '.join(f'v{i}' for i in used)}: {code}", names)
 
     def now(self) -> bool:
@@ -105,7 +109,7 @@ class _Answer:
 
 
 def _generate(
-    attributes: Any, alive: Any, keys: Any, fixed: list[Fixed], lifted: Any, answers: list[_Answer]
+    attributes: Any, alive: Any, keys: Any, fixed: list[Fixed], lifted: Any, answers: list[_Answer], abc_token: Any
 ) -> Callable[[], bool]:
     """One function that says whether everything is as it was."""
     names: dict[str, Any] = {"jax_Array": jax.Array, "MISSING": MISSING}
@@ -127,7 +131,8 @@ def _generate(
         term = f"{_read_code(container, key, name) or read(container, key)} "
         if isinstance(value, _BY_VALUE):
             kept = name(value)
-            terms.append(f"((v := {term}) is {kept} or type(v) is type({kept}) and v == {kept})")
+            same = f"str(v) == str({kept})" if _is_zero(value) else f"v == {kept}"
+            terms.append(f"((v := {term}) is {kept} or type(v) is type({kept}) and {same})")
         else:
             terms.append(f"{term}is {name(value)}")
     for container, present in keys:
@@ -139,11 +144,22 @@ def _generate(
             terms.append(f"{name(_kind)}({code}) == {name(kind)}")
         else:
             terms.append(f"type({code}) is {name(kind)}")
+    if abc_token is not None:
+        terms.append(f"{name(abc.get_cache_token)}() == {name(abc_token)}")
     terms += [f"{name(answer.now)}() is {answer.then}" for answer in answers]
     body = "\n            and ".join(terms) or "True"
     source = f"def hold():\n    try:\n        return ({body})\n    except Exception:\n        return False\n"
     exec(source, names)
     return names["hold"]
+
+
+def _is_zero(value: Any) -> bool:
+    """Whether a value is one of several zeros that compare equal."""
+    return isinstance(value, (float, complex, np.inexact)) and value == 0
+
+
+def _equal(now: Any, then: Any) -> bool:
+    return type(now) is type(then) and (str(now) == str(then) if _is_zero(then) else bool(now == then))
 
 
 def _read_code(container: Container, key: Any, name: Callable[[Any], str]) -> str | None:

@@ -181,14 +181,16 @@ class Jitted:
             _compat.trace_context(),
             *map(_aval_key, flat),
         )
-        known = self._cache.setdefault(key, [])
-        version = next((version for version in reversed(known) if version.guards.hold()), None)
-        if version is None:
-            if len(known) >= WARN_AFTER:
-                self._warn_of_traces(known[-1].guards.broken())
-            version = self._capture(args, kwargs, Signature(self._fn, tree, len(args), list(dynamic[1]), self._options))
-            known.append(version)
-            del known[:-MAX_ENTRIES]
+        with _state.LOCK:  # another thread may be tracing, with symbols in objects that both read
+            known = self._cache.setdefault(key, [])
+            version = next((version for version in reversed(known) if version.guards.hold()), None)
+            if version is None:
+                if len(known) >= WARN_AFTER:
+                    self._warn_of_traces(known[-1].guards.broken())
+                signature = Signature(self._fn, tree, len(args), list(dynamic[1]), self._options)
+                version = self._capture(args, kwargs, signature)
+                known.append(version)
+                del known[:-MAX_ENTRIES]
         return version, flat
 
     def _warn_of_traces(self, reason: str | None) -> None:
@@ -199,7 +201,7 @@ class Jitted:
                 f"types, the last time because {reason}. What the function itself reads is part of what is compiled: "
                 "pass what changes as an argument.",
                 UserWarning,
-                stacklevel=5,
+                stacklevel=4,
             )
 
     def _capture(self, args: Any, kwargs: Any, signature: Signature) -> _Version:

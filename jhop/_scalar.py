@@ -62,6 +62,8 @@ def step_code(op: str, args: Sequence[str]) -> str:
         return f"({PREFIX[op]}{args[0]})"
     if op == "is_nan":
         return f"({args[0]} != {args[0]})"
+    if op == "is_minus_zero":
+        return f"(str({args[0]}) == '-0.0')"
     if len(args) == 1:
         return f"{op}({args[0]})"  # abs, int, float: builtins under their own names
     return f"({args[0]} {INFIX.get(op) or COMPARE[op]} {args[1]})"
@@ -156,6 +158,8 @@ class Scalar:
             self._session.guard(Expr("is_nan", (self._expr,)), True)
         else:
             self._session.guard(Expr("eq", (self._expr, Expr("const", (value,)))), True)
+            if type(value) is float and value == 0.0:  # there are two zeros
+                self._session.guard(Expr("is_minus_zero", (self._expr,)), str(value) == "-0.0")
         return value
 
     def __jax_array__(self) -> Any:

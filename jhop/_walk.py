@@ -10,7 +10,9 @@ names occur in reachable code, and containers. Each place that holds a value is 
 
 from __future__ import annotations
 
+import abc
 import array
+import builtins
 import collections
 import contextvars
 import ctypes
@@ -43,6 +45,7 @@ _UNLIFTABLE = (
     ctypes.Structure, ctypes.Array,
 )  # fmt: skip
 _OPAQUE_ROOTS = {"jax", "jaxlib", "numpy", "ml_dtypes"}
+_BUILTINS = frozenset(dir(builtins))  # those that Python comes with are taken for granted
 _NEVER = ("__dict__", "__weakref__", "__doc__", "__module__", "__slots__", "__qualname__")
 
 
@@ -144,6 +147,12 @@ class Walk:
     def mentions(self, *names: str) -> bool:
         """Whether the hooks' code uses one of these names."""
         return not self._names.isdisjoint(names)
+
+    @property
+    def asks_abstract_classes(self) -> bool:
+        """Whether the hooks ask for a class that others can be registered with."""
+        asks = self.mentions("isinstance", "issubclass")
+        return asks and any(isinstance(value, abc.ABCMeta) for value in self._seen.values())
 
     def knows(self, value: Any) -> bool:
         """Whether an object was met, so that it existed before the hooks ran."""
@@ -247,6 +256,9 @@ class Walk:
 
     def _visit_function(self, fn: types.FunctionType, path: str) -> None:
         if not is_user_file(fn.__code__.co_filename):
+            registry = getattr(fn, "registry", None)  # of `functools.singledispatch`
+            if isinstance(registry, types.MappingProxyType):
+                self._work.append((registry, f"{path}.registry"))
             # A library's wrapper (contextmanager, vmap, grad): what it wraps may be the user's.
             for cell in fn.__closure__ or ():
                 inside = _cell_contents(cell)
@@ -270,6 +282,8 @@ class Walk:
         if loaded:
             # Names that are not there yet count too: the hook may create them.
             self._add(fn.__globals__, "dict", "G", loaded)
+            if added := loaded - fn.__globals__.keys() - _BUILTINS:
+                self._add(builtins.__dict__, "dict", "builtins", added)
         for name in imported:
             self._work.append((sys.modules.get(name), f"G[{name!r}]"))
         self._add(fn.__dict__, "dict", f"{path}.__dict__", self._attribute_names())
