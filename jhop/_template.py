@@ -26,8 +26,9 @@ import numpy as np
 from jhop import _compat
 from jhop._append import AppendList
 from jhop._errors import Unsupported
+from jhop._names import slot_names
 from jhop._scalar import is_scalar
-from jhop._walk import Walk, slot_names
+from jhop._walk import Walk
 
 _SHARED = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType, type, np.dtype)
 _FROZEN = (int, float, complex, str, bytes, bool, type(None), range, enum.Enum, np.generic, frozenset)

@@ -28,6 +28,7 @@ import jax
 import numpy as np
 
 from jhop import _compat
+from jhop._classes import OPAQUE_ROOTS, is_generated, is_opaque, is_user_class
 from jhop._container import Container, builtin_kind
 from jhop._errors import Unsupported
 from jhop._names import TEXT, TEXT_METHODS, names_in_code, slot_names
@@ -44,7 +45,6 @@ _UNLIFTABLE = (
     bytearray, memoryview, array.array, functools._lru_cache_wrapper, contextvars.ContextVar, ctypes._SimpleCData,
     ctypes.Structure, ctypes.Array,
 )  # fmt: skip
-_OPAQUE_ROOTS = {"jax", "jaxlib", "numpy", "ml_dtypes"}
 _BUILTINS = frozenset(dir(builtins))  # those that Python comes with are taken for granted
 _NEVER = ("__dict__", "__weakref__", "__doc__", "__module__", "__slots__", "__qualname__")
 
@@ -291,7 +291,7 @@ class Walk:
     def _visit_module(self, module: types.ModuleType) -> None:
         filename = getattr(module, "__file__", None)
         root = module.__name__.split(".")[0]
-        made = filename is None and root not in {*sys.stdlib_module_names, *sys.builtin_module_names, *_OPAQUE_ROOTS}
+        made = filename is None and root not in {*sys.stdlib_module_names, *sys.builtin_module_names, *OPAQUE_ROOTS}
         if made or (filename is not None and is_user_file(filename)):
             self._add(module.__dict__, "dict", f"G[{module.__name__!r}].__dict__", self._names - set(_NEVER))
 
@@ -312,7 +312,7 @@ class Walk:
                 if isinstance(value, (types.MemberDescriptorType, types.GetSetDescriptorType))
             }
             if self._without is not None:  # the fields that it made methods of are not read by the function
-                special = {name for name in special if not _is_generated(base, name)}
+                special = {name for name in special if not is_generated(base, name)}
                 special -= TEXT_METHODS if self._names.isdisjoint(TEXT) else set()
             names = ((self._names | special) - members) - set(_NEVER)
             self._add(base, "class", f"G[{base.__qualname__!r}]", names)
@@ -342,7 +342,7 @@ class Walk:
         if cls in _DECLARED:
             self._add(value, "slots", path, set(_DECLARED[cls]))
             return
-        if _is_opaque(cls):
+        if is_opaque(cls):
             return
         mine = is_user_class(cls)
         if mine:
@@ -365,38 +365,6 @@ def _cell_contents(cell: Any) -> Any:
         return cell.cell_contents
     except ValueError:
         return None
-
-
-def _is_generated(cls: type, name: str) -> bool:
-    """Whether a method was made by `dataclass`, out of the fields."""
-    code = getattr(cls.__dict__[name], "__code__", None)
-    return "__dataclass_fields__" in cls.__dict__ and code is not None and code.co_filename == "<string>"
-
-
-def _is_opaque(cls: type) -> bool:
-    """Whether a class is JAX's, NumPy's or jhop's own."""
-    root = cls.__module__.split(".")[0]
-    if root in _OPAQUE_ROOTS:
-        return True
-    module = sys.modules.get(cls.__module__)
-    if root != "jhop" or is_user_file(getattr(module, "__file__", None) or ""):
-        return False
-    # A class may say that it is from a module of ours without being in it: one made in a doctest does.
-    found: Any = module
-    for name in cls.__qualname__.split("."):
-        found = getattr(found, name, None)
-    return found is cls
-
-
-def is_user_class(cls: type) -> bool:
-    """Classes whose code a hook may run: written in Python by someone other than JAX, NumPy, jhop and the stdlib."""
-    if _is_opaque(cls) or cls.__module__ == "builtins":
-        return False
-    functions = [value for value in cls.__dict__.values() if isinstance(value, types.FunctionType)]
-    if any(is_user_file(fn.__code__.co_filename) for fn in functions):
-        return True
-    filename = getattr(sys.modules.get(cls.__module__), "__file__", None)
-    return filename is None or is_user_file(filename) or cls.__module__.split(".")[0] == "jhop"
 
 
 def closed_over_tracers(fn: Any) -> list[Leaf]:

@@ -20,6 +20,7 @@ LAYERS = (
     "_scalar",
     "_container",
     "_names",
+    "_classes",
     "_walk",
     "_append",
     "_template",

@@ -1,0 +1,43 @@
+"""Whose a class is: the user's, whose code a hook may run, or a library's, whose state hooks do not read."""
+
+from __future__ import annotations
+
+import sys
+import types
+from typing import Any
+
+from jhop._source import is_user_file
+
+OPAQUE_ROOTS = {"jax", "jaxlib", "numpy", "ml_dtypes"}
+
+
+def is_generated(cls: type, name: str) -> bool:
+    """Whether a method was made by `dataclass`, out of the fields."""
+    code = getattr(cls.__dict__[name], "__code__", None)
+    return "__dataclass_fields__" in cls.__dict__ and code is not None and code.co_filename == "<string>"
+
+
+def is_opaque(cls: type) -> bool:
+    """Whether a class is JAX's, NumPy's or jhop's own."""
+    root = cls.__module__.split(".")[0]
+    if root in OPAQUE_ROOTS:
+        return True
+    module = sys.modules.get(cls.__module__)
+    if root != "jhop" or is_user_file(getattr(module, "__file__", None) or ""):
+        return False
+    # A class may say that it is from a module of ours without being in it: one made in a doctest does.
+    found: Any = module
+    for name in cls.__qualname__.split("."):
+        found = getattr(found, name, None)
+    return found is cls
+
+
+def is_user_class(cls: type) -> bool:
+    """Classes whose code a hook may run: written in Python by someone other than JAX, NumPy, jhop and the stdlib."""
+    if is_opaque(cls) or cls.__module__ == "builtins":
+        return False
+    functions = [value for value in cls.__dict__.values() if isinstance(value, types.FunctionType)]
+    if any(is_user_file(fn.__code__.co_filename) for fn in functions):
+        return True
+    filename = getattr(sys.modules.get(cls.__module__), "__file__", None)
+    return filename is None or is_user_file(filename) or cls.__module__.split(".")[0] == "jhop"
