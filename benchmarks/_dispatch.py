@@ -13,7 +13,6 @@ from jax.experimental import io_callback
 
 import jhop
 
-
 CALLS, PARAMETERS = 100, 100
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from _models import by_hand, halve
-from _timing import Row, interleaved, middle_half, quiet_median, row
+from _timing import Row, interleaved, row
 
 import jhop
 
@@ -161,5 +161,6 @@ def traced_hook(quick: bool) -> list[Row]:
         samples = interleaved(runs, rounds=5 if quick else 30)
         for name in ("jhop", "hand"):
             samples[name] = [a - b for a, b in zip(samples[name], samples["none"], strict=True)]
-        rows.append(row(f"tracing one hook, {what}, jhop.hook / custom_vjp", samples, "jhop", "hand", (0.0, 1.0), ops=HOOKS))
+        what = f"tracing one hook, {what}, jhop.hook / custom_vjp"
+        rows.append(row(what, samples, "jhop", "hand", (0.0, 1.0), ops=HOOKS))
     return rows

@@ -209,6 +209,16 @@ class GraphModule:
     def __str__(self) -> str:
         return self.code
 
+    # `jax.jit(gm)` asks a callable for these; of one that lacks them it takes the text, which is the whole program.
+
+    @property
+    def __name__(self) -> str:
+        return self.name
+
+    @property
+    def __code__(self) -> Any:
+        return type(self).__call__.__code__
+
     def _repr_html_(self) -> str:
         return PRINTERS["html"](self)
 
@@ -241,14 +251,17 @@ class Graph:
     def __init__(self, gm: GraphModule):
         jaxpr, _ = _compat.open_jaxpr(gm.jaxpr)
         names: dict[Any, str] = {}
+        taken: dict[str, int] = {}  # names, with the last number that was tried behind each
         self.nodes: list[GraphNode] = []
 
         def name_of(variable: Any, wanted: str) -> str:
-            base, count = gm.info.get(variable, NO_INFO).name or wanted, 0
-            name = base
-            while name in names.values():
+            base = gm.info.get(variable, NO_INFO).name or wanted
+            name, count = base, taken.get(base, 0)
+            while name in taken:
                 count += 1
                 name = f"{base}_{count}"
+            taken[base] = count
+            taken.setdefault(name, 0)
             names[variable] = name
             return name
 

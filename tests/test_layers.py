@@ -28,6 +28,7 @@ LAYERS = (
     "_hook",
     "_boundary",
     "_interp",
+    "_splice",
     "_rebuild",
     "_graph",
     "_capture",
