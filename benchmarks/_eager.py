@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -158,7 +159,7 @@ def traced_hook(quick: bool) -> list[Row]:
             name: lambda hook=hook, transform=transform: jax.make_jaxpr(transform(chain_of(hook)))(x) and None
             for name, hook in hooks.items()
         }
-        samples = interleaved(runs, rounds=5 if quick else 30)
+        samples = interleaved(runs, rounds=5 if quick else 30, clock=time.thread_time)
         for name in ("jhop", "hand"):
             samples[name] = [a - b for a, b in zip(samples[name], samples["none"], strict=True)]
         what = f"tracing one hook, {what}, jhop.hook / custom_vjp"

@@ -8,6 +8,7 @@ JAX's and jhop's is cleared; what is loaded by then (modules, source lines) stay
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -56,7 +57,7 @@ def trace_and_lower(quick: bool) -> list[Row]:
             "warm": {"rounds": 6 if quick else 40, "prepare": gc.collect},
             "cold": {"rounds": 3 if quick else 15, "prepare": clear, "warm_up": 1},
         }.items():
-            samples = interleaved(runs, **options)
+            samples = interleaved(runs, **options, clock=time.thread_time)
             rows += [
                 row(f"trace + lower, {what}, {state}, {name} / custom_vjp", samples, name, "custom_vjp",
                     (0.95, 1.05) if name == "custom_vjp again" else (0.0, 1.3), unit="ms")

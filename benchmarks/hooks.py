@@ -6,8 +6,9 @@
 Method. The contestants of one table are timed in rounds, A B C, B C A, ..., a batch of calls each, so that drift of the
 machine hits all of them alike. A contestant's time is the smallest of the medians of five stretches of its rounds (one
 quiet stretch is enough); `ratio` is ours over the peer's by that number. The bracket is the middle half of the ratios
-within rounds: where it is wide the machine was busy, and the ratio says little. Part h takes the quickest of a few runs
-per size and states the slope of log time over log size.
+within rounds: where it is wide the machine was busy, and the ratio says little. What one thread does alone (tracing,
+lowering, inlining) is timed by that thread's clock. Part h takes the quickest of a few runs per size and states the
+slope of log time over log size.
 
 Targets are bounds for the ratio. Those of (a) and (g) are exact claims (a hook costs nothing once it is compiled); the
 others keep a regression from passing unseen.

@@ -394,8 +394,7 @@ def _trace_instruction(frame: types.FrameType, event: str, _arg: Any) -> Any:
     return _trace_instruction
 
 
-# The one file that may ask for a version is `_compat`; this asks for the feature.
+# `_compat` alone may ask for a version; this asks for the feature.
 _seeing = _profiling if _monitoring is None else _Monitor().seeing
-
 # In this block `watch` is quick to enter: Python instruments code anew whenever events are turned on.
 many_watches = contextlib.nullcontext if _monitoring is None else _seeing
