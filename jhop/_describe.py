@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -14,7 +16,31 @@ from jhop._scalar import scalar_p
 from jhop._source import describe_hook, eqn_name, is_user_file, origin_of, user_frame
 
 
-def describe_hook_values(jaxpr: Any, info: dict[Any, Info]) -> dict[Any, Info]:
+class Described(Mapping[Any, Info]):
+    """Info by variable, in which what hooks computed is described when the first question is asked: only print asks."""
+
+    def __init__(self, jaxpr: Any, info: dict[Any, Info]):
+        self._jaxpr = jaxpr
+        self._info = info
+
+    @functools.cached_property
+    def _all(self) -> dict[Any, Info]:
+        return _describe_hook_values(self._jaxpr, self._info)
+
+    def __getitem__(self, variable: Any) -> Info:
+        return self._all[variable]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._all)
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def get(self, variable: Any, default: Any = None) -> Any:
+        return self._all.get(variable, default)
+
+
+def _describe_hook_values(jaxpr: Any, info: dict[Any, Info]) -> dict[Any, Info]:
     """Adds source positions and the user's local names to values that hooks computed."""
     made: dict[Any, Any] = {}  # equations, by what hooks computed; the rest was carried over from the captured graph
     for eqn in jaxpr.eqns:

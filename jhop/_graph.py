@@ -7,7 +7,7 @@ hooks and with lifted state, a backend turns it into a callable.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import jax
@@ -94,7 +94,7 @@ class GraphModule:
 
     jaxpr: Any
     inputs: tuple[Input, ...]
-    info: dict[Any, Info] = dataclasses.field(default_factory=dict, repr=False)
+    info: Mapping[Any, Info] = dataclasses.field(default_factory=dict, repr=False)
     name: str = "GraphModule"
     made_by: str = "capture"
     in_tree: Any = None

@@ -22,7 +22,7 @@ from jhop import _compat, _state
 from jhop._capture import Recorder, trace
 from jhop._container import MISSING, Container
 from jhop._contract import HookFn
-from jhop._describe import describe_hook_values, explain
+from jhop._describe import Described, explain
 from jhop._effects import many_watches, watch
 from jhop._errors import JhopError, Unsupported
 from jhop._graph import GraphModule, Info, Input, Operator
@@ -152,7 +152,6 @@ class _Inliner:
         jaxpr, kept = expand(jaxpr)
         info.update((variable, self._gm.info.get(variable, _CAPTURED)) for variable in kept)
         jaxpr, slots = self._prune(jaxpr, len(given))
-        info = describe_hook_values(jaxpr, info)
         n_outs = len(self._jaxpr.outvars)
         lifted = Lifted(
             slots=slots,
@@ -168,7 +167,7 @@ class _Inliner:
             self._gm,
             jaxpr=jex_core.ClosedJaxpr(jaxpr, consts),
             inputs=(*self._gm.inputs, *state_inputs),
-            info=info,
+            info=Described(jaxpr, info),
             name="GraphModule",
             made_by="inline",
             in_tree=self._gm.in_tree if not slots and not lifted.writes else None,
