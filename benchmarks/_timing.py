@@ -112,7 +112,7 @@ def target_text(target: tuple[float, float]) -> str:
 
 
 def table(rows: list[Row]) -> str:
-    width = max(60, *(len(item.what) for item in rows))
+    width = max([60, *(len(item.what) for item in rows)])
     lines = [f"{'what':{width}} {'ours':>14} {'peer':>14} {'ratio':>7} {'[middle half]':>16}  target"]
     for item in rows:
         digits = _DIGITS.get(item.unit, 2)

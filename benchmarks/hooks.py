@@ -60,9 +60,12 @@ def main() -> None:
     unknown = set(parts) - set(BENCHMARKS)
     if unknown:
         parser.error(f"--only: no part {', '.join(sorted(unknown))}; there are {', '.join(BENCHMARKS)}")
-    rows = [item for part in parts for item in BENCHMARKS[part](args.quick)]
-    print("; ".join(f"{name} {value}" for name, value in versions().items()))
-    print(table(rows))
+    print("; ".join(f"{name} {value}" for name, value in versions().items()), flush=True)
+    rows = []
+    for part in parts:
+        found = BENCHMARKS[part](args.quick)
+        print(f"\n{BENCHMARKS[part].__doc__}\n{table(found)}", flush=True)
+        rows += found
     if args.json:
         records = [{**dataclasses.asdict(item), "ratio": item.ratio, "met": item.met} for item in rows]
         report = {"versions": versions(), "quick": args.quick, "rows": records}
