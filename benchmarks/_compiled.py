@@ -46,7 +46,7 @@ def compiled_step(quick: bool) -> list[Row]:
 
 
 def first_call(quick: bool) -> list[Row]:
-    """(b) Capture and compilation: new function objects each time, every cache cleared. The second call is cheap."""
+    """(b) Capture and compilation: new function objects each time, every cache cleared."""
     inputs, ours = mlp_inputs(), "jhop.hook, jhop.jit"
 
     def clear() -> None:
