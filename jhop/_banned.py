@@ -7,15 +7,20 @@ off the bytecode which names the text of a call mentions, and `label_in_call` as
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import dis
+import enum
 import functools
 import inspect
 import io
 import itertools
 import os
 import types
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from jhop import _compat
 from jhop._source import FileKind, file_kind
 
 # Names banned in a module: all but some, or only some. A function, class or method is known by either end of its
@@ -80,6 +85,26 @@ _REMEDIES = {
 
 # Syntax reads and writes the environment (`os.environ[name]`), so no call of these is seen, only their code running.
 ENVIRON_CODES = {id(fn.__code__) for fn in vars(type(os.environ)).values() if isinstance(fn, types.FunctionType)}
+
+
+
+def _harmless_codes() -> Iterator[types.CodeType]:
+    """Code of the standard library that JAX runs all the time, and that calls nothing of the user's choice."""
+    made = contextlib.contextmanager(iter)
+    manager = type(made(()))
+    pair: Any = collections.namedtuple
+    pair = pair("pair", "a b")
+    members: list[Any] = [
+        made, manager.__init__, manager.__enter__, manager.__exit__, pair._replace, pair._make.__func__,
+        enum.Enum.__hash__, *vars(inspect.Parameter).values(), vars(inspect.Signature)["parameters"],
+    ]  # fmt: skip
+    for member in members:
+        fn = member.fget if isinstance(member, property) else member
+        if isinstance(fn, types.FunctionType):
+            yield fn.__code__
+
+
+HARMLESS = {id(code): code for code in _harmless_codes()}
 
 _IOBASE = io.IOBase.__bases__[0]  # the C class: an abstract base class is slow to ask
 _CachedFunction: Any = type(functools.lru_cache(len))
@@ -183,6 +208,15 @@ def blamed_frame(frame: types.FrameType | None) -> types.FrameType | None:
             return None
         frame = frame.f_back
     return None
+
+
+def is_staged_within(frame: types.FrameType, outer: Any) -> bool:
+    """Whether code that begins in `frame`, a user's, is traced by a transformation within the trace `outer`."""
+    if _compat.staging() is outer:
+        return False
+    # Methods that `dataclass` and `namedtuple` make, for JAX too, have no file.
+    module = frame.f_globals.get("__name__", "") if frame.f_code.co_filename == "<string>" else ""
+    return not module.startswith(("namedtuple_", "jax.", "jaxlib.", "jhop."))
 
 
 def count_imports(frame: types.FrameType | None) -> int:

@@ -28,14 +28,17 @@ def same_trace(a: Any, b: Any) -> bool:
 _DimExpr = type(jax.export.symbolic_shape("n")[0])  # a class without a public name
 
 
-def tracing() -> bool:
-    """Whether operations in this thread are staged into a jaxpr, those on concrete arrays too."""
+def staging() -> Any:
+    """The trace that stages this thread's operations into a jaxpr, those on concrete arrays too; None if none does."""
     trace = _core.trace_ctx.trace
-    while type(trace).__name__ != "DynamicJaxprTrace":  # the one that stages; others hand on to what is around them
-        trace = getattr(trace, "parent_trace", None)
-        if trace is None:
-            return False
-    return True
+    while trace is not None and type(trace).__name__ != "DynamicJaxprTrace":
+        trace = getattr(trace, "parent_trace", None)  # others hand on to what is around them
+    return trace
+
+
+def tracing() -> bool:
+    """Whether operations in this thread are staged into a jaxpr."""
+    return staging() is not None
 
 
 def transforming() -> bool:
@@ -44,6 +47,7 @@ def transforming() -> bool:
 
 
 _session_context = jax.make_user_context()
+_hook_traces: Any = object()
 
 
 def cache_of(owner: object) -> Any:
@@ -51,9 +55,15 @@ def cache_of(owner: object) -> Any:
     return _session_context(owner)
 
 
-def fresh_cache() -> Any:
-    """A context manager in which functions that JAX jits are traced anew, and not found again afterwards."""
-    return cache_of(object())
+def hook_traces() -> Any:
+    """A context manager in which functions that JAX jits find traces made in it, and none of those made outside."""
+    return cache_of(_hook_traces)
+
+
+def forget_hook_traces() -> None:
+    """From now on, what was traced in `hook_traces` is not found again."""
+    global _hook_traces
+    _hook_traces = object()
 
 
 def trace_context() -> Any:

@@ -37,7 +37,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jhop import _banned
+from jhop import _banned, _compat
 from jhop._errors import Unsupported
 from jhop._source import FileKind, describe_hook, file_kind, origin_of
 
@@ -61,6 +61,7 @@ class Watch:
         self.hook = hook
         self.remedy = remedy
         self.operators: list[OperatorRecord] = []
+        self.staging, self.nested = _compat.staging(), False  # nested: a transformation in the hook traced user code
         self.error: Unsupported | None = None
         self.imports = _banned.count_imports(sys._getframe())
 
@@ -252,13 +253,15 @@ class _Monitor:
 
     def _on_start(self, code: types.CodeType, _offset: int) -> Any:
         kind = file_kind(code.co_filename)
-        if kind is not _USER and kind is not _STDLIB:
+        if (kind is not _USER and kind is not _STDLIB) or id(code) in _banned.HARMLESS:
             return _monitoring.DISABLE
         # Not disabled from here on: what is disabled stays so for the next watch, which has to mark anew.
-        if _thread.current is None:
+        if (seen := _thread.current) is None:
             return None
         frame = sys._getframe(1)
-        if kind is _STDLIB:
+        if kind is _USER:
+            seen.nested = seen.nested or _banned.is_staged_within(frame, seen.staging)
+        else:
             if _banned.blamed_frame(frame) is None:
                 return None
             _check_python_call(frame)
@@ -346,6 +349,8 @@ def _enter(frame: types.FrameType, libraries: set[str]) -> None:
     """Looks at a function that has just been entered; notes its file if there is never anything to see in it."""
     kind = file_kind(frame.f_code.co_filename)
     if kind is _USER:
+        if (seen := _thread.current) is not None:
+            seen.nested = seen.nested or _banned.is_staged_within(frame, seen.staging)
         _step_if_needed(frame)
     elif kind is _STDLIB:
         _check_python_call(frame)
@@ -389,5 +394,7 @@ def _trace_instruction(frame: types.FrameType, event: str, _arg: Any) -> Any:
     return _trace_instruction
 
 
-# The one file that may ask for a version is `_compat`; this asks for the feature.
+# `_compat` alone may ask for a version; this asks for the feature.
 _seeing = _profiling if _monitoring is None else _Monitor().seeing
+# In this block `watch` is quick to enter: Python instruments code anew whenever events are turned on.
+many_watches = contextlib.nullcontext if _monitoring is None else _seeing

@@ -7,7 +7,7 @@ hooks and with lifted state, a backend turns it into a callable.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import jax
@@ -102,7 +102,7 @@ class GraphModule:
 
     jaxpr: Any
     inputs: tuple[Input, ...]
-    info: dict[Any, Info] = dataclasses.field(default_factory=dict, repr=False)
+    info: Mapping[Any, Info] = dataclasses.field(default_factory=dict, repr=False)
     name: str = "GraphModule"
     made_by: str = "capture"
     in_tree: Any = None
@@ -210,6 +210,16 @@ class GraphModule:
     def __str__(self) -> str:
         return self.code
 
+    # `jax.jit(gm)` asks a callable for these; of one that lacks them it takes the text, which is the whole program.
+
+    @property
+    def __name__(self) -> str:
+        return self.name
+
+    @property
+    def __code__(self) -> Any:
+        return type(self).__call__.__code__
+
     def _repr_html_(self) -> str:
         return PRINTERS["html"](self)
 
@@ -242,14 +252,17 @@ class Graph:
     def __init__(self, gm: GraphModule):
         jaxpr, _ = _compat.open_jaxpr(gm.jaxpr)
         names: dict[Any, str] = {}
+        taken: dict[str, int] = {}  # names, with the last number that was tried behind each
         self.nodes: list[GraphNode] = []
 
         def name_of(variable: Any, wanted: str) -> str:
-            base, count = gm.info.get(variable, NO_INFO).name or wanted, 0
-            name = base
-            while name in names.values():
+            base = gm.info.get(variable, NO_INFO).name or wanted
+            name, count = base, taken.get(base, 0)
+            while name in taken:
                 count += 1
                 name = f"{base}_{count}"
+            taken[base] = count
+            taken.setdefault(name, 0)
             names[variable] = name
             return name
 

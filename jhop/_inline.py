@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import gc
+import types
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -22,15 +23,16 @@ from jhop import _compat, _state
 from jhop._capture import Recorder, trace
 from jhop._container import MISSING, Container
 from jhop._contract import HookFn
-from jhop._describe import describe_hook_values, explain
-from jhop._effects import watch
+from jhop._describe import Described, explain
+from jhop._effects import many_watches, watch
 from jhop._errors import JhopError, Unsupported
 from jhop._graph import GraphModule, Info, Input, Operator
 from jhop._guards import Guards
-from jhop._interp import ClosesOverTracer, contains, evaluate, inner_jaxprs, retrace, rewrite
+from jhop._interp import ClosesOverTracer, evaluate, inner_jaxprs, rewrite
 from jhop._rebuild import is_plain_call, rebuild
 from jhop._scalar import Expr, Scalar, device_kind, is_scalar, weak_aval
-from jhop._source import origin_of
+from jhop._source import is_user_file, origin_of
+from jhop._splice import Splice, expand, retrace
 from jhop._template import Templates, map_outputs, plain
 from jhop._trace_wrapped import inlining, trace_wrapped_p
 from jhop._walk import Leaf, Walk, is_number
@@ -127,6 +129,8 @@ class _Inliner:
         self._recorder = Recorder()
         self._session = _Session(self._recorder)
         self._walk = Walk(_hook_roots(gm, self._jaxpr))
+        self._hides_state = _runs_state_from_c(self._walk)
+        self._hooked: dict[int, tuple[bool, Any]] = {}  # whether there are hooks in a jaxpr, by its id
         self._writes: list[_state.Write] = []
         self._state_outs: list[Any] = []
         self._lift: _state.Lift | None = None
@@ -142,8 +146,9 @@ class _Inliner:
             self._session.close()
         self._refuse_leaks()
         jaxpr, consts = _compat.open_jaxpr(closed)
+        jaxpr, kept = expand(jaxpr)
+        info.update((variable, self._gm.info.get(variable, _CAPTURED)) for variable in kept)
         jaxpr, slots = self._prune(jaxpr, len(given))
-        info = describe_hook_values(jaxpr, info)
         n_outs = len(self._jaxpr.outvars)
         lifted = Lifted(
             slots=slots,
@@ -159,7 +164,7 @@ class _Inliner:
             self._gm,
             jaxpr=jex_core.ClosedJaxpr(jaxpr, consts),
             inputs=(*self._gm.inputs, *state_inputs),
-            info=info,
+            info=Described(jaxpr, info),
             name="GraphModule",
             made_by="inline",
             in_tree=self._gm.in_tree if not slots and not lifted.writes else None,
@@ -179,8 +184,8 @@ class _Inliner:
                 self._session.note_step(symbol)
         with _state.Lift(self._walk, symbols) as lift:
             self._lift = lift
-            with inlining():
-                outs = evaluate(self._gm.jaxpr, list(flat[:n]), self._rule, note=self._carry)
+            with inlining(), many_watches():
+                outs = Splice(self._gm.jaxpr, self._stays).evaluate(list(flat[:n]), self._rule, self._carry)
             self._collect(lift)
             self._unread = lift.untouched()
             self._lift = None
@@ -203,15 +208,16 @@ class _Inliner:
     def _collect(self, lift: _state.Lift) -> None:
         """Turns what the hooks wrote into templates over further outputs."""
 
+        places: dict[int, int] = {}  # in `_state_outs`, by the id of what is kept there
+
         def note(value: Any, where: str) -> int:
             twin = value._twin if is_scalar(value) else value
             if not _compat.same_trace(twin, self._recorder.anchor):
                 raise _state.explain_leak(where)
-            for index, known in enumerate(self._state_outs):
-                if known is twin:
-                    return index
-            self._state_outs.append(twin)
-            return len(self._state_outs) - 1
+            index = places.setdefault(id(twin), len(self._state_outs))
+            if index == len(self._state_outs):
+                self._state_outs.append(twin)
+            return index
 
         templates = Templates(self._walk, note)
         arrays = [leaf for leaf in self._walk.leaves if type(leaf.value) is np.ndarray]
@@ -228,9 +234,18 @@ class _Inliner:
     def _rule(self, eqn: Any, values: list[Any]) -> list[Any] | None:
         if eqn.primitive is trace_wrapped_p:
             return self._run_hook(eqn.params["fn"], values)
-        if any(contains(inner, trace_wrapped_p) for inner in inner_jaxprs(eqn)):
-            return self._inline_inner(eqn, values)
-        return None
+        return None if self._stays(eqn) else self._inline_inner(eqn, values)
+
+    def _stays(self, eqn: Any) -> bool:
+        """Whether there is no hook in an equation."""
+        return eqn.primitive is not trace_wrapped_p and not any(map(self._has_hooks, inner_jaxprs(eqn)))
+
+    def _has_hooks(self, jaxpr: Any) -> bool:
+        known = self._hooked.get(id(jaxpr))
+        if known is None:
+            found = not all(map(self._stays, _compat.open_jaxpr(jaxpr)[0].eqns))
+            known = self._hooked[id(jaxpr)] = (found, jaxpr)  # kept, so that its id stays its own
+        return known[0]
 
     def _inline_inner(self, eqn: Any, values: list[Any]) -> list[Any]:
         """Inlines the hooks inside a higher-order equation; their state may be read there, not written."""
@@ -243,7 +258,7 @@ class _Inliner:
         assert self._lift is not None
         before = self._lift.contents()
         try:
-            outs = rewrite(eqn, values, lambda jaxpr: retrace(jaxpr, self._rule))
+            outs = rewrite(eqn, values, lambda jaxpr: retrace(jaxpr, self._rule, self._stays))
         except ClosesOverTracer:  # the hook reads lifted state
             outs = rebuild(eqn, values, run)
         for container, old, now in zip(self._walk.containers, before, self._lift.contents(), strict=True):
@@ -256,14 +271,20 @@ class _Inliner:
         return outs
 
     def _run_hook(self, hook: HookFn, values: list[Any]) -> list[Any]:
+        answers, clean = len(self._session.answers), False
         try:
-            # What JAX jits inside the hook closes over our tracers: it must not be found again later.
-            with _compat.fresh_cache(), watch(hook.base) as seen:
+            with _compat.hook_traces(), watch(hook.base) as seen:
                 outs = hook.call(*values)
+            clean = not (seen.nested or self._hides_state or len(self._session.answers) > answers)
         except JhopError:
             raise
         except Exception as error:
             raise Unsupported(explain(hook, error)) from error
+        finally:
+            # JAX keeps traces of what the hook jitted, such as `jnp.sum`. One of the user's own code may have read our
+            # symbols, and one that was found by a number's value holds only for it: neither may be found again.
+            if not clean:
+                _compat.forget_hook_traces()
         for value in [*values, *outs, *(record.result for record in seen.operators)]:
             if isinstance(value, _compat.Tracer):
                 self._watched.append(weakref.ref(value))
@@ -316,6 +337,24 @@ def _hook_roots(gm: GraphModule, jaxpr: Any) -> list[tuple[str, Any]]:
     visit(jaxpr)
     places = gm.backward.hook_index if gm.backward is not None else range(len(hooks))
     return [(f"L['hooks'][{place}]", hook.base) for place, hook in zip(places, hooks, strict=True)]
+
+
+def _runs_state_from_c(walk: Walk) -> bool:
+    """Whether JAX could trace a callable with state in it, such as a partial, while no code of the user's runs."""
+
+    def from_c(fn: Any) -> bool:
+        while isinstance(fn, functools.partial):
+            fn = fn.func
+        return not (isinstance(fn, types.FunctionType) and is_user_file(fn.__code__.co_filename))
+
+    def has_owner(fn: Any) -> bool:
+        return fn.__self__ is not None and not isinstance(fn.__self__, types.ModuleType)
+
+    return bool(
+        walk.instances(functools.partial, from_c)
+        or walk.instances(types.BuiltinMethodType, has_owner)
+        or walk.instances(types.MethodWrapperType, has_owner)
+    )
 
 
 def _leaf_aval(value: Any) -> Any:

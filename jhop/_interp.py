@@ -32,15 +32,6 @@ def _flat(value: Any) -> Iterable[Any]:
     return value if isinstance(value, (tuple, list)) else (value,)
 
 
-def contains(jaxpr: Any, primitive: Any) -> bool:
-    """Whether a primitive occurs in a jaxpr, at any depth."""
-    opened, _ = _compat.open_jaxpr(jaxpr)
-    return any(
-        eqn.primitive is primitive or any(contains(inner, primitive) for inner in inner_jaxprs(eqn))
-        for eqn in opened.eqns
-    )
-
-
 def evaluate(jaxpr: Any, args: list[Any], rule: Rule | None = None, *, note: Callable[..., None] | None = None) -> Any:
     """Evaluates a jaxpr on values or tracers.
 

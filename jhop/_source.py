@@ -172,6 +172,12 @@ def user_frames(eqn: Any) -> list[Frame]:
     return [frame for frame in raw_frames(eqn) if is_user_file(frame[0].co_filename)]
 
 
+def user_frame(eqn: Any) -> Frame | None:
+    """Returns the innermost of `user_frames`, or None."""
+    return next((frame for frame in raw_frames(eqn) if is_user_file(frame[0].co_filename)), None)
+
+
+@functools.lru_cache(maxsize=4096)
 def origin_of(code: CodeType, lasti: int) -> Origin:
     """Returns the source place of the instruction at byte offset `lasti`."""
     line = next((start for begin, end, start in code.co_lines() if begin <= lasti < end and start), None)

@@ -123,8 +123,7 @@ class Walk:
         self._without = without
         self._names: set[str] = set()
         self._everything = False
-        # Code met late may name attributes of objects met early, so walk until no new names turn up.
-        while True:
+        while True:  # code met late may name attributes of objects met early: walk until no new names turn up
             known = (len(self._names), self._everything)
             self.containers: list[Container] = []
             self.leaves: list[Leaf] = []
@@ -138,6 +137,7 @@ class Walk:
             self._weak: set[int] = set()  # ids of objects reached through weak references
             self._work: collections.deque[tuple[Any, str]] = collections.deque()
             for path, fn in roots:
+                self._limit = len(self.containers) + MAX_CONTAINERS  # per hook: of these there may be any number
                 self._work.append((fn, path))
                 while self._work:
                     self._visit(*self._work.popleft())
@@ -178,10 +178,10 @@ class Walk:
             new_names = names - container.names  # a globals dict, met again from other code
             container.names |= names
         else:
-            if len(self.containers) >= MAX_CONTAINERS:
+            if len(self.containers) >= self._limit:
                 raise Unsupported(
-                    f"jhop walked more than {MAX_CONTAINERS} objects of Python state at {path}. A hook should reach "
-                    "only the state that it uses: pass it the small object it needs."
+                    f"jhop walked more than {MAX_CONTAINERS} objects of one hook's Python state at {path}. A hook "
+                    "should reach only the state that it uses: pass it the small object it needs."
                 )
             weak = id(obj) in self._weak
             container = Container(obj, kind, path, names if names is None else set(names), weak=weak)

@@ -31,6 +31,7 @@ LAYERS = (
     "_hook",
     "_boundary",
     "_interp",
+    "_splice",
     "_rebuild",
     "_graph",
     "_program",

@@ -46,6 +46,8 @@ class Shared:
     Attributes:
         opaque: objects that Python source cannot hold, by the keyword-only parameter that brings them: (object, what
             it is).
+        names: those names by the object's id; it may have been given back since.
+        flat: hooks as functions of flat inputs, by the id of the hook.
         numbers: variables that are Python numbers when the text runs.
         scope: other globals that the text reads.
         checked: answers to checks of spellings.
@@ -54,6 +56,8 @@ class Shared:
 
     gm: GraphModule
     opaque: dict[str, tuple[Any, str]] = dataclasses.field(default_factory=dict)
+    names: dict[int, str] = dataclasses.field(default_factory=dict)
+    flat: dict[int, FlatHook] = dataclasses.field(default_factory=dict)
     numbers: set[Any] = dataclasses.field(default_factory=set)
     scope: dict[str, Any] = dataclasses.field(default_factory=dict)
     checked: dict[Any, tuple[int, ...] | None] = dataclasses.field(default_factory=dict)
@@ -91,12 +95,12 @@ def hook_word(name: str) -> str:
     return "hook" if name == "<lambda>" else name.replace("<lambda>", "hook")
 
 
-def known_flat(shared: Shared, hook: HookFn) -> Any:
+def known_flat(shared: Shared, hook: HookFn) -> FlatHook:
     """One object per derived hook, however often it occurs."""
-    for value, _ in shared.opaque.values():
-        if isinstance(value, FlatHook) and value._hook is hook:
-            return value
-    return FlatHook(hook)
+    found = shared.flat.get(id(hook))
+    if found is None:
+        found = shared.flat[id(hook)] = FlatHook(hook)
+    return found
 
 
 def origin_of_eqn(eqn: Any) -> Origin | None:

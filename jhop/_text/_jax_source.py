@@ -7,6 +7,7 @@ import functools
 import keyword
 import math
 import re
+from collections.abc import Container
 from typing import Any
 
 import jax
@@ -32,28 +33,31 @@ class Names:
     """
 
     def __init__(self, parent: Names | None = None):
-        self._values: set[str] = set(parent._values) if parent else set(RESERVED)
-        self._functions: set[str] = set(parent._functions) if parent else set()
+        # In the order in which they were taken, so that the last ones can be given back.
+        self._values: dict[str, None] = dict(parent._values) if parent else dict.fromkeys(RESERVED)
+        self._functions: dict[str, None] = dict(parent._functions) if parent else {}
         self._globals: set[str] = parent._globals if parent else set()
         self._ever: set[str] = parent._ever if parent else set(RESERVED)
+        # Per kind of name and base: numbers below this one are taken. So many values of one name need no long search.
+        self._next: dict[tuple[str, str], int] = {}
 
     def make(self, wanted: str) -> str:
         """`wanted` as an identifier, with a number added where it is taken."""
-        name = _first(wanted, self._values | self._functions | self._globals)
-        self._values.add(name)
+        name = self._first("value", identifier(wanted), self._values, self._functions, self._globals)
+        self._values[name] = None
         self._ever.add(name)
         return name
 
     def make_function(self, wanted: str) -> str:
         """A name for a nested function, which is called at once: a later function may have the same."""
         plain = wanted.isidentifier() and not keyword.iskeyword(wanted)
-        name = _first(wanted, self._values | self._globals, base=wanted if plain else None)
-        self._functions.add(name)
+        name = self._first("function", wanted if plain else identifier(wanted), self._values, self._globals)
+        self._functions[name] = None
         self._ever.add(name)
         return name
 
     def make_global(self, wanted: str) -> str:
-        name = _first(wanted, self._ever)
+        name = self._first("global", identifier(wanted), self._ever)
         self.reserve(name)
         return name
 
@@ -65,20 +69,23 @@ class Names:
         self._ever.add(name)
         return True
 
-    def snapshot(self) -> tuple[set[str], set[str]]:
-        return set(self._values), set(self._functions)
+    def _first(self, kind: str, base: str, *taken: Container[str]) -> str:
+        count = self._next.get((kind, base), 0)
+        while any((name := f"{base}_{count}" if count else base) in names for names in taken):
+            count += 1
+        self._next[kind, base] = count
+        return name
 
-    def restore(self, snapshot: tuple[set[str], set[str]]) -> None:
-        self._values, self._functions = set(snapshot[0]), set(snapshot[1])
+    def snapshot(self) -> tuple[int, int]:
+        return len(self._values), len(self._functions)
 
-
-def _first(wanted: str, taken: set[str], *, base: str | None = None) -> str:
-    base = base or identifier(wanted)
-    name, count = base, 0
-    while name in taken:
-        count += 1
-        name = f"{base}_{count}"
-    return name
+    def restore(self, snapshot: tuple[int, int]) -> None:
+        """Gives back the names of values and functions that were taken since."""
+        if (len(self._values), len(self._functions)) != snapshot:
+            for names, size in zip((self._values, self._functions), snapshot, strict=True):
+                while len(names) > size:
+                    names.popitem()
+            self._next.clear()
 
 
 def identifier(wanted: str) -> str:

@@ -56,10 +56,10 @@ class Writer:
 
     def opaque(self, value: Any, wanted: str, what: str) -> str:
         """The name of a keyword-only parameter that brings `value`."""
-        for name, (known, _) in self.shared.opaque.items():
-            if known is value:
-                return name
-        name = self.names.make_global(wanted)
+        name = self.shared.names.get(id(value), "")
+        if name in self.shared.opaque and self.shared.opaque[name][0] is value:
+            return name
+        name = self.shared.names[id(value)] = self.names.make_global(wanted)
         self.shared.opaque[name] = (value, what)
         return name
 
@@ -111,14 +111,17 @@ class Writer:
 
     def equation(self, eqn: Any, local: str | None) -> None:
         """Writes one equation in the first way that works; the last way always does."""
-        before, names, opaque = list(self.rows), self.names.snapshot(), dict(self.shared.opaque)
+        rows, length, names, objects = self.rows, len(self.rows), self.names.snapshot(), len(self.shared.opaque)
         for write in (self._own, self._inlined, self._higher, self._plain):
             try:
                 if write(eqn, local):
                     return
             except Exception:  # print must not fail, whatever a primitive's parameters are
                 pass
-            self.rows, self.shared.opaque = list(before), dict(opaque)
+            self.rows = rows
+            del rows[length:]
+            while len(self.shared.opaque) > objects:
+                self.shared.opaque.popitem()
             self.names.restore(names)
         for atom in eqn.invars:
             if not isinstance(atom, jex_core.Literal) and atom in self.folded:
