@@ -5,14 +5,17 @@ Differences are found by looking at the feature, not at the version number.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.export
 import jax.extend.core as jex_core
 from jax._src import core as _core  # the current trace has no public name
+from jax._src import pjit as _pjit
 from jax.interpreters import mlir
 
 Tracer = jax.core.Tracer
@@ -114,6 +117,21 @@ def vmap_kwargs(axis_data: Any) -> dict[str, Any]:
     if axis_data.spmd_name is not None:
         kwargs["spmd_axis_name"] = axis_data.spmd_name
     return kwargs
+
+
+def is_jitted(value: Any) -> bool:
+    """Whether a function was made by `jax.jit`."""
+    return hasattr(value, "_jit_info")
+
+
+def jit_again(jitted: Any) -> Callable[[Any], Any]:
+    """`jax.jit` with the options that `jitted` was made with, for other functions of the same parameters."""
+    # The options have no public name.
+    return functools.partial(_remake, jitted._jit_info)
+
+
+def _remake(info: Any, fun: Any) -> Any:
+    return _pjit._cpp_pjit(fun, info)
 
 
 def varying_axes(aval: Any) -> frozenset[str]:

@@ -11,32 +11,37 @@ import jax.numpy as jnp
 import numpy as np
 
 from jhop import _compat
+from jhop._close import Husk
 from jhop._errors import HookError
-from jhop._source import describe_hook
+from jhop._source import describe_hook, hook_name
 
 
 class HookFn:
     """The function behind a `trace_wrapped` equation: takes the flat inputs, returns the flat outputs.
 
     Attributes:
-        base: the user's callable, whose Python state is lifted.
+        base: the user's callable, whose Python state is lifted; where it closed over tracers, with holes for them.
         call: runs it on flat inputs.
         name: shown in jaxprs and messages, e.g. `jvp[clip]`.
         kind: which of PyTorch's hook kinds it is, for the printed text.
     """
 
-    __slots__ = ("base", "call", "key", "kind", "name")
+    __slots__ = ("_base", "call", "key", "kind", "name")
 
     def __init__(self, base: Any, call: Callable[..., Any], name: str, key: tuple[Any, ...], kind: str = "hook"):
-        self.base = base
+        self._base = base
         self.call = call
         self.name = name
         self.key = key
         self.kind = kind
 
+    @property
+    def base(self) -> Any:
+        return self._base.base if isinstance(self._base, Husk) else self._base
+
     def derive(self, rule: str, call: Callable[..., Any], *key: Any) -> HookFn:
         """A function derived from this one by a transformation; its state stays that of the same hook."""
-        return HookFn(self.base, call, f"{rule}[{self.name}]", (rule, self.key, *key), self.kind)
+        return HookFn(self._base, call, f"{rule}[{self.name}]", (rule, self.key, *key), self.kind)
 
     # JAX caches by parameters: equal keys mean that one trace may serve both.
     def __hash__(self) -> int:
@@ -92,12 +97,12 @@ def check_contract(fn: Any, out: Any, aval: Any) -> Any:
 
 
 def flat_caller(
-    fn: Any, tree: Any, *, still: dict[int, Any] | None = None, n_extra: int = 0, kwargs: dict[str, Any] | None = None
+    fn: Any, tree: Any, *, still: dict[int, Any] | None = None, n_extra: int = 0
 ) -> Callable[..., list[Any]]:
     """`fn` as a function of flat inputs and outputs, with the contract checked.
 
     Args:
-        fn: takes a pytree of cotangents, then `n_extra` arguments and `kwargs`.
+        fn: takes a pytree of cotangents, then `n_extra` arguments.
         tree: the pytree's structure.
         still: leaves, by index, that carry no gradient: `fn` gets these zeros and what it returns there is ignored.
     """
@@ -109,7 +114,7 @@ def flat_caller(
         given: list[Any] = [zeros.get(i) for i in range(tree.num_leaves)]
         for i, ct in zip(moving, cts, strict=True):
             given[i] = ct
-        out = fn(jax.tree.unflatten(tree, given), *extra, **(kwargs or {}))
+        out = fn(jax.tree.unflatten(tree, given), *extra)
         if out is None:
             return cts
         leaves, out_tree = jax.tree.flatten(out, is_leaf=lambda leaf: leaf is None)
@@ -126,19 +131,30 @@ def flat_caller(
     return call
 
 
-class Token:
-    """Equal only to itself; None-like for empty keywords, so that equal hooks share one trace."""
+def hook_fn(
+    fn: Any, make_call: Callable[[Any], Callable[..., list[Any]]], n: int, key: tuple[Any, ...], *, name: str = "",
+    kind: str = "hook",
+) -> tuple[HookFn, list[Any]]:
+    """How JAX sees a hook: (it, the tracers that it closes over, which it takes as operands after its `n` inputs).
 
-    __slots__ = ("value",)
+    Args:
+        fn: the hook.
+        make_call: makes the function of flat inputs that runs a hook, such as `flat_caller` does.
+        n: how many inputs it has.
+        key: hooks with equal keys share what JAX traced of them; one that closes over tracers is equal to no other.
+        name: by default, the hook's own.
+        kind: see `HookFn`.
+    """
+    name = name or hook_name(fn)
+    husk, operands = Husk.of(fn)
+    if husk is None:
+        return HookFn(fn, make_call(fn), name, key, kind), []
 
-    def __init__(self, value: Any):
-        self.value = value or None
+    def with_operands(*flat: Any) -> list[Any]:
+        with husk.filled(flat[n:]) as filled:
+            return make_call(filled)(*flat[:n])
 
-    def __hash__(self) -> int:
-        return hash(self.value is None)
-
-    def __eq__(self, other: object) -> bool:
-        return self is other or (isinstance(other, Token) and self.value is None and other.value is None)
+    return HookFn(husk, with_operands, f"closed[{name}]", ("closed", object()), kind), operands
 
 
 class _Identity:

@@ -22,10 +22,9 @@ import numpy as np
 from jax.interpreters import ad, batching
 
 from jhop import _compat
-from jhop._contract import HookFn, flat_caller, identity_key
+from jhop._contract import HookFn, flat_caller, hook_fn, identity_key
 from jhop._errors import HookError
-from jhop._source import hook_name
-from jhop._trace_wrapped import bind_hook, close_over, trace_wrapped
+from jhop._trace_wrapped import bind_hook, trace_wrapped
 
 _ids = itertools.count()
 
@@ -169,9 +168,9 @@ def hook(x: Any, fn: Callable[[Any], Any], *, name: str | None = None) -> Any:
     if not any(isinstance(leaves[i], _compat.Tracer) for i in moving):
         return x  # nothing is being differentiated or traced here
     still = {i: np.zeros(jnp.shape(leaf), jax.dtypes.float0) for i, leaf in enumerate(leaves) if i not in moving}
-    call = flat_caller(fn, tree, still=still)
-    point = HookFn(fn, call, name or hook_name(fn), ("point", identity_key(fn), tree, tuple(moving), name))
-    point, operands = close_over(point, len(moving))
+    make_call = functools.partial(flat_caller, tree=tree, still=still)
+    key = ("point", identity_key(fn), tree, tuple(moving), name)
+    point, operands = hook_fn(fn, make_call, len(moving), key, name=name or "")
     outs = hook_p.bind(*(leaves[i] for i in moving), *operands, fn=point, n=len(moving))
     for i, out in zip(moving, outs, strict=True):
         leaves[i] = out

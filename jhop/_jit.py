@@ -17,13 +17,13 @@ import jax
 
 from jhop import _compat
 from jhop._capture import parameter_names
+from jhop._close import closes_over_tracer
 from jhop._compile import CompiledGraph
 from jhop._errors import JhopError
 from jhop._graph import GraphModule, Input
 from jhop._interp import evaluate
 from jhop._source import hook_name
 from jhop._static import Static
-from jhop._walk import closed_over_tracers
 
 _TRACE_OPTIONS = {"static_argnums", "static_argnames", "donate_argnums", "donate_argnames", "keep_unused", "inline"}
 
@@ -129,7 +129,7 @@ class Jitted:
         return (
             _compat.tracing()
             or any(isinstance(leaf, _compat.Tracer) for leaf in leaves)
-            or bool(closed_over_tracers(self._fn))
+            or closes_over_tracer(self._fn)
         )
 
     def _split(self, args: Any, kwargs: Any) -> tuple[Any, Any]:

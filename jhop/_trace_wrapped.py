@@ -28,40 +28,16 @@ import jax.extend.core as jex_core
 from jax.interpreters import ad, batching
 
 from jhop import _compat, _state
-from jhop._contract import HookFn, Token, flat_caller, identity_key
+from jhop._contract import HookFn, flat_caller, hook_fn, identity_key
 from jhop._effects import watch
 from jhop._errors import HookError, Unsupported
 from jhop._source import describe_hook, hook_name
-from jhop._walk import Leaf, Walk, closed_over_tracers
+from jhop._walk import Walk
 
 trace_wrapped_p = jex_core.Primitive("trace_wrapped")
 trace_wrapped_p.multiple_results = True
 
 _mode = threading.local()
-
-
-@contextlib.contextmanager
-def substituted(slots: Sequence[Leaf], values: Sequence[Any]) -> Iterator[None]:
-    """Inside the block, slots hold other values; afterwards, what they held before."""
-    with _state.LOCK:
-        before = [slot.container.get(slot.key) for slot in slots]
-        try:
-            for slot, value in zip(slots, values, strict=True):
-                slot.container.put(slot.key, value)
-            yield
-        finally:
-            for slot, value in zip(slots, before, strict=True):
-                slot.container.put(slot.key, value)
-
-
-def _with_operands(call: Callable[..., Any], slots: Sequence[Leaf], n: int) -> Callable[..., Any]:
-    """`call`, whose inputs beyond the first `n` go where the hook's closure held tracers."""
-
-    def with_operands(*flat: Any) -> Any:
-        with substituted(slots, flat[n:]):
-            return call(*flat[:n])
-
-    return with_operands
 
 
 @contextlib.contextmanager
@@ -105,28 +81,14 @@ def trace_wrapped(*args: Any, fn: Callable[..., Any], kind: str = "hook", **kwar
         raise HookError("jhop.trace_wrapped: expected the cotangent as first argument, got no arguments.")
     cts, tree = jax.tree.flatten(args[0])
     extra = list(args[1:])
-    call = flat_caller(fn, tree, n_extra=len(extra), kwargs=kwargs)
+    fn = functools.partial(fn, **kwargs) if kwargs else fn
+    make_call = functools.partial(flat_caller, tree=tree, n_extra=len(extra))
     flat = [*cts, *extra]
     staged = any(isinstance(value, _compat.Tracer) for value in flat) or _compat.tracing()
     if getattr(_mode, "inlining", False) or not staged:
-        return jax.tree.unflatten(tree, call(*flat))
-    base = functools.partial(fn, **kwargs) if kwargs else fn
-    hook = HookFn(base, call, hook_name(fn), ("hook", identity_key(fn), tree, len(extra), Token(kwargs)), kind)
-    hook, operands = close_over(hook, len(flat))
+        return jax.tree.unflatten(tree, make_call(fn)(*flat))
+    hook, operands = hook_fn(fn, make_call, len(flat), ("hook", identity_key(fn), tree, len(extra)), kind=kind)
     return jax.tree.unflatten(tree, bind_hook(hook, [*flat, *operands], len(cts)))
-
-
-def close_over(hook: HookFn, n: int) -> tuple[HookFn, list[Any]]:
-    """A hook whose closure holds tracers, as one that takes them as operands after its `n` inputs.
-
-    Returns:
-        (the hook, the tracers); both as they were where it closes over none.
-    """
-    slots = closed_over_tracers(hook.base)
-    if not slots:
-        return hook, []
-    operands = [leaf.value for leaf in slots]
-    return hook.derive("closed", _with_operands(hook.call, slots, n), Token(operands)), operands
 
 
 def bind_hook(hook: HookFn, flat: list[Any], n_cts: int) -> list[Any]:

@@ -29,7 +29,7 @@ import numpy as np
 from jhop import _compat
 from jhop._container import Container, builtin_kind
 from jhop._errors import Unsupported
-from jhop._source import hook_name, is_user_file
+from jhop._source import is_user_file
 
 MAX_CONTAINERS = 10_000
 # Code that uses one of these can reach any attribute, so names say nothing about what it reads.
@@ -79,12 +79,12 @@ def is_array(value: Any) -> bool:
 
 
 # Library classes that hold state a hook may read, with the slots that hold it.
-_DECLARED: dict[type, tuple[str, ...]] = {}
+DECLARED: dict[type, tuple[str, ...]] = {}
 
 
 def declare_state(cls: type, *slots: str) -> None:
     """Says which slots of a library class hold state: jhop's own classes are not walked like a user's."""
-    _DECLARED[cls] = slots
+    DECLARED[cls] = slots
 
 
 class Walk:
@@ -105,6 +105,7 @@ class Walk:
         attributes: (object, attribute, value) for what is fixed besides slots: code, classes, functions of partials.
         alive: weak references, and whether what they refer to is there.
         pinned: ids of objects that something holds which cannot be made to hold another: a tuple, a bound method.
+        holds_tracer: whether a tracer is held by such a thing.
     """
 
     def __init__(self, roots: list[tuple[str, Any]], *, strict: bool = True):
@@ -123,6 +124,7 @@ class Walk:
             self._seen: dict[int, Any] = {}
             self.alive: list[tuple[Any, bool]] = []
             self.pinned: set[int] = set()  # ids of objects that are reached by more than slots
+            self.holds_tracer = False
             self._weak: set[int] = set()  # ids of objects reached through weak references
             self._work: collections.deque[tuple[Any, str]] = collections.deque()
             for path, fn in roots:
@@ -185,6 +187,9 @@ class Walk:
 
     def _visit(self, value: Any, path: str) -> None:
         if type(value) in _IMMUTABLE or is_number(value) or id(value) in self._seen:
+            return
+        if isinstance(value, _compat.Tracer):
+            self.holds_tracer = True
             return
         self._seen[id(value)] = value  # also keeps it alive, so that ids stay its own
         kind = builtin_kind(value)
@@ -310,8 +315,8 @@ class Walk:
                 "list or an array of numbers."
             )
             return
-        if cls in _DECLARED:
-            self._add(value, "slots", path, set(_DECLARED[cls]))
+        if cls in DECLARED:
+            self._add(value, "slots", path, set(DECLARED[cls]))
             return
         if _is_opaque(cls):
             return
@@ -393,8 +398,3 @@ def is_user_class(cls: type) -> bool:
         return True
     filename = getattr(sys.modules.get(cls.__module__), "__file__", None)
     return filename is None or is_user_file(filename) or cls.__module__.split(".")[0] == "jhop"
-
-
-def closed_over_tracers(fn: Any) -> list[Leaf]:
-    """Slots reachable from a hook that hold JAX tracers."""
-    return Walk([(hook_name(fn), fn)], strict=False).tracers

@@ -23,6 +23,8 @@ LAYERS = (
     "_append",
     "_template",
     "_state",
+    "_copier",
+    "_close",
     "_contract",
     "_trace_wrapped",
     "_hook",
