@@ -16,6 +16,7 @@ import jax.export
 import jax.extend.core as jex_core
 from jax._src import core as _core  # the current trace has no public name
 from jax._src import pjit as _pjit
+from jax._src.lax import lax as _lax
 from jax.interpreters import mlir
 
 Tracer = jax.core.Tracer
@@ -25,6 +26,16 @@ def same_trace(a: Any, b: Any) -> bool:
     """Whether two tracers belong to one trace, so that a function of one may return the other."""
     # A tracer's trace has no public name in any JAX so far.
     return getattr(a, "_trace", None) is getattr(b, "_trace", None)
+
+
+def current_trace() -> Any:
+    """What operations in this thread are handed to: compared by identity, and not to be kept."""
+    return _core.trace_ctx.trace
+
+
+def is_of(value: Any, trace: Any) -> bool:
+    """Whether a value is a tracer of a trace."""
+    return getattr(value, "_trace", None) is trace
 
 
 _DimExpr = type(jax.export.symbolic_shape("n")[0])  # a class without a public name
@@ -132,6 +143,14 @@ def jit_again(jitted: Any) -> Callable[[Any], Any]:
 
 def _remake(info: Any, fun: Any) -> Any:
     return _pjit._cpp_pjit(fun, info)
+
+
+def with_weak_type(value: Any, weak: bool) -> Any:
+    """An array with or without JAX's mark of a Python scalar, which says how it promotes."""
+    if jax.typeof(value).weak_type == weak:
+        return value
+    # The public function can only take the mark away.
+    return _lax._convert_element_type(value, value.dtype, weak_type=weak)
 
 
 def varying_axes(aval: Any) -> frozenset[str]:

@@ -37,7 +37,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jhop import _banned
+from jhop import _banned, _compat
 from jhop._errors import Unsupported
 from jhop._source import FileKind, describe_hook, file_kind, origin_of
 
@@ -55,11 +55,12 @@ class OperatorRecord(NamedTuple):
 
 
 class Watch:
-    """What `watch` saw: `operators`, in order. Holds tracers, so do not keep it longer than the trace."""
+    """What `watch` saw: `operators` of the trace around it, in order. Do not keep it longer than that trace."""
 
     def __init__(self, hook: Any, remedy: str | None):
         self.hook = hook
         self.remedy = remedy
+        self.trace = _compat.current_trace()
         self.operators: list[OperatorRecord] = []
         self.error: Unsupported | None = None
         self.imports = _banned.count_imports(sys._getframe())
@@ -170,7 +171,8 @@ _OPERATOR_CODE = _find_operator_code()  # None where JAX differs: then nothing i
 def _record_operator(frame: types.FrameType, result: Any) -> None:
     """Records that the operator which runs in `frame` returned `result`, if user code applied it."""
     seen = _thread.current
-    if seen is None or result is NotImplemented:
+    # What the hook traces on its own (jit, vmap, checkpoint) is not kept: it ends with that trace.
+    if seen is None or not _compat.is_of(result, seen.trace):
         return
     caller = frame.f_back
     while caller is not None:

@@ -55,7 +55,7 @@ def trace_wrapped(*args: Any, fn: Callable[..., Any], kind: str = "hook", **kwar
     """Calls `fn(*args, **kwargs)`, as one opaque equation while JAX is tracing.
 
     Args:
-        *args: first the cotangent: an array, or a pytree of arrays; any further arrays are handed on to `fn`.
+        *args: first the cotangent: an array, or a pytree of arrays; any further ones are handed on to `fn`.
         fn: returns a value of the cotangent's structure, shapes and dtypes, or None to keep the cotangent.
         kind: the kind of hook, for printed graphs.
         **kwargs: handed on to `fn`.
@@ -80,14 +80,14 @@ def trace_wrapped(*args: Any, fn: Callable[..., Any], kind: str = "hook", **kwar
     if not args:
         raise HookError("jhop.trace_wrapped: expected the cotangent as first argument, got no arguments.")
     cts, tree = jax.tree.flatten(args[0])
-    extra = list(args[1:])
+    extra, extra_tree = jax.tree.flatten(args[1:])
     fn = functools.partial(fn, **kwargs) if kwargs else fn
-    make_call = functools.partial(flat_caller, tree=tree, n_extra=len(extra))
+    make_call = functools.partial(flat_caller, tree=tree, extra_tree=extra_tree)
     flat = [*cts, *extra]
     staged = any(isinstance(value, _compat.Tracer) for value in flat) or _compat.tracing()
     if getattr(_mode, "inlining", False) or not staged:
         return jax.tree.unflatten(tree, make_call(fn)(*flat))
-    hook, operands = hook_fn(fn, make_call, len(flat), ("hook", identity_key(fn), tree, len(extra)), kind=kind)
+    hook, operands = hook_fn(fn, make_call, len(flat), ("hook", identity_key(fn), tree, extra_tree), kind=kind)
     return jax.tree.unflatten(tree, bind_hook(hook, [*flat, *operands], len(cts)))
 
 
@@ -166,16 +166,17 @@ def _trace_wrapped_batch(axis_data: Any, args: Any, dims: Any, *, fn: HookFn, ou
     ]
     in_axes = tuple(None if d is None else 0 for d in dims)
     kwargs = _compat.vmap_kwargs(axis_data)
-    mapped = any(axis == 0 for axis in in_axes)
+    # A rule is also asked with nothing mapped; a hook may still ask a named axis for its index.
+    if all(axis is None for axis in in_axes) and "axis_name" not in kwargs:
+        return trace_wrapped_p.bind(*args, fn=fn, out_avals=out_avals), [None] * len(out_avals)
 
     def batched_call(*flat: Any) -> list[Any]:
-        return jax.vmap(fn.call, in_axes=in_axes, out_axes=0 if mapped else None, **kwargs)(*flat)
+        return jax.vmap(fn.call, in_axes=in_axes, **kwargs)(*flat)
 
-    # A rule is also asked with nothing mapped; the axis name must still be in scope for the hook's collectives.
-    derived = fn.derive("vmap", batched_call, in_axes, str(kwargs)) if mapped or "axis_name" in kwargs else fn
-    avals = tuple(_compat.batched_aval(axis_data, aval) for aval in out_avals) if mapped else out_avals
+    derived = fn.derive("vmap", batched_call, in_axes, str(kwargs))
+    avals = tuple(_compat.batched_aval(axis_data, aval) for aval in out_avals)
     outs = trace_wrapped_p.bind(*args, fn=derived, out_avals=avals)
-    return outs, [0 if mapped else None] * len(outs)
+    return outs, [0] * len(outs)
 
 
 def run_pure(fn: HookFn, args: Sequence[Any]) -> list[Any]:
