@@ -139,10 +139,10 @@ def _trace_wrapped_transpose(cts: Any, *args: Any, fn: HookFn, out_avals: Any) -
     cts = [ad.instantiate_zeros(ct) if type(ct) is ad.Zero else ct for ct in cts]
     known = [arg for i, arg in enumerate(args) if i not in linear]
     avals = tuple(args[i].aval for i in linear)
-    n = len(args)
+    n, n_known = len(args), len(known)  # what is kept below must hold no tracer
 
     def transpose_call(*flat: Any) -> list[Any]:
-        fixed, given = iter(flat[: len(known)]), list(flat[len(known) :])
+        fixed, given = iter(flat[:n_known]), list(flat[n_known:])
         values = [None if i in linear else next(fixed) for i in range(n)]
 
         def of_linear(*parts: Any) -> list[Any]:

@@ -51,7 +51,7 @@ WHERE = {
     "checkpoint": lambda f: jax.grad(jax.checkpoint(f))(X),
     "jit of checkpoint": lambda f: jax.jit(jax.grad(jax.checkpoint(f)))(X),
     "checkpointed scan": lambda f: jax.jit(jax.grad(scan(jax.checkpoint(f))))(X),
-    "hessian": lambda f: jax.jit(jax.hessian(f))(X),
+    "hessian": lambda f: jax.jit(jax.hessian(lambda x: f(jnp.sin(x))))(X),
     "linear_transpose": lambda f: jax.linear_transpose(f, X)(jnp.float32(1)),
     "disable_jit": lambda f: jax.disable_jit()(lambda: jax.grad(jax.jit(f))(X))(),
     "shard_map": lambda f: jax.grad(shard_map(DEVICES)(f))(X),
@@ -68,7 +68,7 @@ WRONG = {
     "dict": (lambda ct: {"ct": ct}, "dict"),
     "float": (lambda ct: 1.0, "float"),
     "str": (lambda ct: "ct", "str"),
-    "type": (lambda ct: type(ct), "type"),
+    "object": (lambda ct: object(), "object"),
 }
 
 

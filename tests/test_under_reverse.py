@@ -185,8 +185,10 @@ def tree_of(x):
 @pytest.mark.parametrize("run", RUNS)
 def test_pytree_with_leaves_of_every_kind(run):
     def hook(ct):
-        assert {ct[name].dtype for name in "bkn"} == {jax.dtypes.float0}
-        assert (ct["b"].shape, ct["k"].shape, ct["n"].shape) == ((2,), (), (2,))
+        if {ct[name].dtype for name in "bkn"} != {jax.dtypes.float0}:
+            raise TypeError("expected float0")
+        if (ct["b"].shape, ct["k"].shape, ct["n"].shape) != ((2,), (), (2,)):
+            raise ValueError("expected the shapes of the values")
         return {**ct, "x": ct["x"] * 10, "y": [ct["y"][0] + 1, None]}
 
     def of(x):
