@@ -55,12 +55,12 @@ class OperatorRecord(NamedTuple):
 
 
 class Watch:
-    """What `watch` saw: `operators` of the trace around it, in order. Do not keep it longer than that trace."""
+    """What `watch` saw: `operators`, in order. Holds tracers, so do not keep it longer than the trace."""
 
-    def __init__(self, hook: Any, remedy: str | None):
+    def __init__(self, hook: Any, remedy: str | None, trace: Any):
         self.hook = hook
         self.remedy = remedy
-        self.trace = _compat.current_trace()
+        self.trace = trace
         self.operators: list[OperatorRecord] = []
         self.error: Unsupported | None = None
         self.imports = _banned.count_imports(sys._getframe())
@@ -75,7 +75,7 @@ _thread = _Thread()
 
 
 @contextlib.contextmanager
-def watch(hook: Any, *, remedy: str | None = None) -> Iterator[Watch]:
+def watch(hook: Any, *, remedy: str | None = None, trace: Any = None) -> Iterator[Watch]:
     """Refuses calls that cannot be replayed, and records operators, on this thread while the block runs.
 
     Watches nest; the innermost one gets the records and the errors. Frames that run already when the block is entered
@@ -84,12 +84,13 @@ def watch(hook: Any, *, remedy: str | None = None) -> Iterator[Watch]:
     Args:
         hook: whom errors name.
         remedy: what errors recommend as the last resort; by default, `fullgraph=False`.
+        trace: record operators of this trace alone, and keep nothing of those that the hook begins and ends.
 
     Raises:
         Unsupported: user code was about to make a banned call. Raised at the call, and again at the end of the block
             if the code caught it, or turned it into another error.
     """
-    seen, outer = Watch(hook, remedy), _thread.current
+    seen, outer = Watch(hook, remedy, trace), _thread.current
     if (label := _banned.label_of(hook)) is not None:  # a hook that is `print` itself is called by us, not by user code
         raise Unsupported(_message(label, hook, "", remedy))
     collecting = gc.isenabled()
@@ -171,8 +172,7 @@ _OPERATOR_CODE = _find_operator_code()  # None where JAX differs: then nothing i
 def _record_operator(frame: types.FrameType, result: Any) -> None:
     """Records that the operator which runs in `frame` returned `result`, if user code applied it."""
     seen = _thread.current
-    # What the hook traces on its own (jit, vmap, checkpoint) is not kept: it ends with that trace.
-    if seen is None or not _compat.is_of(result, seen.trace):
+    if seen is None or result is NotImplemented or (seen.trace and not _compat.is_of(result, seen.trace)):
         return
     caller = frame.f_back
     while caller is not None:

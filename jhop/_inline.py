@@ -260,7 +260,7 @@ class _Inliner:
     def _run_hook(self, hook: HookFn, values: list[Any]) -> list[Any]:
         try:
             # What JAX jits inside the hook closes over our tracers: it must not be found again later.
-            with _compat.fresh_cache(), watch(hook.base) as seen:
+            with _compat.fresh_cache(), watch(hook.base, trace=_compat.current_trace()) as seen:
                 outs = hook.call(*values)
         except JhopError:
             raise

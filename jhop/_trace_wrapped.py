@@ -188,7 +188,7 @@ def run_pure(fn: HookFn, args: Sequence[Any]) -> list[Any]:
     with _state.LOCK:
         walk = Walk([(hook_name(fn.base), fn.base)])
         with _state.Lift(walk, [leaf.value for leaf in walk.leaves]) as lift:
-            with inlining(), watch(fn.base):
+            with inlining(), watch(fn.base, trace=_compat.current_trace()):
                 outs = fn.call(*args)
             writes = list(lift.writes())
     if writes:
