@@ -5,8 +5,10 @@ Differences are found by looking at the feature, not at the version number.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,6 +16,8 @@ import jax.export
 import jax.extend.core as jex_core
 from jax._src import config as _config  # what JAX itself puts into the keys of its caches
 from jax._src import core as _core  # the current trace has no public name
+from jax._src import pjit as _pjit
+from jax._src.lax import lax as _lax
 from jax.interpreters import mlir
 
 Tracer = jax.core.Tracer
@@ -23,6 +27,16 @@ def same_trace(a: Any, b: Any) -> bool:
     """Whether two tracers belong to one trace, so that a function of one may return the other."""
     # A tracer's trace has no public name in any JAX so far.
     return getattr(a, "_trace", None) is getattr(b, "_trace", None)
+
+
+def current_trace() -> Any:
+    """What operations in this thread are handed to: compared by identity, and not to be kept."""
+    return _core.trace_ctx.trace
+
+
+def is_of(value: Any, trace: Any) -> bool:
+    """Whether a value is a tracer of a trace."""
+    return getattr(value, "_trace", None) is trace
 
 
 _DimExpr = type(jax.export.symbolic_shape("n")[0])  # a class without a public name
@@ -135,6 +149,29 @@ def vmap_kwargs(axis_data: Any) -> dict[str, Any]:
     if axis_data.spmd_name is not None:
         kwargs["spmd_axis_name"] = axis_data.spmd_name
     return kwargs
+
+
+def is_jitted(value: Any) -> bool:
+    """Whether a function was made by `jax.jit`."""
+    return hasattr(value, "_jit_info")
+
+
+def jit_again(jitted: Any) -> Callable[[Any], Any]:
+    """`jax.jit` with the options that `jitted` was made with, for other functions of the same parameters."""
+    # The options have no public name.
+    return functools.partial(_remake, jitted._jit_info)
+
+
+def _remake(info: Any, fun: Any) -> Any:
+    return _pjit._cpp_pjit(fun, info)
+
+
+def with_weak_type(value: Any, weak: bool) -> Any:
+    """An array with or without JAX's mark of a Python scalar, which says how it promotes."""
+    if jax.typeof(value).weak_type == weak:
+        return value
+    # The public function can only take the mark away.
+    return _lax._convert_element_type(value, value.dtype, weak_type=weak)
 
 
 def varying_axes(aval: Any) -> frozenset[str]:

@@ -11,32 +11,37 @@ import jax.numpy as jnp
 import numpy as np
 
 from jhop import _compat
+from jhop._close import Husk
 from jhop._errors import HookError
-from jhop._source import describe_hook
+from jhop._source import describe_hook, hook_name
 
 
 class HookFn:
     """The function behind a `trace_wrapped` equation: takes the flat inputs, returns the flat outputs.
 
     Attributes:
-        base: the user's callable, whose Python state is lifted.
+        base: the user's callable, whose Python state is lifted; where it closed over tracers, with holes for them.
         call: runs it on flat inputs.
         name: shown in jaxprs and messages, e.g. `jvp[clip]`.
         kind: which of PyTorch's hook kinds it is, for the printed text.
     """
 
-    __slots__ = ("base", "call", "key", "kind", "name")
+    __slots__ = ("_base", "call", "key", "kind", "name")
 
     def __init__(self, base: Any, call: Callable[..., Any], name: str, key: tuple[Any, ...], kind: str = "hook"):
-        self.base = base
+        self._base = base
         self.call = call
         self.name = name
         self.key = key
         self.kind = kind
 
+    @property
+    def base(self) -> Any:
+        return self._base.base if isinstance(self._base, Husk) else self._base
+
     def derive(self, rule: str, call: Callable[..., Any], *key: Any) -> HookFn:
         """A function derived from this one by a transformation; its state stays that of the same hook."""
-        return HookFn(self.base, call, f"{rule}[{self.name}]", (rule, self.key, *key), self.kind)
+        return HookFn(self._base, call, f"{rule}[{self.name}]", (rule, self.key, *key), self.kind)
 
     # JAX caches by parameters: equal keys mean that one trace may serve both.
     def __hash__(self) -> int:
@@ -51,8 +56,13 @@ class HookFn:
 
 def _type_of(value: Any) -> str:
     if isinstance(value, (jax.Array, np.ndarray, np.generic)):
-        return f"{value.dtype}[{','.join(map(str, value.shape))}]"
+        return _type_name(value)
     return type(value).__name__
+
+
+def _type_name(value: Any) -> str:
+    # Less where it lives, so that an error reads the same under every transformation.
+    return f"{value.dtype}[{','.join(map(str, value.shape))}]"
 
 
 def check_contract(fn: Any, out: Any, aval: Any) -> Any:
@@ -70,13 +80,13 @@ def check_contract(fn: Any, out: Any, aval: Any) -> Any:
     is_array = isinstance(out, (jax.Array, np.ndarray, np.generic))
     if not is_array or (jnp.shape(out), out.dtype) != (aval.shape, aval.dtype):
         raise HookError(
-            f"{describe_hook(fn)} must return an array of type {aval.str_short()}, the shape and dtype of its "
+            f"{describe_hook(fn)} must return an array of type {_type_name(aval)}, the shape and dtype of its "
             f"cotangent, but returned {_type_of(out)}. A hook may change values, never shape, dtype or type. "
             "Return None to leave the cotangent as it is."
         )
     out = jnp.asarray(out)
     if not isinstance(out, _compat.Tracer):
-        return out
+        return _compat.with_weak_type(out, aval.weak_type)
     missing = _compat.varying_axes(aval) - _compat.varying_axes(jax.typeof(out))
     if missing:  # a psum in the hook makes its result the same on every device; its cotangent's type is not
         out = jax.lax.pcast(out, tuple(sorted(missing)), to="varying")
@@ -86,59 +96,77 @@ def check_contract(fn: Any, out: Any, aval: Any) -> Any:
             f"{describe_hook(fn)} returned a value that varies over mesh axes {sorted(extra)} over which its "
             "cotangent does not vary. Reduce over them (jax.lax.psum or pmean) before returning."
         )
-    if jax.typeof(out).weak_type and not aval.weak_type:
-        out = jax.lax.convert_element_type(out, aval.dtype)
-    return out
+    return _compat.with_weak_type(out, aval.weak_type)
 
 
 def flat_caller(
-    fn: Any, tree: Any, *, still: dict[int, Any] | None = None, n_extra: int = 0, kwargs: dict[str, Any] | None = None
+    fn: Any, tree: Any, *, still: dict[int, Any] | None = None, extra_tree: Any = None
 ) -> Callable[..., list[Any]]:
     """`fn` as a function of flat inputs and outputs, with the contract checked.
 
     Args:
-        fn: takes a pytree of cotangents, then `n_extra` arguments and `kwargs`.
+        fn: takes a pytree of cotangents, then what `extra_tree` is made of.
         tree: the pytree's structure.
         still: leaves, by index, that carry no gradient: `fn` gets these zeros and what it returns there is ignored.
+        extra_tree: the structure of the tuple of further arguments; by default, there are none.
     """
     zeros = still or {}
     moving = [i for i in range(tree.num_leaves) if i not in zeros]
 
     def call(*flat: Any) -> list[Any]:
-        cts, extra = list(flat[: len(moving)]), flat[len(moving) : len(moving) + n_extra]
+        cts, rest = list(flat[: len(moving)]), flat[len(moving) :]
         given: list[Any] = [zeros.get(i) for i in range(tree.num_leaves)]
         for i, ct in zip(moving, cts, strict=True):
             given[i] = ct
-        out = fn(jax.tree.unflatten(tree, given), *extra, **(kwargs or {}))
+        value = jax.tree.unflatten(tree, given)
+        out = fn(value, *(jax.tree.unflatten(extra_tree, rest) if extra_tree is not None else ()))
         if out is None:
             return cts
-        leaves, out_tree = jax.tree.flatten(out, is_leaf=lambda leaf: leaf is None)
-        if out_tree != tree:
+        # None for a leaf keeps it; None in the cotangent itself is structure.
+        own, own_tree = jax.tree.flatten(value, is_leaf=_is_none)
+        leaves, out_tree = jax.tree.flatten(out, is_leaf=_is_none)
+        if out_tree != own_tree:
             if tree != jax.tree.structure(0):
                 raise HookError(
                     f"{describe_hook(fn)} must return a pytree like its cotangent, {tree}, but returned {out_tree}. "
                     "Return None to leave the cotangent as it is."
                 )
             leaves = [out]  # one array was expected: report what came as it is
+        leaves = [leaf for leaf, mine in zip(leaves, own, strict=True) if mine is not None]
         pairs = zip((leaves[i] for i in moving), cts, strict=True)
         return [ct if leaf is None else check_contract(fn, leaf, jax.typeof(ct)) for leaf, ct in pairs]
 
     return call
 
 
-class Token:
-    """Equal only to itself; None-like for empty keywords, so that equal hooks share one trace."""
+def _is_none(value: Any) -> bool:
+    return value is None
 
-    __slots__ = ("value",)
 
-    def __init__(self, value: Any):
-        self.value = value or None
+def hook_fn(
+    fn: Any, make_call: Callable[[Any], Callable[..., list[Any]]], n: int, key: tuple[Any, ...], *, name: str = "",
+    kind: str = "hook",
+) -> tuple[HookFn, list[Any]]:
+    """How JAX sees a hook: (it, the tracers that it closes over, which it takes as operands after its `n` inputs).
 
-    def __hash__(self) -> int:
-        return hash(self.value is None)
+    Args:
+        fn: the hook.
+        make_call: makes the function of flat inputs that runs a hook, such as `flat_caller` does.
+        n: how many inputs it has.
+        key: hooks with equal keys share what JAX traced of them; one that closes over tracers is equal to no other.
+        name: by default, the hook's own.
+        kind: see `HookFn`.
+    """
+    name = name or hook_name(fn)
+    husk, operands = Husk.of(fn)
+    if husk is None:
+        return HookFn(fn, make_call(fn), name, key, kind), []
 
-    def __eq__(self, other: object) -> bool:
-        return self is other or (isinstance(other, Token) and self.value is None and other.value is None)
+    def with_operands(*flat: Any) -> list[Any]:
+        with husk.filled(flat[n:]) as filled:
+            return make_call(filled)(*flat[:n])
+
+    return HookFn(husk, with_operands, f"closed[{name}]", ("closed", object()), kind), operands
 
 
 class _Identity:

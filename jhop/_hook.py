@@ -22,10 +22,10 @@ import numpy as np
 from jax.interpreters import ad, batching
 
 from jhop import _compat
-from jhop._contract import HookFn, flat_caller, identity_key
+from jhop._contract import HookFn, flat_caller, hook_fn, identity_key
 from jhop._errors import HookError
-from jhop._source import hook_name
-from jhop._trace_wrapped import bind_hook, close_over, trace_wrapped
+from jhop._source import describe_hook
+from jhop._trace_wrapped import bind_hook, trace_wrapped
 
 _ids = itertools.count()
 
@@ -136,7 +136,7 @@ def hook(x: Any, fn: Callable[[Any], Any], *, name: str | None = None) -> Any:
         x: an array or a pytree of arrays, of any shapes and dtypes. Leaves that carry no gradient (integers, bools)
             pass untouched.
         fn: called once per backward pass with the summed cotangent of the floating leaves, in the structure of `x`
-            (`jax.numpy.zeros` of dtype float0 stand for leaves without gradient). It returns a cotangent of the same
+            (`numpy.zeros` of dtype float0 stand for leaves without gradient). It returns a cotangent of the same
             structure, shapes and dtypes, or None to keep it.
         name: shown in printed graphs and errors; by default the function's own name.
 
@@ -144,7 +144,8 @@ def hook(x: Any, fn: Callable[[Any], Any], *, name: str | None = None) -> Any:
         A value equal to `x`. Only uses of it are hooked; uses of `x` itself are not.
 
     Raises:
-        HookError: `fn` is not callable, or `x` has no floating leaf.
+        HookError: `fn` is not callable, or `x` has no floating leaf, or a leaf that is no array. During the backward
+            pass: what `fn` returned has another structure, shape, dtype or type.
 
     Forward-mode derivatives ignore the hook, as in PyTorch. Under `jax.vmap` the hook sees one example's cotangent.
 
@@ -159,6 +160,9 @@ def hook(x: Any, fn: Callable[[Any], Any], *, name: str | None = None) -> Any:
     if not callable(fn):
         raise HookError(f"jhop.hook: expected a callable hook, got {type(fn).__name__} ({fn!r}).")
     leaves, tree = jax.tree.flatten(x)
+    for leaf in leaves:
+        if not _is_array_like(leaf):
+            raise HookError(f"jhop.hook: expected an array or a pytree of arrays, got a leaf {type(leaf).__name__}.")
     moving = [i for i, leaf in enumerate(leaves) if _carries_gradient(leaf)]
     if not moving:
         found = ", ".join(str(jnp.result_type(leaf)) for leaf in leaves) or "no array"
@@ -169,13 +173,17 @@ def hook(x: Any, fn: Callable[[Any], Any], *, name: str | None = None) -> Any:
     if not any(isinstance(leaves[i], _compat.Tracer) for i in moving):
         return x  # nothing is being differentiated or traced here
     still = {i: np.zeros(jnp.shape(leaf), jax.dtypes.float0) for i, leaf in enumerate(leaves) if i not in moving}
-    call = flat_caller(fn, tree, still=still)
-    point = HookFn(fn, call, name or hook_name(fn), ("point", identity_key(fn), tree, tuple(moving), name))
-    point, operands = close_over(point, len(moving))
+    make_call = functools.partial(flat_caller, tree=tree, still=still)
+    key = ("point", identity_key(fn), tree, tuple(moving), name)
+    point, operands = hook_fn(fn, make_call, len(moving), key, name=name or "")
     outs = hook_p.bind(*(leaves[i] for i in moving), *operands, fn=point, n=len(moving))
     for i, out in zip(moving, outs, strict=True):
         leaves[i] = out
     return jax.tree.unflatten(tree, leaves)
+
+
+def _is_array_like(leaf: Any) -> bool:
+    return hasattr(leaf, "dtype") or isinstance(leaf, (bool, int, float, complex))
 
 
 def _carries_gradient(leaf: Any) -> bool:
@@ -211,19 +219,42 @@ def _hook_transpose(cts: Any, *args: Any, fn: HookFn, n: int) -> list[Any]:
 
 
 def _hook_batch(axis_data: Any, args: Any, dims: Any, *, fn: HookFn, n: int) -> Any:
+    kwargs = _compat.vmap_kwargs(axis_data)
     if all(d is None for d in dims):
-        return hook_p.bind(*args, fn=fn, n=n), dims[:n]
+        # The cotangent will be the sum over examples. The hook may still use a named axis.
+        named = fn.derive("vmap", _over_axis(fn, kwargs), str(kwargs)) if "axis_name" in kwargs else fn
+        return hook_p.bind(*args, fn=named, n=n), dims[:n]
     in_axes = tuple(0 if i < n or d is not None else None for i, d in enumerate(dims))
     args = [
         arg if axis is None else batching.bdim_at_front(arg, d, axis_data.size)
         for arg, d, axis in zip(args, dims, in_axes, strict=True)
     ]
-    kwargs = _compat.vmap_kwargs(axis_data)
 
     def batched_call(*flat: Any) -> list[Any]:
         return jax.vmap(fn.call, in_axes=in_axes, **kwargs)(*flat)
 
     return hook_p.bind(*args, fn=fn.derive("vmap", batched_call, in_axes, str(kwargs)), n=n), [0] * n
+
+
+def _over_axis(fn: HookFn, kwargs: dict[str, Any]) -> Any:
+    """A hook's call on values that are the same for all examples, inside the examples' named axis."""
+
+    def call(*flat: Any) -> list[Any]:
+        def once(_: Any) -> list[Any]:
+            return fn.call(*flat)
+
+        try:
+            return jax.vmap(once, in_axes=None, out_axes=None, **kwargs)(None)
+        except ValueError as error:
+            if "out_axes is None" not in str(error):
+                raise
+            raise HookError(
+                f"{describe_hook(fn.base)} returned a value that varies over the axis {kwargs['axis_name']!r} of "
+                "jax.vmap, over which its cotangent does not vary. Reduce over it (jax.lax.psum or pmean) before "
+                "returning, or hook a value that differs from example to example."
+            ) from None
+
+    return call
 
 
 hook_p.def_impl(_hook_impl)

@@ -273,7 +273,7 @@ class _Inliner:
     def _run_hook(self, hook: HookFn, values: list[Any]) -> list[Any]:
         answers, clean = len(self._session.answers), False
         try:
-            with _compat.hook_traces(), watch(hook.base) as seen:
+            with _compat.hook_traces(), watch(hook.base, trace=_compat.current_trace()) as seen:
                 outs = hook.call(*values)
             clean = not (seen.nested or self._hides_state or len(self._session.answers) > answers)
         except JhopError:

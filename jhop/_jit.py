@@ -18,6 +18,7 @@ import jax
 
 from jhop import _aot, _compat, _state
 from jhop._capture import parameter_names
+from jhop._close import closes_over_tracer
 from jhop._compile import MAX_ENTRIES, CompiledGraph
 from jhop._errors import JhopError
 from jhop._graph import GraphModule, Input, hooks_in
@@ -28,7 +29,6 @@ from jhop._program import DoesNotFit
 from jhop._source import hook_name
 from jhop._static import Static
 from jhop._step import OtherTypes, Signature, Step
-from jhop._walk import closed_over_tracers
 
 _OPTIONS_ONLY: Any = object()  # `@jhop.jit(fullgraph=True)`
 WARN_AFTER = 8  # traces of a function for one kind of arguments
@@ -167,7 +167,7 @@ class Jitted:
         return (
             _compat.tracing()
             or any(isinstance(leaf, _compat.Tracer) for leaf in leaves)
-            or bool(closed_over_tracers(self._fn))
+            or closes_over_tracer(self._fn)
         )
 
     def _version(self, args: Any, kwargs: Any) -> tuple[_Version, list[Any]]:

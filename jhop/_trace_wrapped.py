@@ -28,40 +28,16 @@ import jax.extend.core as jex_core
 from jax.interpreters import ad, batching
 
 from jhop import _compat, _state
-from jhop._contract import HookFn, Token, flat_caller, identity_key
+from jhop._contract import HookFn, flat_caller, hook_fn, identity_key
 from jhop._effects import watch
 from jhop._errors import HookError, Unsupported
 from jhop._source import describe_hook, hook_name
-from jhop._walk import Leaf, Walk, closed_over_tracers
+from jhop._walk import Walk
 
 trace_wrapped_p = jex_core.Primitive("trace_wrapped")
 trace_wrapped_p.multiple_results = True
 
 _mode = threading.local()
-
-
-@contextlib.contextmanager
-def substituted(slots: Sequence[Leaf], values: Sequence[Any]) -> Iterator[None]:
-    """Inside the block, slots hold other values; afterwards, what they held before."""
-    with _state.LOCK:
-        before = [slot.container.get(slot.key) for slot in slots]
-        try:
-            for slot, value in zip(slots, values, strict=True):
-                slot.container.put(slot.key, value)
-            yield
-        finally:
-            for slot, value in zip(slots, before, strict=True):
-                slot.container.put(slot.key, value)
-
-
-def _with_operands(call: Callable[..., Any], slots: Sequence[Leaf], n: int) -> Callable[..., Any]:
-    """`call`, whose inputs beyond the first `n` go where the hook's closure held tracers."""
-
-    def with_operands(*flat: Any) -> Any:
-        with substituted(slots, flat[n:]):
-            return call(*flat[:n])
-
-    return with_operands
 
 
 @contextlib.contextmanager
@@ -79,7 +55,7 @@ def trace_wrapped(*args: Any, fn: Callable[..., Any], kind: str = "hook", **kwar
     """Calls `fn(*args, **kwargs)`, as one opaque equation while JAX is tracing.
 
     Args:
-        *args: first the cotangent: an array, or a pytree of arrays; any further arrays are handed on to `fn`.
+        *args: first the cotangent: an array, or a pytree of arrays; any further ones are handed on to `fn`.
         fn: returns a value of the cotangent's structure, shapes and dtypes, or None to keep the cotangent.
         kind: the kind of hook, for printed graphs.
         **kwargs: handed on to `fn`.
@@ -104,29 +80,15 @@ def trace_wrapped(*args: Any, fn: Callable[..., Any], kind: str = "hook", **kwar
     if not args:
         raise HookError("jhop.trace_wrapped: expected the cotangent as first argument, got no arguments.")
     cts, tree = jax.tree.flatten(args[0])
-    extra = list(args[1:])
-    call = flat_caller(fn, tree, n_extra=len(extra), kwargs=kwargs)
+    extra, extra_tree = jax.tree.flatten(args[1:])
+    fn = functools.partial(fn, **kwargs) if kwargs else fn
+    make_call = functools.partial(flat_caller, tree=tree, extra_tree=extra_tree)
     flat = [*cts, *extra]
     staged = any(isinstance(value, _compat.Tracer) for value in flat) or _compat.tracing()
     if getattr(_mode, "inlining", False) or not staged:
-        return jax.tree.unflatten(tree, call(*flat))
-    base = functools.partial(fn, **kwargs) if kwargs else fn
-    hook = HookFn(base, call, hook_name(fn), ("hook", identity_key(fn), tree, len(extra), Token(kwargs)), kind)
-    hook, operands = close_over(hook, len(flat))
+        return jax.tree.unflatten(tree, make_call(fn)(*flat))
+    hook, operands = hook_fn(fn, make_call, len(flat), ("hook", identity_key(fn), tree, extra_tree), kind=kind)
     return jax.tree.unflatten(tree, bind_hook(hook, [*flat, *operands], len(cts)))
-
-
-def close_over(hook: HookFn, n: int) -> tuple[HookFn, list[Any]]:
-    """A hook whose closure holds tracers, as one that takes them as operands after its `n` inputs.
-
-    Returns:
-        (the hook, the tracers); both as they were where it closes over none.
-    """
-    slots = closed_over_tracers(hook.base)
-    if not slots:
-        return hook, []
-    operands = [leaf.value for leaf in slots]
-    return hook.derive("closed", _with_operands(hook.call, slots, n), Token(operands)), operands
 
 
 def bind_hook(hook: HookFn, flat: list[Any], n_cts: int) -> list[Any]:
@@ -177,10 +139,10 @@ def _trace_wrapped_transpose(cts: Any, *args: Any, fn: HookFn, out_avals: Any) -
     cts = [ad.instantiate_zeros(ct) if type(ct) is ad.Zero else ct for ct in cts]
     known = [arg for i, arg in enumerate(args) if i not in linear]
     avals = tuple(args[i].aval for i in linear)
-    n = len(args)
+    n, n_known = len(args), len(known)  # what is kept below must hold no tracer
 
     def transpose_call(*flat: Any) -> list[Any]:
-        fixed, given = iter(flat[: len(known)]), list(flat[len(known) :])
+        fixed, given = iter(flat[:n_known]), list(flat[n_known:])
         values = [None if i in linear else next(fixed) for i in range(n)]
 
         def of_linear(*parts: Any) -> list[Any]:
@@ -204,16 +166,17 @@ def _trace_wrapped_batch(axis_data: Any, args: Any, dims: Any, *, fn: HookFn, ou
     ]
     in_axes = tuple(None if d is None else 0 for d in dims)
     kwargs = _compat.vmap_kwargs(axis_data)
-    mapped = any(axis == 0 for axis in in_axes)
+    # A rule is also asked with nothing mapped; a hook may still ask a named axis for its index.
+    if all(axis is None for axis in in_axes) and "axis_name" not in kwargs:
+        return trace_wrapped_p.bind(*args, fn=fn, out_avals=out_avals), [None] * len(out_avals)
 
     def batched_call(*flat: Any) -> list[Any]:
-        return jax.vmap(fn.call, in_axes=in_axes, out_axes=0 if mapped else None, **kwargs)(*flat)
+        return jax.vmap(fn.call, in_axes=in_axes, **kwargs)(*flat)
 
-    # A rule is also asked with nothing mapped; the axis name must still be in scope for the hook's collectives.
-    derived = fn.derive("vmap", batched_call, in_axes, str(kwargs)) if mapped or "axis_name" in kwargs else fn
-    avals = tuple(_compat.batched_aval(axis_data, aval) for aval in out_avals) if mapped else out_avals
+    derived = fn.derive("vmap", batched_call, in_axes, str(kwargs))
+    avals = tuple(_compat.batched_aval(axis_data, aval) for aval in out_avals)
     outs = trace_wrapped_p.bind(*args, fn=derived, out_avals=avals)
-    return outs, [0 if mapped else None] * len(outs)
+    return outs, [0] * len(outs)
 
 
 def run_pure(fn: HookFn, args: Sequence[Any]) -> list[Any]:
@@ -225,7 +188,7 @@ def run_pure(fn: HookFn, args: Sequence[Any]) -> list[Any]:
     with _state.LOCK:
         walk = Walk([(hook_name(fn.base), fn.base)])
         with _state.Lift(walk, [leaf.value for leaf in walk.leaves]) as lift:
-            with inlining(), watch(fn.base):
+            with inlining(), watch(fn.base, trace=_compat.current_trace()):
                 outs = fn.call(*args)
             writes = list(lift.writes())
     if writes:

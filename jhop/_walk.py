@@ -32,7 +32,7 @@ from jhop._classes import OPAQUE_ROOTS, is_generated, is_opaque, is_user_class
 from jhop._container import Container, builtin_kind
 from jhop._errors import Unsupported
 from jhop._names import TEXT, TEXT_METHODS, names_in_code, slot_names
-from jhop._source import hook_name, is_user_file
+from jhop._source import is_user_file
 
 MAX_CONTAINERS = 10_000
 # Code that uses one of these can reach any attribute, so names say nothing about what it reads.
@@ -82,12 +82,12 @@ def is_array(value: Any) -> bool:
 
 
 # Library classes that hold state a hook may read, with the slots that hold it.
-_DECLARED: dict[type, tuple[str, ...]] = {}
+DECLARED: dict[type, tuple[str, ...]] = {}
 
 
 def declare_state(cls: type, *slots: str) -> None:
     """Says which slots of a library class hold state: jhop's own classes are not walked like a user's."""
-    _DECLARED[cls] = slots
+    DECLARED[cls] = slots
 
 
 class Walk:
@@ -110,6 +110,7 @@ class Walk:
         attributes: (object, attribute, value) for what is fixed besides slots: code, classes, functions of partials.
         alive: weak references, and whether what they refer to is there.
         pinned: ids of objects that something holds which cannot be made to hold another: a tuple, a bound method.
+        holds_tracer: whether a tracer is held by such a thing.
     """
 
     def __init__(
@@ -134,6 +135,7 @@ class Walk:
             self._seen: dict[int, Any] = {}
             self.alive: list[tuple[Any, bool]] = []
             self.pinned: set[int] = set()  # ids of objects that are reached by more than slots
+            self.holds_tracer = False
             self._weak: set[int] = set()  # ids of objects reached through weak references
             self._work: collections.deque[tuple[Any, str]] = collections.deque()
             for path, fn in roots:
@@ -203,6 +205,9 @@ class Walk:
 
     def _visit(self, value: Any, path: str) -> None:
         if type(value) in _IMMUTABLE or is_number(value) or id(value) in self._seen:
+            return
+        if isinstance(value, _compat.Tracer):
+            self.holds_tracer = True
             return
         self._seen[id(value)] = value  # also keeps it alive, so that ids stay its own
         kind = builtin_kind(value)
@@ -339,8 +344,8 @@ class Walk:
                 "list or an array of numbers."
             )
             return
-        if cls in _DECLARED:
-            self._add(value, "slots", path, set(_DECLARED[cls]))
+        if cls in DECLARED:
+            self._add(value, "slots", path, set(DECLARED[cls]))
             return
         if is_opaque(cls):
             return
@@ -367,6 +372,3 @@ def _cell_contents(cell: Any) -> Any:
         return None
 
 
-def closed_over_tracers(fn: Any) -> list[Leaf]:
-    """Slots reachable from a hook that hold JAX tracers."""
-    return Walk([(hook_name(fn), fn)], strict=False).tracers

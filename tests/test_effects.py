@@ -33,9 +33,11 @@ import numpy as np
 import pytest
 
 import jhop
-from jhop._effects import OperatorRecord, watch
+from jhop import _effects, _profiling
+from jhop._effects import watch
 from jhop._errors import Unsupported
 from jhop._source import describe_hook
+from jhop._watched import OperatorRecord
 
 monitoring = getattr(sys, "monitoring", None)
 ones = jnp.ones(3)
@@ -815,7 +817,6 @@ def test_operators_on_arrays_are_not_recorded():
 
 
 def test_operators_are_missing_where_jax_differs(monkeypatch):
-    from jhop import _effects
-
-    monkeypatch.setattr(_effects, "_OPERATOR_CODE", None)
+    for module in (_effects, _profiling):
+        monkeypatch.setattr(module, "OPERATOR_CODE", None)
     assert traced(plain_mul).operators == []

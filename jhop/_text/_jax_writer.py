@@ -189,7 +189,8 @@ class Writer:
         if len(eqn.outvars) != 1 or not ops.same_type(eqn.invars[0].aval, eqn.outvars[0].aval):
             raise ValueError("the call has another form than jhop.trace_wrapped gives it")
         # A hook that no transformation changed, on one array, is the user's own function.
-        own = hook.key[0] == "hook" and hook.key[2] == jax.tree.structure(0) and hook.key[3] == len(texts) - 1
+        one, further = jax.tree.structure(0), jax.tree.structure((0,) * (len(texts) - 1))
+        own = hook.key[0] == "hook" and hook.key[2:4] == (one, further)
         value = hook.base if own else pieces.known_flat(self.shared, hook)
         what = describe_hook(hook.base) if own else f"{hook.name}, of {describe_hook(hook.base)}"
         name = self.opaque(value, pieces.hook_word(hook_name(hook.base) if own else hook.name), what)

@@ -1,0 +1,113 @@
+"""Python 3.11 has no `sys.monitoring`: how `_effects` sees calls there, by a profile function on one thread."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import os
+import sys
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from jhop import _banned
+from jhop._source import file_kind
+from jhop._watched import OPERATOR_CODE, STDLIB, USER, check_python_call, record_operator, refuse, thread
+
+
+@contextlib.contextmanager
+def profiling() -> Iterator[None]:
+    """Puts a profile function before the one there is, which goes on being called."""
+    outer = thread.profiler
+    old = getattr(outer, "before", None) if outer else sys.getprofile()
+    pausable = None if old is None or callable(old) else old  # cProfile, which has no function to call
+    if pausable is not None:
+        pausable.disable()
+    thread.profiler = _profiler(None if pausable is not None else old)
+    sys.setprofile(thread.profiler)
+    try:
+        yield
+    finally:
+        if sys.gettrace() is _trace_nothing:
+            sys.settrace(None)
+        thread.profiler = outer
+        if pausable is not None:
+            sys.setprofile(None)
+            pausable.enable()
+        else:
+            # Python takes a profile function that raised away, so `sys.getprofile` does not tell what was there.
+            sys.setprofile(outer or old)
+
+
+def _profiler(before: Callable[..., Any] | None) -> Callable[..., None]:
+    """Makes the profile function. It runs at each call and return of all code, so it does little for most of them."""
+    c_names, operator_code = _banned_c_names(), OPERATOR_CODE
+    libraries: set[str] = set()
+
+    def profile(frame: types.FrameType, event: str, arg: Any) -> None:
+        if event == "call":
+            if frame.f_code.co_filename not in libraries:
+                _enter(frame, libraries)
+        elif event == "return":
+            if frame.f_code is operator_code and arg is not None:
+                record_operator(frame, arg)
+        elif event == "c_call" and arg.__name__ in c_names and (label := _banned.label_of(arg)) is not None:
+            refuse(label, frame)
+
+    def chained(frame: types.FrameType, event: str, arg: Any) -> None:
+        before(frame, event, arg)  # type: ignore[misc]
+        profile(frame, event, arg)
+
+    made: Any = profile if before is None else chained
+    made.before = before
+    return made
+
+
+def _enter(frame: types.FrameType, libraries: set[str]) -> None:
+    """Looks at a function that has just been entered; notes its file if there is never anything to see in it."""
+    kind = file_kind(frame.f_code.co_filename)
+    if kind is USER:
+        if (seen := thread.current) is not None:
+            seen.nested = seen.nested or _banned.is_staged_within(frame, seen.staging)
+        _step_if_needed(frame)
+    elif kind is STDLIB:
+        check_python_call(frame)
+    else:
+        libraries.add(frame.f_code.co_filename)
+
+
+@functools.cache
+def _banned_c_names() -> frozenset[str]:
+    """Names of the C functions that may be banned: most calls are told apart by this alone."""
+    names = {"print", "input", "open", "breakpoint", "start_new_thread", "warn", "warn_explicit"}
+    names |= {"now", "today", "utcnow", "tofile", "dump"}
+    for module_name in "time posix nt _io _random _socket _ssl _sqlite3 _queue select mmap _posixsubprocess".split():
+        with contextlib.suppress(ImportError):
+            space = vars(importlib.import_module(module_name))
+            names |= {name for name, value in space.items() if isinstance(value, types.BuiltinFunctionType)}
+            for cls in (value for value in space.values() if isinstance(value, type)):
+                names |= {name for name, value in vars(cls).items() if isinstance(value, types.MethodDescriptorType)}
+    # A method of a common type is called too often to be looked into for the few others of its name.
+    return frozenset(names - (set(dir(dict)) - vars(os).keys()) - set(dir(tuple)))
+
+
+def _step_if_needed(frame: types.FrameType) -> None:
+    """Has `frame` stepped through by instruction if what it calls may be hidden from the profile function."""
+    free = sys.gettrace() in (None, _trace_nothing)
+    if free and thread.current is not None and _banned.mentions_banned(frame):
+        sys.settrace(_trace_nothing)
+        frame.f_trace_lines, frame.f_trace_opcodes = False, True
+        frame.f_trace = _trace_instruction
+
+
+def _trace_nothing(_frame: types.FrameType, _event: str, _arg: Any) -> None:
+    """The trace function of the thread: without one, Python would not call those of frames."""
+
+
+def _trace_instruction(frame: types.FrameType, event: str, _arg: Any) -> Any:
+    if event == "opcode" and frame.f_lasti in _banned.calls_in(frame.f_code):
+        label = _banned.label_in_call(frame, frame.f_lasti)
+        if label is not None:
+            refuse(label, frame)
+    return _trace_instruction
