@@ -5,14 +5,18 @@ Differences are found by looking at the feature, not at the version number.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.export
 import jax.extend.core as jex_core
 from jax._src import core as _core  # the current trace has no public name
+from jax._src.sharding_impls import UNSPECIFIED as UNSPECIFIED  # what a jit says of shardings that it leaves open
+from jax.extend import source_info_util
 from jax.interpreters import mlir
 
 Tracer = jax.core.Tracer
@@ -27,14 +31,19 @@ def same_trace(a: Any, b: Any) -> bool:
 _DimExpr = type(jax.export.symbolic_shape("n")[0])  # a class without a public name
 
 
-def tracing() -> bool:
-    """Whether operations in this thread are staged into a jaxpr, those on concrete arrays too."""
+def staging() -> Any:
+    """The trace that stages operations of this thread into a jaxpr, those on concrete arrays too; None if none does."""
     trace = _core.trace_ctx.trace
     while type(trace).__name__ != "DynamicJaxprTrace":  # the one that stages; others hand on to what is around them
         trace = getattr(trace, "parent_trace", None)
         if trace is None:
-            return False
-    return True
+            return None
+    return trace
+
+
+def tracing() -> bool:
+    """Whether operations in this thread are staged into a jaxpr."""
+    return staging() is not None
 
 
 def transforming() -> bool:
@@ -72,12 +81,25 @@ def open_jaxpr(jaxpr: Any) -> tuple[Any, list[Any]]:
     return jaxpr.jaxpr, list(consts)
 
 
+@contextlib.contextmanager
+def in_place_of(eqn: Any, scope: str | None = None) -> Iterator[None]:
+    """While active, new equations are where an equation is: its source, name stack, mesh and other context.
+
+    Args:
+        scope: a further name on the stack.
+    """
+    names = source_info_util.current_name_stack() + eqn.source_info.name_stack
+    names = names if scope is None else names.extend(scope)
+    with source_info_util.user_context(eqn.source_info.traceback, name_stack=names), eqn.ctx.manager:
+        yield
+
+
 def bind_eqn(eqn: Any, args: list[Any]) -> list[Any]:
-    """Binds an equation's primitive again, with the same parameters, under the equation's own context."""
+    """Binds an equation's primitive again, with the same parameters, in the equation's own place."""
     params = eqn.primitive.get_bind_params(eqn.params)
     # Before jax 0.11 the call primitives returned (functions, params).
     subfuns, params = params if isinstance(params, tuple) else ((), params)
-    with eqn.ctx.manager:
+    with in_place_of(eqn):
         outs = eqn.primitive.bind(*subfuns, *args, **params)
     return list(outs) if eqn.primitive.multiple_results else [outs]
 

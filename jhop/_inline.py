@@ -7,9 +7,11 @@ result says how to write them after each run.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import weakref
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -26,12 +28,12 @@ from jhop._errors import JhopError, Unsupported
 from jhop._graph import GraphModule, Info, Input, Operator
 from jhop._guards import Guards
 from jhop._interp import ClosesOverTracer, contains, evaluate, inner_jaxprs, retrace, rewrite
-from jhop._rebuild import is_plain_call, rebuild
+from jhop._rebuild import is_plain_call, rebuild, takes_no_constants
 from jhop._scalar import Expr, Scalar, device_kind, is_scalar, weak_aval
 from jhop._source import origin_of
 from jhop._template import Templates, map_outputs, plain
 from jhop._template import rebuild as rebuild_value
-from jhop._trace_wrapped import inlining, trace_wrapped_p
+from jhop._trace_wrapped import inlining, no_endless_hooks, trace_wrapped_p
 from jhop._walk import Leaf, Walk, is_number
 
 
@@ -132,6 +134,7 @@ class _Inliner:
         self._writes: list[_state.Write] = []
         self._state_outs: list[Any] = []
         self._lift: _state.Lift | None = None
+        self._staging: Any = None  # the trace that makes the graph
         self._unread: list[Container] = []
         self._watched: list[Any] = []  # weak references to arrays that hooks saw or made
 
@@ -179,13 +182,17 @@ class _Inliner:
         for symbol in symbols:
             if is_scalar(symbol):
                 self._session.note_step(symbol)
+        self._staging = _compat.staging()
         with _state.Lift(self._walk, symbols) as lift:
             self._lift = lift
-            with inlining():
+            with inlining(self._run_inner_hook) as closed:
                 outs = evaluate(self._gm.jaxpr, list(flat[:n]), self._rule, note=self._carry)
+            for slot in closed:  # functions made by hooks may live on in JAX's caches
+                if _compat.same_trace(slot.container.get(slot.key), self._recorder.anchor):
+                    slot.container.put(slot.key, None)
             self._collect(lift)
             self._unread = lift.untouched()
-            self._lift = None
+            self._lift = self._staging = None
         outs, self._state_outs = [*outs, *self._state_outs], []
         self._session.close()
         return outs
@@ -240,27 +247,42 @@ class _Inliner:
         def run(jaxpr: Any, args: list[Any]) -> list[Any]:
             return evaluate(jaxpr, args, self._rule)
 
-        if is_plain_call(eqn):
-            return run(eqn.params["jaxpr"], values)  # its body, once, here: as good as outside
+        if is_plain_call(eqn):  # its body, once, here: as good as outside
+            with _compat.in_place_of(eqn, f"jit({eqn.params['name']})"):
+                return run(eqn.params["jaxpr"], values)
+        with self._no_writes(f"`{eqn.primitive}`"):
+            if takes_no_constants(eqn):
+                return rebuild(eqn, values, run)
+            try:
+                return rewrite(eqn, values, lambda jaxpr: retrace(jaxpr, self._rule))
+            except ClosesOverTracer:  # the hook reads lifted state
+                return rebuild(eqn, values, run)
+
+    @contextlib.contextmanager
+    def _no_writes(self, where: str) -> Iterator[None]:
+        """Raises where hooks wrote Python state in the block: what runs there runs not once, as the block does."""
         assert self._lift is not None
         before = self._lift.contents()
-        try:
-            outs = rewrite(eqn, values, lambda jaxpr: retrace(jaxpr, self._rule))
-        except ClosesOverTracer:  # the hook reads lifted state
-            outs = rebuild(eqn, values, run)
+        yield
         for container, old, now in zip(self._walk.containers, before, self._lift.contents(), strict=True):
             if len(now) != len(old) or any(a is not b for a, b in zip(now, old, strict=True)):
                 raise Unsupported(
-                    f"a hook inside `{eqn.primitive}` writes Python state (`{container.path}`). State can be lifted "
-                    "out of hooks at the top level of a compiled function; move the hooked value out of the "
-                    f"`{eqn.primitive}`, or carry the state through it as an array."
+                    f"a hook inside {where} writes Python state (`{container.path}`). State can be lifted "
+                    f"out of hooks at the top level of a compiled function; move the hooked value out of {where}, "
+                    "or carry the state through it as an array."
                 )
-        return outs
+
+    def _run_inner_hook(self, call: Callable[..., list[Any]], flat: Sequence[Any]) -> list[Any]:
+        """Runs a hook that a running hook uses, as part of that one."""
+        if _compat.staging() is self._staging:
+            return call(*flat)
+        with self._no_writes("what a hook itself compiles or repeats (by jax.jit, lax.scan and the like)"):
+            return call(*flat)
 
     def _run_hook(self, hook: HookFn, values: list[Any]) -> list[Any]:
         try:
             # What JAX jits inside the hook closes over our tracers: it must not be found again later.
-            with _compat.fresh_cache(), watch(hook.base) as seen:
+            with _compat.fresh_cache(), no_endless_hooks(hook), watch(hook.base) as seen:
                 outs = hook.call(*values)
         except JhopError:
             raise

@@ -34,10 +34,20 @@ from jhop._errors import HookError, Unsupported
 from jhop._source import describe_hook, hook_name
 from jhop._walk import Leaf, Walk, closed_over_tracers
 
-trace_wrapped_p = jex_core.Primitive("trace_wrapped")
-trace_wrapped_p.multiple_results = True
-
 _mode = threading.local()
+
+
+class _TraceWrapped(jex_core.Primitive):
+    """Binds no equation while hooks are being inlined: a hook that a hook uses becomes part of it."""
+
+    multiple_results = True
+
+    def bind(self, *args: Any, **params: Any) -> Any:
+        run = getattr(_mode, "run", None)
+        return super().bind(*args, **params) if run is None else run(params["fn"].call, args)
+
+
+trace_wrapped_p = _TraceWrapped("trace_wrapped")
 
 
 @contextlib.contextmanager
@@ -65,14 +75,18 @@ def _with_operands(call: Callable[..., Any], slots: Sequence[Leaf], n: int) -> C
 
 
 @contextlib.contextmanager
-def inlining() -> Iterator[None]:
-    """While active in this thread, `trace_wrapped` runs its function even on tracers."""
-    before = getattr(_mode, "inlining", False)
-    _mode.inlining = True
+def inlining(run: Callable[[Callable[..., list[Any]], Sequence[Any]], list[Any]]) -> Iterator[list[Leaf]]:
+    """While active in this thread, `run(call, flat inputs)` stands for each `trace_wrapped` equation.
+
+    Yields:
+        A list that gets the slots with tracers that hooks close over.
+    """
+    before = getattr(_mode, "run", None), getattr(_mode, "closed", None)
+    _mode.run, _mode.closed = run, []
     try:
-        yield
+        yield _mode.closed
     finally:
-        _mode.inlining = before
+        _mode.run, _mode.closed = before
 
 
 def trace_wrapped(*args: Any, fn: Callable[..., Any], kind: str = "hook", **kwargs: Any) -> Any:
@@ -108,8 +122,9 @@ def trace_wrapped(*args: Any, fn: Callable[..., Any], kind: str = "hook", **kwar
     call = flat_caller(fn, tree, n_extra=len(extra), kwargs=kwargs)
     flat = [*cts, *extra]
     staged = any(isinstance(value, _compat.Tracer) for value in flat) or _compat.tracing()
-    if getattr(_mode, "inlining", False) or not staged:
-        return jax.tree.unflatten(tree, call(*flat))
+    run = getattr(_mode, "run", None)
+    if run is not None or not staged:
+        return jax.tree.unflatten(tree, call(*flat) if run is None else run(call, flat))
     base = functools.partial(fn, **kwargs) if kwargs else fn
     hook = HookFn(base, call, hook_name(fn), ("hook", identity_key(fn), tree, len(extra), Token(kwargs)), kind)
     hook, operands = close_over(hook, len(flat))
@@ -126,7 +141,10 @@ def close_over(hook: HookFn, n: int) -> tuple[HookFn, list[Any]]:
     if not slots:
         return hook, []
     operands = [leaf.value for leaf in slots]
-    return hook.derive("closed", _with_operands(hook.call, slots, n), Token(operands)), operands
+    slots = [leaf._replace(value=None) for leaf in slots]  # JAX may keep the hook long after these tracers
+    if getattr(_mode, "closed", None) is not None:
+        _mode.closed += slots
+    return hook.derive("closed", _with_operands(hook.call, slots, n), Token(True)), operands
 
 
 def bind_hook(hook: HookFn, flat: list[Any], n_cts: int) -> list[Any]:
@@ -216,6 +234,18 @@ def _trace_wrapped_batch(axis_data: Any, args: Any, dims: Any, *, fn: HookFn, ou
     return outs, [0 if mapped else None] * len(outs)
 
 
+@contextlib.contextmanager
+def no_endless_hooks(fn: HookFn) -> Iterator[None]:
+    """Says which hook it was that ran itself again and again."""
+    try:
+        yield
+    except RecursionError:
+        raise Unsupported(
+            f"{describe_hook(fn.base)} recurses without end: each run of it, or of a hook that it uses, runs it "
+            "again, and tracing follows them all. Make the inner value's hook another one, or bound the depth."
+        ) from None
+
+
 def run_pure(fn: HookFn, args: Sequence[Any]) -> list[Any]:
     """Runs a hook whose equation is being lowered by plain `jax.jit`, where its state cannot be written back.
 
@@ -225,7 +255,7 @@ def run_pure(fn: HookFn, args: Sequence[Any]) -> list[Any]:
     with _state.LOCK:
         walk = Walk([(hook_name(fn.base), fn.base)])
         with _state.Lift(walk, [leaf.value for leaf in walk.leaves]) as lift:
-            with inlining(), watch(fn.base):
+            with inlining(lambda call, flat: call(*flat)), watch(fn.base), no_endless_hooks(fn):
                 outs = fn.call(*args)
             writes = list(lift.writes())
     if writes:
