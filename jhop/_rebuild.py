@@ -65,7 +65,8 @@ def _hoist(jaxpr: Any, run: Run) -> tuple[Any, list[Any]]:
     inputs = [*opened.constvars, *opened.invars]
     lifted = opened.replace(constvars=[], invars=inputs, debug_info=opened.debug_info._replace(arg_names=None))
     # Traced once more, as effects on inputs are counted by their places.
-    flat, rest = _compat.open_jaxpr(jax.make_jaxpr(lambda *args: evaluate(lifted, list(args)))(*(v.aval for v in inputs)))
+    again = jax.make_jaxpr(lambda *args: evaluate(lifted, list(args)))(*(v.aval for v in inputs))
+    flat, rest = _compat.open_jaxpr(again)
     assert not rest
     return flat, consts
 
@@ -158,7 +159,10 @@ def _rebuild_cond(eqn: Any, values: list[Any], run: Run) -> list[Any]:
 
 def _rebuild_solve(eqn: Any, values: list[Any], run: Run) -> list[Any]:
     """Each of the four functions has its own first inputs."""
-    jaxprs, lengths, inputs, start = {}, {}, [], 0
+    jaxprs: dict[str, Any] = {}
+    lengths: dict[str, int] = {}
+    inputs: list[Any] = []
+    start = 0
     for name, jaxpr in eqn.params["jaxprs"]._asdict().items():
         n = getattr(eqn.params["const_lengths"], name)
         if jaxpr is None:
