@@ -28,6 +28,11 @@ def same_trace(a: Any, b: Any) -> bool:
     return getattr(a, "_trace", None) is getattr(b, "_trace", None)
 
 
+def belongs_to(value: Any, trace: Any) -> bool:
+    """Whether a value is a tracer of a trace that `staging` gave."""
+    return getattr(value, "_trace", None) is trace
+
+
 _DimExpr = type(jax.export.symbolic_shape("n")[0])  # a class without a public name
 
 
@@ -82,15 +87,17 @@ def open_jaxpr(jaxpr: Any) -> tuple[Any, list[Any]]:
 
 
 @contextlib.contextmanager
-def in_place_of(eqn: Any, scope: str | None = None) -> Iterator[None]:
+def in_place_of(eqn: Any, *, scope: str | None = None, source: bool = True) -> Iterator[None]:
     """While active, new equations are where an equation is: its source, name stack, mesh and other context.
 
     Args:
         scope: a further name on the stack.
+        source: whether they have the equation's source, and not that of the code that makes them.
     """
     names = source_info_util.current_name_stack() + eqn.source_info.name_stack
     names = names if scope is None else names.extend(scope)
-    with source_info_util.user_context(eqn.source_info.traceback, name_stack=names), eqn.ctx.manager:
+    traceback = eqn.source_info.traceback if source else None
+    with source_info_util.user_context(traceback, name_stack=names), eqn.ctx.manager:
         yield
 
 

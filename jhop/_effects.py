@@ -37,7 +37,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jhop import _banned
+from jhop import _banned, _compat
 from jhop._errors import Unsupported
 from jhop._source import FileKind, describe_hook, file_kind, origin_of
 
@@ -57,9 +57,10 @@ class OperatorRecord(NamedTuple):
 class Watch:
     """What `watch` saw: `operators`, in order. Holds tracers, so do not keep it longer than the trace."""
 
-    def __init__(self, hook: Any, remedy: str | None):
+    def __init__(self, hook: Any, remedy: str | None, trace: Any):
         self.hook = hook
         self.remedy = remedy
+        self.trace = trace
         self.operators: list[OperatorRecord] = []
         self.error: Unsupported | None = None
         self.imports = _banned.count_imports(sys._getframe())
@@ -74,7 +75,7 @@ _thread = _Thread()
 
 
 @contextlib.contextmanager
-def watch(hook: Any, *, remedy: str | None = None) -> Iterator[Watch]:
+def watch(hook: Any, *, remedy: str | None = None, trace: Any = None) -> Iterator[Watch]:
     """Refuses calls that cannot be replayed, and records operators, on this thread while the block runs.
 
     Watches nest; the innermost one gets the records and the errors. Frames that run already when the block is entered
@@ -83,12 +84,13 @@ def watch(hook: Any, *, remedy: str | None = None) -> Iterator[Watch]:
     Args:
         hook: whom errors name.
         remedy: what errors recommend as the last resort; by default, `fullgraph=False`.
+        trace: what `_compat.staging` gave, to record only operators on tracers of that trace.
 
     Raises:
         Unsupported: user code was about to make a banned call. Raised at the call, and again at the end of the block
             if the code caught it, or turned it into another error.
     """
-    seen, outer = Watch(hook, remedy), _thread.current
+    seen, outer = Watch(hook, remedy, trace), _thread.current
     if (label := _banned.label_of(hook)) is not None:  # a hook that is `print` itself is called by us, not by user code
         raise Unsupported(_message(label, hook, "", remedy))
     collecting = gc.isenabled()
@@ -178,6 +180,8 @@ def _record_operator(frame: types.FrameType, result: Any) -> None:
         if kind is _USER:
             local = frame.f_locals
             operands = (local["self"], *local["args"])
+            if seen.trace is not None and not _compat.belongs_to(result, seen.trace):
+                return  # of a trace inside, such as that of a loop's body
             seen.operators.append(OperatorRecord(local["name"], operands, result, caller.f_code, caller.f_lasti))
             return
         if kind is not _STDLIB and kind is not _JHOP:

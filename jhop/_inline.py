@@ -28,7 +28,7 @@ from jhop._errors import JhopError, Unsupported
 from jhop._graph import GraphModule, Info, Input, Operator
 from jhop._guards import Guards
 from jhop._interp import ClosesOverTracer, contains, evaluate, inner_jaxprs, retrace, rewrite
-from jhop._rebuild import is_plain_call, rebuild, takes_no_constants
+from jhop._rebuild import holds_constants, is_plain_call, is_sealed, rebuild
 from jhop._scalar import Expr, Scalar, device_kind, is_scalar, weak_aval
 from jhop._source import origin_of
 from jhop._template import Templates, map_outputs, plain
@@ -185,7 +185,8 @@ class _Inliner:
         self._staging = _compat.staging()
         with _state.Lift(self._walk, symbols) as lift:
             self._lift = lift
-            with inlining(self._run_inner_hook) as closed:
+            lifted = {id(container.obj) for container in self._walk.containers}
+            with inlining(self._run_inner_hook, lambda slot: id(slot.container.obj) in lifted) as closed:
                 outs = evaluate(self._gm.jaxpr, list(flat[:n]), self._rule, note=self._carry)
             for slot in closed:  # functions made by hooks may live on in JAX's caches
                 if _compat.same_trace(slot.container.get(slot.key), self._recorder.anchor):
@@ -236,7 +237,8 @@ class _Inliner:
 
     def _rule(self, eqn: Any, values: list[Any]) -> list[Any] | None:
         if eqn.primitive is trace_wrapped_p:
-            return self._run_hook(eqn.params["fn"], values)
+            with _compat.in_place_of(eqn, source=False):  # its equations have their own source
+                return self._run_hook(eqn.params["fn"], values)
         if any(contains(inner, trace_wrapped_p) for inner in inner_jaxprs(eqn)):
             return self._inline_inner(eqn, values)
         return None
@@ -248,13 +250,14 @@ class _Inliner:
             return evaluate(jaxpr, args, self._rule)
 
         if is_plain_call(eqn):  # its body, once, here: as good as outside
-            with _compat.in_place_of(eqn, f"jit({eqn.params['name']})"):
+            with _compat.in_place_of(eqn, scope=f"jit({eqn.params['name']})"):
                 return run(eqn.params["jaxpr"], values)
         with self._no_writes(f"`{eqn.primitive}`"):
-            if takes_no_constants(eqn):
+            if is_sealed(eqn):
                 return rebuild(eqn, values, run)
+            constants = holds_constants(eqn)
             try:
-                return rewrite(eqn, values, lambda jaxpr: retrace(jaxpr, self._rule))
+                return rewrite(eqn, values, lambda jaxpr: retrace(jaxpr, self._rule), constants=constants)
             except ClosesOverTracer:  # the hook reads lifted state
                 return rebuild(eqn, values, run)
 
@@ -282,7 +285,7 @@ class _Inliner:
     def _run_hook(self, hook: HookFn, values: list[Any]) -> list[Any]:
         try:
             # What JAX jits inside the hook closes over our tracers: it must not be found again later.
-            with _compat.fresh_cache(), no_endless_hooks(hook), watch(hook.base) as seen:
+            with _compat.fresh_cache(), no_endless_hooks(hook), watch(hook.base, trace=_compat.staging()) as seen:
                 outs = hook.call(*values)
         except JhopError:
             raise

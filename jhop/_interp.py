@@ -8,6 +8,7 @@ context), so higher-order primitives need no rules of their own as long as their
 from __future__ import annotations
 
 import dataclasses
+import types
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -25,16 +26,19 @@ def is_jaxpr(value: Any) -> bool:
 
 
 def inner_jaxprs(eqn: Any) -> list[Any]:
-    """The jaxprs in an equation's parameters, those in tuples, dicts and dataclasses too."""
+    """The jaxprs in an equation's parameters, those in tuples, dicts, dataclasses and JAX's "hi" primitives too."""
     found: list[Any] = []
 
     def keep(jaxpr: Any) -> Any:
         found.append(jaxpr)
         return jaxpr
 
-    for value in eqn.params.values():
+    for value in (*eqn.params.values(), *vars(eqn.params.get("_prim", _NOTHING)).values()):
         _map_parts(value, keep)
     return found
+
+
+_NOTHING = types.SimpleNamespace()
 
 
 def _map_parts(value: Any, visit: Callable[[Any], Any]) -> Any:
@@ -101,15 +105,23 @@ def evaluate(jaxpr: Any, args: list[Any], rule: Rule | None = None, *, note: Cal
 
 
 class ClosesOverTracer(Exception):
-    """A jaxpr that was traced anew uses values of the trace around it, which parameters of an equation cannot hold."""
+    """A jaxpr that was traced anew uses values from around it, which parameters of its equation cannot hold."""
 
 
-def rewrite(eqn: Any, values: list[Any], change: Callable[[Any], Any], params: dict[str, Any] | None = None) -> Any:
+def rewrite(
+    eqn: Any,
+    values: list[Any],
+    change: Callable[[Any], Any],
+    params: dict[str, Any] | None = None,
+    *,
+    constants: bool = True,
+) -> Any:
     """Binds a higher-order equation again with `change(jaxpr)` in place of each jaxpr in its parameters.
 
     Args:
         change: returns a closed jaxpr with the same inputs and outputs.
         params: the equation's parameters, if they are to differ otherwise too.
+        constants: whether the equation's jaxprs may have constants.
 
     Raises:
         ClosesOverTracer: a changed jaxpr has constants that do not fit into a parameter.
@@ -119,7 +131,7 @@ def rewrite(eqn: Any, values: list[Any], change: Callable[[Any], Any], params: d
     def changed(jaxpr: Any) -> Any:
         closed = change(jaxpr)
         opened, consts = _compat.open_jaxpr(closed)
-        if any(isinstance(const, _compat.Tracer) for const in consts):
+        if any(isinstance(const, _compat.Tracer) for const in consts) or (consts and not constants):
             raise ClosesOverTracer
         if isinstance(jaxpr, jex_core.ClosedJaxpr):
             return closed

@@ -16,6 +16,7 @@ import jax.extend.core as jex_core
 from jhop import _compat
 from jhop._errors import Unsupported
 from jhop._interp import evaluate
+from jhop._trace_wrapped import inlining
 
 Run = Callable[[Any, list[Any]], list[Any]]
 
@@ -32,8 +33,9 @@ def rebuild(eqn: Any, values: list[Any], run: Run) -> list[Any]:
     maker = _REBUILD.get(eqn.primitive.name)
     if maker is None:
         raise Unsupported(
-            f"jhop cannot inline a hook that reads Python state inside `{eqn.primitive}`. Pass what it reads to the "
-            "function as an argument and close over that, or move the hooked value out."
+            f"jhop cannot inline a hook that reads Python state inside `{eqn.primitive}`, or that makes an array "
+            "there. Pass what it reads to the function as an argument and close over that, or move the hooked value "
+            "out."
         )
     return list(maker(eqn, values, run))
 
@@ -48,9 +50,14 @@ def is_plain_call(eqn: Any) -> bool:
     )
 
 
-def takes_no_constants(eqn: Any) -> bool:
-    """Whether even an array that its body makes must be an input of an equation."""
-    return eqn.primitive.name in _REMAT
+def holds_constants(eqn: Any) -> bool:
+    """Whether an array that a body makes may be a constant of the equation's jaxpr, and need not be an input."""
+    return eqn.primitive.name not in (*_REMAT, "linear_call", "custom_partitioning")
+
+
+def is_sealed(eqn: Any) -> bool:
+    """Whether an equation's jaxprs are in an object that makes them itself, so that they cannot be replaced."""
+    return eqn.primitive.name == "call_hi_primitive"
 
 
 def _hoist(jaxpr: Any, run: Run) -> tuple[Any, list[Any]]:
@@ -99,6 +106,19 @@ def _rebuild_call(eqn: Any, values: list[Any], run: Run) -> list[Any]:
     key = "jaxpr" if "jaxpr" in eqn.params else "call_jaxpr"
     flat, consts = _hoist(eqn.params[key], run)
     return _bind(eqn, [*consts, *values], **{key: jex_core.ClosedJaxpr(flat, [])})
+
+
+def _expand(eqn: Any, values: list[Any], run: Run) -> list[Any]:
+    """What JAX runs in place of a "hi" primitive when it compiles it; as above, rules do not matter any more."""
+    primitive = eqn.params["_prim"]
+
+    def expanded(*args: Any) -> Any:
+        return primitive.expand(*jax.tree.unflatten(primitive.in_tree, args))
+
+    with _compat.in_place_of(eqn):
+        with inlining(None):  # what it binds is for `run` to see
+            closed = jax.make_jaxpr(expanded)(*map(jax.typeof, values))
+        return run(closed, values)
 
 
 def _rebuild_custom(eqn: Any, values: list[Any], run: Run) -> list[Any]:
@@ -182,7 +202,7 @@ _REMAT = ("remat", "remat2", "checkpoint")
 _REBUILD = {
     "custom_jvp_call": _rebuild_custom, "custom_vjp_call": _rebuild_custom,
     "scan": _rebuild_scan, "while": _rebuild_while, "cond": _rebuild_cond, "custom_linear_solve": _rebuild_solve,
-    "jit": _rebuild_jit, "pjit": _rebuild_jit,
+    "call_hi_primitive": _expand, "jit": _rebuild_jit, "pjit": _rebuild_jit,
     **dict.fromkeys(_REMAT, _rebuild_remat),
     **dict.fromkeys(("closed_call", "eval_jaxpr", "compute_on", "xla_metadata_call"), _rebuild_call),
 }  # fmt: skip

@@ -75,18 +75,25 @@ def _with_operands(call: Callable[..., Any], slots: Sequence[Leaf], n: int) -> C
 
 
 @contextlib.contextmanager
-def inlining(run: Callable[[Callable[..., list[Any]], Sequence[Any]], list[Any]]) -> Iterator[list[Leaf]]:
+def inlining(
+    run: Callable[[Callable[..., list[Any]], Sequence[Any]], list[Any]] | None,
+    is_state: Callable[[Leaf], bool] = lambda slot: False,
+) -> Iterator[list[Leaf]]:
     """While active in this thread, `run(call, flat inputs)` stands for each `trace_wrapped` equation.
+
+    Args:
+        run: None for equations as they are elsewhere.
+        is_state: whether a slot is Python state that is lifted, so that its tracer is none that a hook closes over.
 
     Yields:
         A list that gets the slots with tracers that hooks close over.
     """
-    before = getattr(_mode, "run", None), getattr(_mode, "closed", None)
-    _mode.run, _mode.closed = run, []
+    before = getattr(_mode, "run", None), getattr(_mode, "is_state", None), getattr(_mode, "closed", None)
+    _mode.run, _mode.is_state, _mode.closed = run, is_state, []
     try:
         yield _mode.closed
     finally:
-        _mode.run, _mode.closed = before
+        _mode.run, _mode.is_state, _mode.closed = before
 
 
 def trace_wrapped(*args: Any, fn: Callable[..., Any], kind: str = "hook", **kwargs: Any) -> Any:
@@ -138,11 +145,14 @@ def close_over(hook: HookFn, n: int) -> tuple[HookFn, list[Any]]:
         (the hook, the tracers); both as they were where it closes over none.
     """
     slots = closed_over_tracers(hook.base)
+    is_state = getattr(_mode, "is_state", None)
+    if is_state is not None:
+        slots = [slot for slot in slots if not is_state(slot)]
     if not slots:
         return hook, []
     operands = [leaf.value for leaf in slots]
     slots = [leaf._replace(value=None) for leaf in slots]  # JAX may keep the hook long after these tracers
-    if getattr(_mode, "closed", None) is not None:
+    if is_state is not None:
         _mode.closed += slots
     return hook.derive("closed", _with_operands(hook.call, slots, n), Token(True)), operands
 

@@ -27,7 +27,8 @@ POLICIES = {
     "only these": policies.save_only_these_names("hidden"),
     "from both": policies.save_from_both_policies(policies.dots_saveable, policies.save_only_these_names("hidden")),
     "offload": policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=["hidden"], names_which_can_be_offloaded=[], offload_src="device", offload_dst="pinned_host"
+        names_which_can_be_saved=["hidden"], names_which_can_be_offloaded=[],
+        offload_src="device", offload_dst="pinned_host",
     ),
     "offload dots": policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
     "own": lambda prim, *_, **__: prim.name in ("sin", "hook"),

@@ -169,5 +169,6 @@ def test_a_hook_that_branches(run):
         return lax.cond(ct.sum() > s, lambda ct: ct * 10.0, lambda ct: -ct, ct)
 
     for sign in (1.0, -1.0):
-        got = under.RUNS[run](jax.grad(lambda x: sign * (jhop.hook(x, lambda ct: rule(ct, 1.0)) ** 2).sum()))(X)
+        fn = jax.grad(lambda x, sign=sign: sign * (jhop.hook(x, lambda ct: rule(ct, 1.0)) ** 2).sum())
+        got = under.RUNS[run](fn)(X)
         np.testing.assert_array_equal(got, 20.0 * X if sign > 0 else 2.0 * X)

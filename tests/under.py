@@ -86,7 +86,7 @@ PRODUCT = [(rule, run) for rule in RULES for run in RUNS]
 
 
 def spread(programs: Any) -> list[Any]:
-    """(program, rule, run) cases: each program inlined, compiled and in one further run, each time with another hook."""
+    """(program, rule, run): each program inlined, compiled and in one further run, each time with another hook."""
     rules, others = list(RULES), ["eager", "jax.jit", "make_fx"]
     cases = []
     for i, program in enumerate(programs):
