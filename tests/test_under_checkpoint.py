@@ -231,15 +231,20 @@ def test_barriers_are_those_of_hand_written_rules(program, rule):
     under.agree(jax.tree.leaves(inlined(X, s, *state))[0], expected(X, s))
 
 
-def test_parameters_of_the_equation_stay():
+@pytest.mark.parametrize("rule", [under.linear, BARRED["reads state"][0]], ids=["pure", "reads state"])
+def test_parameters_of_the_equation_stay(rule):
     @functools.partial(jax.checkpoint, policy=POLICIES["only these"], prevent_cse=(True, False))
     def layer(x, y):
-        return jnp.sin(block(under.hooked(under.linear), None)(x)) * y
+        return jnp.sin(block(lambda x, s: jhop.hook(x, lambda ct: rule(ct, 2.0)), None)(x)) * y
 
     gm = jhop.make_fx(jax.grad(lambda x: layer(x, x).sum()))(X)
     (before,), (after,) = (
         [e for e in g.jaxpr.jaxpr.eqns if "prevent_cse" in e.params] for g in (gm, jhop.inline(gm))
     )  # fmt: skip
     assert before.params["differentiated"]
-    for key in ("differentiated", "policy", "prevent_cse"):
+    assert set(before.params["prevent_cse"]) == {True, False}
+    for key in ("differentiated", "policy"):
         assert after.params[key] == before.params[key]
+    n = len(after.invars) - len(before.invars)
+    assert n == (0 if rule is under.linear else 1)
+    assert after.params["prevent_cse"][n:] == before.params["prevent_cse"]

@@ -193,6 +193,16 @@ def test_inner_jit_keeps_shardings_and_donation(mesh, reads):
         np.testing.assert_array_equal(compiled(x), x * x * 10.0 + 1.0)
 
 
+@pytest.mark.parametrize("option", ["donate_argnums", "in_shardings", "out_shardings"])
+def test_one_option_keeps_the_jit(mesh, option):
+    value = 0 if option == "donate_argnums" else NamedSharding(mesh, P("i"))
+    layer = jax.jit(lambda x: jhop.trace_wrapped(x, fn=jnp.negative) * 2.0, **{option: value})
+    gm = jhop.make_fx(lambda x: layer(x + 1.0))(jnp.arange(8.0))
+    (before,), (after,) = jits(gm), jits(jhop.inline(gm))
+    for key in ("donated_invars", "in_shardings", "out_shardings"):
+        assert after.params[key] == before.params[key]
+
+
 def test_constraint_on_sharding_inside_a_hook_and_around(mesh):
     row = NamedSharding(mesh, P("i"))
 
