@@ -63,6 +63,8 @@ class Recorder:
         """Remembers a tracer; None for values that are no tracers of this trace."""
         if not isinstance(value, _compat.Tracer) or not _compat.same_trace(value, self.anchor):
             return None
+        if isinstance(value, jax.Ref):
+            return None  # no function may return one
         index = self._index.get(id(value))
         if index is None:
             index = self._index[id(value)] = len(self._tracers)

@@ -8,7 +8,8 @@ where tracers were; each run fills them with that run's values.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from jhop import _state
@@ -43,6 +44,20 @@ def substituted(slots: Sequence[Leaf], values: Sequence[Any]) -> Iterator[None]:
                 slot.container.put(slot.key, value)
 
 
+_apart = threading.local()
+
+
+@contextlib.contextmanager
+def kept_apart(objects: Iterable[Any]) -> Iterator[None]:
+    """While active in this thread, tracers in these objects are lifted state, none that a hook closes over."""
+    before: frozenset[int] = getattr(_apart, "ids", frozenset())
+    _apart.ids = frozenset(map(id, objects))
+    try:
+        yield
+    finally:
+        _apart.ids = before
+
+
 class Husk:
     """A hook without the tracers that it closed over. Made by `Husk.of`."""
 
@@ -57,9 +72,10 @@ class Husk:
     def of(fn: Any) -> tuple[Husk | None, list[Any]]:
         """(the husk, the tracers that belong into it); (None, []) for a hook that closes over none."""
         walk = Walk([(hook_name(fn), fn)], strict=False)
-        if not (walk.tracers or walk.holds_tracer):
+        apart: frozenset[int] = getattr(_apart, "ids", frozenset())
+        if not walk.holds_tracer and all(id(leaf.container.obj) in apart for leaf in walk.tracers):
             return None, []
-        copier = Copier(fn, walk)
+        copier = Copier(fn, walk, apart)
         return Husk(copier, fn), copier.operands
 
     @property

@@ -5,10 +5,11 @@ Differences are found by looking at the feature, not at the version number.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -18,6 +19,8 @@ from jax._src import config as _config  # what JAX itself puts into the keys of 
 from jax._src import core as _core  # the current trace has no public name
 from jax._src import pjit as _pjit
 from jax._src.lax import lax as _lax
+from jax._src.sharding_impls import UNSPECIFIED as UNSPECIFIED  # what a jit says of shardings that it leaves open
+from jax.extend import source_info_util
 from jax.interpreters import mlir
 
 Tracer = jax.core.Tracer
@@ -107,12 +110,27 @@ def open_jaxpr(jaxpr: Any) -> tuple[Any, list[Any]]:
     return jaxpr.jaxpr, list(consts)
 
 
+@contextlib.contextmanager
+def in_place_of(eqn: Any, *, scope: str | None = None, source: bool = True) -> Iterator[None]:
+    """While active, new equations are where an equation is: its source, name stack, mesh and other context.
+
+    Args:
+        scope: a further name on the stack.
+        source: whether they have the equation's source, and not that of the code that makes them.
+    """
+    names = source_info_util.current_name_stack() + eqn.source_info.name_stack
+    names = names if scope is None else names.extend(scope)
+    traceback = eqn.source_info.traceback if source else None
+    with source_info_util.user_context(traceback, name_stack=names), eqn.ctx.manager:
+        yield
+
+
 def bind_eqn(eqn: Any, args: list[Any]) -> list[Any]:
-    """Binds an equation's primitive again, with the same parameters, under the equation's own context."""
+    """Binds an equation's primitive again, with the same parameters, in the equation's own place."""
     params = eqn.primitive.get_bind_params(eqn.params)
     # Before jax 0.11 the call primitives returned (functions, params).
     subfuns, params = params if isinstance(params, tuple) else ((), params)
-    with eqn.ctx.manager:
+    with in_place_of(eqn):
         outs = eqn.primitive.bind(*subfuns, *args, **params)
     return list(outs) if eqn.primitive.multiple_results else [outs]
 

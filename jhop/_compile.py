@@ -19,7 +19,7 @@ import numpy as np
 
 from jhop import _compat, _state, backends
 from jhop._errors import JhopError, Unsupported
-from jhop._graph import GraphModule
+from jhop._graph import GraphModule, hooks_in
 from jhop._inline import inline
 from jhop._program import DoesNotFit
 from jhop._source import describe_hook
@@ -200,10 +200,10 @@ class CompiledGraph:
 
     def _warn(self, error: Unsupported) -> None:
         jaxpr, _ = _compat.open_jaxpr(self.gm.jaxpr)
-        hooks = [eqn.params["fn"].base for eqn in jaxpr.eqns if eqn.primitive is trace_wrapped_p]
-        if len(hooks) != sum(_count_hooks(eqn) for eqn in jaxpr.eqns):
+        found = [(hook, eqn) for hook, eqn in hooks_in(jaxpr) if eqn.primitive is trace_wrapped_p]
+        if any(eqn not in jaxpr.eqns for _, eqn in found):
             raise error  # hooks inside loops and other inner functions: only tracing gets there
-        names = ", ".join(describe_hook(hook) for hook in hooks)
+        names = ", ".join(describe_hook(hook.base) for hook, _ in found)
         warnings.warn(
             f"The graph runs on the host, one operation at a time, with every hook called at each run ({names}), "
             f"because one of them cannot be traced: {error}",
@@ -237,15 +237,6 @@ class CompiledGraph:
             self._entries.clear()
             self.misses.clear()
         self._last = None
-
-
-def _count_hooks(eqn: Any) -> int:
-    from jhop._interp import inner_jaxprs
-
-    here = int(eqn.primitive is trace_wrapped_p)
-    return here + sum(
-        _count_hooks(inner) for jaxpr in inner_jaxprs(eqn) for inner in _compat.open_jaxpr(jaxpr)[0].eqns
-    )
 
 
 def _shapes_of(flat: list[Any]) -> tuple[Any, ...]:

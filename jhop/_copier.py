@@ -64,15 +64,21 @@ Make = Callable[[Run], Any]
 class Copier:
     """Makes, for each object that leads to a tracer, the function that makes its copy for a run.
 
+    Args:
+        root: the hook.
+        walk: what it can reach.
+        apart: ids of objects whose own tracers are none that a hook closes over.
+
     Attributes:
         operands: the tracers, each once.
         places: (the slot, what to put there) for slots that are filled in place at each run.
     """
 
-    def __init__(self, root: Any, walk: Walk):
+    def __init__(self, root: Any, walk: Walk, apart: frozenset[int] = frozenset()):
         self.operands: list[Any] = []
         self.places: list[tuple[Callable[[], Leaf], Make]] = []
         self._walk = walk
+        self._apart = apart
         self._index: dict[int, int] = {}
         self._makes: dict[int, Make] = {}
         self._copied: set[int] = set()  # ids of objects whose slots need no filling in place
@@ -107,6 +113,11 @@ class Copier:
         return found
 
     def _children(self, obj: Any) -> list[Any]:
+        """What an object holds that may lead to a tracer."""
+        held = self._held(obj)
+        return [item for item in held if not isinstance(item, _compat.Tracer)] if id(obj) in self._apart else held
+
+    def _held(self, obj: Any) -> list[Any]:
         """What an object holds, if it is of a kind that can be copied."""
         if isinstance(obj, types.FunctionType):
             named = [*(obj.__kwdefaults__ or {}).values(), *obj.__dict__.values()]
@@ -127,7 +138,7 @@ class Copier:
 
     def in_place(self) -> list[tuple[Callable[[], Leaf], Make]]:
         """Slots of objects that are not copied: modules, classes, what libraries keep."""
-        rest = [leaf for leaf in self._walk.tracers if id(leaf.container.obj) not in self._copied]
+        rest = [leaf for leaf in self._walk.tracers if id(leaf.container.obj) not in self._copied | self._apart]
         return [(functools.partial(_itself, leaf._replace(value=None)), self.make(leaf.value)) for leaf in rest]
 
     def make(self, obj: Any) -> Make:

@@ -66,13 +66,13 @@ class Input:
     number: type | None = None  # int or float for a lifted Python number
 
 
-def hooks_in(jaxpr: Any) -> list[HookFn]:
-    """The hooks that are opaque in a jaxpr, at any depth, in the order of their equations."""
-    found: list[HookFn] = []
+def hooks_in(jaxpr: Any) -> list[tuple[HookFn, Any]]:
+    """(hook, equation) for what is opaque in a jaxpr, at any depth, in the order of the equations."""
+    found: list[tuple[HookFn, Any]] = []
     for eqn in _compat.open_jaxpr(jaxpr)[0].eqns:
         hook = eqn.params.get("fn")
         if isinstance(hook, HookFn):
-            found.append(hook)
+            found.append((hook, eqn))
         for inner in inner_jaxprs(eqn):
             found += hooks_in(inner)
     return found

@@ -7,12 +7,13 @@ result says how to write them after each run.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import gc
 import types
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -21,76 +22,25 @@ import numpy as np
 
 from jhop import _compat, _state
 from jhop._capture import Recorder, trace
+from jhop._close import kept_apart
 from jhop._container import MISSING, Container
 from jhop._contract import HookFn
 from jhop._describe import Described, explain
 from jhop._effects import many_watches, watch
 from jhop._errors import JhopError, Unsupported
-from jhop._graph import GraphModule, Info, Input, Operator
+from jhop._graph import GraphModule, Info, Input, Operator, hooks_in
 from jhop._guards import Guards
 from jhop._interp import ClosesOverTracer, evaluate, inner_jaxprs, rewrite
-from jhop._rebuild import is_plain_call, rebuild
+from jhop._lifted import Lifted, Session
+from jhop._rebuild import holds_constants, is_plain_call, is_sealed, rebuild
 from jhop._scalar import Expr, Scalar, device_kind, is_scalar, weak_aval
 from jhop._source import is_user_file, origin_of
 from jhop._splice import Splice, expand, retrace
 from jhop._template import Templates, map_outputs, plain
-from jhop._trace_wrapped import inlining, trace_wrapped_p
+from jhop._trace_wrapped import inlining, no_endless_hooks, trace_wrapped_p
 from jhop._walk import Leaf, Walk, is_number
-from jhop._writeback import write_back
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Lifted:
-    """The Python state of an inlined graph.
-
-    Attributes:
-        slots: where the values of the state inputs are read, in order of the inputs.
-        n_outs: how many outputs are results; the rest are new values of state.
-        writes: (container, key, template) per changed slot; see `_template`.
-        guards: when the graph may be used again.
-    """
-
-    slots: tuple[Leaf, ...]
-    n_outs: int
-    writes: tuple[_state.Write, ...]
-    guards: Guards
-
-    def read(self) -> list[Any]:
-        """The present values of the state inputs."""
-        return [slot.container.get(slot.key) for slot in self.slots]
-
-    @functools.cached_property
-    def commit(self) -> Callable[[list[Any]], None]:
-        """A function that writes the new state, given the graph's outputs: all of it, or none if anything is raised."""
-        return write_back(self.writes)
-
 
 _CAPTURED = Info(stage="captured")
-
-
-class _Session:
-    """What `Scalar`s report to while hooks are traced."""
-
-    def __init__(self, recorder: Recorder):
-        self.answers: list[tuple[Expr, bool]] = []
-        self.open = True
-        self._recorder = recorder
-        self._scalars: list[Scalar] = []
-
-    def guard(self, expr: Expr, answer: bool) -> None:
-        if self.open:  # JAX may keep a number as a cache key and ask it much later
-            self.answers.append((expr, answer))
-
-    def note_step(self, result: Scalar) -> None:
-        self._recorder.add(result._twin)
-        self._scalars.append(result)
-
-    def close(self) -> None:
-        """Ends the session: a number that lives on, say as a key in a cache of JAX's, holds no tracer."""
-        self.open = False
-        for scalar in self._scalars:
-            scalar._twin = None
-        self._scalars.clear()
 
 
 def inline(gm: GraphModule, *, avals: list[Any] | None = None, shapes: Any = ()) -> GraphModule:
@@ -127,13 +77,14 @@ class _Inliner:
         self._shapes = shapes
         self._jaxpr, _ = _compat.open_jaxpr(gm.jaxpr)
         self._recorder = Recorder()
-        self._session = _Session(self._recorder)
+        self._session = Session(self._recorder)
         self._walk = Walk(_hook_roots(gm, self._jaxpr))
         self._hides_state = _runs_state_from_c(self._walk)
         self._hooked: dict[int, tuple[bool, Any]] = {}  # whether there are hooks in a jaxpr, by its id
         self._writes: list[_state.Write] = []
         self._state_outs: list[Any] = []
         self._lift: _state.Lift | None = None
+        self._staging: Any = None  # the trace that makes the graph
         self._unread: list[Container] = []
         self._watched: list[Any] = []  # weak references to arrays that hooks saw or made
 
@@ -182,13 +133,15 @@ class _Inliner:
         for symbol in symbols:
             if is_scalar(symbol):
                 self._session.note_step(symbol)
+        self._staging = _compat.staging()
         with _state.Lift(self._walk, symbols) as lift:
             self._lift = lift
-            with inlining(), many_watches():
+            reached = [container.obj for container in self._walk.containers]
+            with inlining(self._run_inner_hook), kept_apart(reached), many_watches():
                 outs = Splice(self._gm.jaxpr, self._stays).evaluate(list(flat[:n]), self._rule, self._carry)
             self._collect(lift)
             self._unread = lift.untouched()
-            self._lift = None
+            self._lift = self._staging = None
         outs, self._state_outs = [*outs, *self._state_outs], []
         self._session.close()
         return outs
@@ -233,7 +186,8 @@ class _Inliner:
 
     def _rule(self, eqn: Any, values: list[Any]) -> list[Any] | None:
         if eqn.primitive is trace_wrapped_p:
-            return self._run_hook(eqn.params["fn"], values)
+            with _compat.in_place_of(eqn, source=False):  # its equations have their own source
+                return self._run_hook(eqn.params["fn"], values)
         return None if self._stays(eqn) else self._inline_inner(eqn, values)
 
     def _stays(self, eqn: Any) -> bool:
@@ -253,27 +207,47 @@ class _Inliner:
         def run(jaxpr: Any, args: list[Any]) -> list[Any]:
             return evaluate(jaxpr, args, self._rule)
 
-        if is_plain_call(eqn):
-            return run(eqn.params["jaxpr"], values)  # its body, once, here: as good as outside
+        if is_plain_call(eqn):  # its body, once, here: as good as outside
+            with _compat.in_place_of(eqn, scope=f"jit({eqn.params['name']})"):
+                return run(eqn.params["jaxpr"], values)
+        with self._no_writes(f"`{eqn.primitive}`"):
+            if is_sealed(eqn):
+                return rebuild(eqn, values, run)
+            constants = holds_constants(eqn)
+            try:
+                return rewrite(eqn, values, lambda jaxpr: retrace(jaxpr, self._rule, self._stays), constants=constants)
+            except ClosesOverTracer:  # the hook reads lifted state
+                return rebuild(eqn, values, run)
+
+    @contextlib.contextmanager
+    def _no_writes(self, where: str) -> Iterator[None]:
+        """Raises where hooks wrote Python state in the block: what runs there runs not once, as the block does."""
         assert self._lift is not None
         before = self._lift.contents()
-        try:
-            outs = rewrite(eqn, values, lambda jaxpr: retrace(jaxpr, self._rule, self._stays))
-        except ClosesOverTracer:  # the hook reads lifted state
-            outs = rebuild(eqn, values, run)
+        yield
         for container, old, now in zip(self._walk.containers, before, self._lift.contents(), strict=True):
             if len(now) != len(old) or any(a is not b for a, b in zip(now, old, strict=True)):
                 raise Unsupported(
-                    f"a hook inside `{eqn.primitive}` writes Python state (`{container.path}`). State can be lifted "
-                    "out of hooks at the top level of a compiled function; move the hooked value out of the "
-                    f"`{eqn.primitive}`, or carry the state through it as an array."
+                    f"a hook inside {where} writes Python state (`{container.path}`). State can be lifted "
+                    f"out of hooks at the top level of a compiled function; move the hooked value out of {where}, "
+                    "or carry the state through it as an array."
                 )
-        return outs
+
+    def _run_inner_hook(self, call: Callable[..., list[Any]], flat: Sequence[Any]) -> list[Any]:
+        """Runs a hook that a running hook uses, as part of that one."""
+        if _compat.staging() is self._staging:
+            return call(*flat)
+        with self._no_writes("what a hook itself compiles or repeats (by jax.jit, lax.scan and the like)"):
+            return call(*flat)
 
     def _run_hook(self, hook: HookFn, values: list[Any]) -> list[Any]:
         answers, clean = len(self._session.answers), False
         try:
-            with _compat.hook_traces(), watch(hook.base, trace=_compat.current_trace()) as seen:
+            with (
+                _compat.hook_traces(),
+                no_endless_hooks(hook),
+                watch(hook.base, trace=_compat.current_trace()) as seen,
+            ):
                 outs = hook.call(*values)
             clean = not (seen.nested or self._hides_state or len(self._session.answers) > answers)
         except JhopError:
@@ -325,16 +299,7 @@ class _Inliner:
 
 def _hook_roots(gm: GraphModule, jaxpr: Any) -> list[tuple[str, Any]]:
     """(path, callable) per hook equation, in the order in which they run."""
-    hooks: list[HookFn] = []
-
-    def visit(opened: Any) -> None:
-        for eqn in opened.eqns:
-            if eqn.primitive is trace_wrapped_p:
-                hooks.append(eqn.params["fn"])
-            for inner in inner_jaxprs(eqn):
-                visit(_compat.open_jaxpr(inner)[0])
-
-    visit(jaxpr)
+    hooks = [hook for hook, eqn in hooks_in(jaxpr) if eqn.primitive is trace_wrapped_p]
     places = gm.backward.hook_index if gm.backward is not None else range(len(hooks))
     return [(f"L['hooks'][{place}]", hook.base) for place, hook in zip(places, hooks, strict=True)]
 

@@ -7,6 +7,8 @@ context), so higher-order primitives need no rules of their own as long as their
 
 from __future__ import annotations
 
+import dataclasses
+import types
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -24,12 +26,40 @@ def is_jaxpr(value: Any) -> bool:
 
 
 def inner_jaxprs(eqn: Any) -> list[Any]:
-    """The jaxprs in an equation's parameters."""
-    return [item for value in eqn.params.values() for item in _flat(value) if is_jaxpr(item)]
+    """The jaxprs in an equation's parameters, those in tuples, dicts, dataclasses and JAX's "hi" primitives too."""
+    found: list[Any] = []
+
+    def keep(jaxpr: Any) -> Any:
+        found.append(jaxpr)
+        return jaxpr
+
+    for value in (*eqn.params.values(), *vars(eqn.params.get("_prim", _NOTHING)).values()):
+        _map_parts(value, keep)
+    return found
 
 
-def _flat(value: Any) -> Iterable[Any]:
-    return value if isinstance(value, (tuple, list)) else (value,)
+_NOTHING = types.SimpleNamespace()
+
+
+def _map_parts(value: Any, visit: Callable[[Any], Any]) -> Any:
+    """A parameter with `visit(jaxpr)` in place of each jaxpr in it; itself where it has none."""
+    if is_jaxpr(value):
+        return visit(value)
+    if isinstance(value, (tuple, list)):
+        parts = [_map_parts(item, visit) for item in value]
+        if all(new is old for new, old in zip(parts, value, strict=True)):
+            return value
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    if isinstance(value, dict):
+        parts = [_map_parts(item, visit) for item in value.values()]
+        if all(new is old for new, old in zip(parts, value.values(), strict=True)):
+            return value
+        return type(value)(zip(value, parts, strict=True))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        changed = {key: new for key, old in fields.items() if (new := _map_parts(old, visit)) is not old}
+        return dataclasses.replace(value, **changed) if changed else value
+    return value
 
 
 def evaluate(jaxpr: Any, args: list[Any], rule: Rule | None = None, *, note: Callable[..., None] | None = None) -> Any:
@@ -66,38 +96,42 @@ def evaluate(jaxpr: Any, args: list[Any], rule: Rule | None = None, *, note: Cal
 
 
 class ClosesOverTracer(Exception):
-    """A jaxpr that was traced anew uses values of the trace around it, which parameters of an equation cannot hold."""
+    """A jaxpr that was traced anew uses values from around it, which parameters of its equation cannot hold."""
 
 
-def rewrite(eqn: Any, values: list[Any], change: Callable[[Any], Any], params: dict[str, Any] | None = None) -> Any:
+def rewrite(
+    eqn: Any,
+    values: list[Any],
+    change: Callable[[Any], Any],
+    params: dict[str, Any] | None = None,
+    *,
+    constants: bool = True,
+) -> Any:
     """Binds a higher-order equation again with `change(jaxpr)` in place of each jaxpr in its parameters.
 
     Args:
         change: returns a closed jaxpr with the same inputs and outputs.
         params: the equation's parameters, if they are to differ otherwise too.
+        constants: whether the equation's jaxprs may have constants.
 
     Raises:
         ClosesOverTracer: a changed jaxpr has constants that do not fit into a parameter.
     """
     given = eqn.params if params is None else params
-    changed = {key: _map_jaxprs(value, change) for key, value in given.items()}
-    return _compat.bind_eqn(eqn.replace(params=changed), values)
 
+    def changed(jaxpr: Any) -> Any:
+        closed = change(jaxpr)
+        opened, consts = _compat.open_jaxpr(closed)
+        if any(isinstance(const, _compat.Tracer) for const in consts) or (consts and not constants):
+            raise ClosesOverTracer
+        if isinstance(jaxpr, jex_core.ClosedJaxpr):
+            return closed
+        if consts:
+            raise ClosesOverTracer
+        return opened
 
-def _map_jaxprs(value: Any, change: Callable[[Any], Any]) -> Any:
-    if isinstance(value, (tuple, list)) and any(is_jaxpr(item) for item in value):
-        return type(value)(_map_jaxprs(item, change) for item in value)
-    if not is_jaxpr(value):
-        return value
-    closed = change(value)
-    opened, consts = _compat.open_jaxpr(closed)
-    if any(isinstance(const, _compat.Tracer) for const in consts):
-        raise ClosesOverTracer
-    if isinstance(value, jex_core.ClosedJaxpr):
-        return closed
-    if consts:
-        raise ClosesOverTracer
-    return opened
+    params = {key: _map_parts(value, changed) for key, value in given.items()}
+    return _compat.bind_eqn(eqn.replace(params=params), values)
 
 
 def retrace(jaxpr: Any, rule: Rule | None, avals: list[Any] | None = None) -> Any:

@@ -216,7 +216,7 @@ class Jitted:
             where="jhop.jit",
         )  # fmt: skip
         hooks = hooks_in(gm.jaxpr)
-        return _Version(lookups.guards(hook.base for hook in hooks), compiled, signature, traced.out_info)
+        return _Version(lookups.guards(hook.base for hook, _ in hooks), compiled, signature, traced.out_info)
 
     def _graph_of(self, traced: Any, args: Any, kwargs: Any) -> GraphModule:
         names = parameter_names(self._fn, args, kwargs)

@@ -56,7 +56,7 @@ class Joint:
     def hooks(self) -> list[Any]:
         """The user's callables that its graphs run."""
         graphs = [gm for gm in (self.forward, self.backward) if gm is not None]
-        return [hook.base for gm in graphs for hook in hooks_in(gm.jaxpr)] + [fn for _, fn, _ in self.registered]
+        return [hook.base for gm in graphs for hook, _ in hooks_in(gm.jaxpr)] + [fn for _, fn, _ in self.registered]
 
     def only_reached(self, cts: Any) -> list[Any]:
         """Cotangents of the inputs that gradients reach, of all that the backward returns."""

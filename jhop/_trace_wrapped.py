@@ -34,21 +34,35 @@ from jhop._errors import HookError, Unsupported
 from jhop._source import describe_hook, hook_name
 from jhop._walk import Walk
 
-trace_wrapped_p = jex_core.Primitive("trace_wrapped")
-trace_wrapped_p.multiple_results = True
-
 _mode = threading.local()
 
 
+class _TraceWrapped(jex_core.Primitive):
+    """Binds no equation while hooks are being inlined: a hook that a hook uses becomes part of it."""
+
+    multiple_results = True
+
+    def bind(self, *args: Any, **params: Any) -> Any:
+        run = getattr(_mode, "run", None)
+        return super().bind(*args, **params) if run is None else run(params["fn"].call, args)
+
+
+trace_wrapped_p = _TraceWrapped("trace_wrapped")
+
+
 @contextlib.contextmanager
-def inlining() -> Iterator[None]:
-    """While active in this thread, `trace_wrapped` runs its function even on tracers."""
-    before = getattr(_mode, "inlining", False)
-    _mode.inlining = True
+def inlining(run: Callable[[Callable[..., list[Any]], Sequence[Any]], list[Any]] | None) -> Iterator[None]:
+    """While active in this thread, `run(call, flat inputs)` stands for each `trace_wrapped` equation.
+
+    Args:
+        run: None for equations as they are elsewhere.
+    """
+    before = getattr(_mode, "run", None)
+    _mode.run = run
     try:
         yield
     finally:
-        _mode.inlining = before
+        _mode.run = before
 
 
 def trace_wrapped(*args: Any, fn: Callable[..., Any], kind: str = "hook", **kwargs: Any) -> Any:
@@ -85,8 +99,10 @@ def trace_wrapped(*args: Any, fn: Callable[..., Any], kind: str = "hook", **kwar
     make_call = functools.partial(flat_caller, tree=tree, extra_tree=extra_tree)
     flat = [*cts, *extra]
     staged = any(isinstance(value, _compat.Tracer) for value in flat) or _compat.tracing()
-    if getattr(_mode, "inlining", False) or not staged:
-        return jax.tree.unflatten(tree, make_call(fn)(*flat))
+    run = getattr(_mode, "run", None)
+    if run is not None or not staged:
+        call = make_call(fn)
+        return jax.tree.unflatten(tree, call(*flat) if run is None else run(call, flat))
     hook, operands = hook_fn(fn, make_call, len(flat), ("hook", identity_key(fn), tree, extra_tree), kind=kind)
     return jax.tree.unflatten(tree, bind_hook(hook, [*flat, *operands], len(cts)))
 
@@ -179,6 +195,18 @@ def _trace_wrapped_batch(axis_data: Any, args: Any, dims: Any, *, fn: HookFn, ou
     return outs, [0] * len(outs)
 
 
+@contextlib.contextmanager
+def no_endless_hooks(fn: HookFn) -> Iterator[None]:
+    """Says which hook it was that ran itself again and again."""
+    try:
+        yield
+    except RecursionError:
+        raise Unsupported(
+            f"{describe_hook(fn.base)} recurses without end: each run of it, or of a hook that it uses, runs it "
+            "again, and tracing follows them all. Make the inner value's hook another one, or bound the depth."
+        ) from None
+
+
 def run_pure(fn: HookFn, args: Sequence[Any]) -> list[Any]:
     """Runs a hook whose equation is being lowered by plain `jax.jit`, where its state cannot be written back.
 
@@ -188,7 +216,11 @@ def run_pure(fn: HookFn, args: Sequence[Any]) -> list[Any]:
     with _state.LOCK:
         walk = Walk([(hook_name(fn.base), fn.base)])
         with _state.Lift(walk, [leaf.value for leaf in walk.leaves]) as lift:
-            with inlining(), watch(fn.base, trace=_compat.current_trace()):
+            with (
+                inlining(lambda call, flat: call(*flat)),
+                watch(fn.base, trace=_compat.current_trace()),
+                no_endless_hooks(fn),
+            ):
                 outs = fn.call(*args)
             writes = list(lift.writes())
     if writes:

@@ -47,84 +47,6 @@ def agree(got, expected, rtol=2e-6):
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=rtol, atol=1e-6), got, expected)
 
 
-# Control flow.
-
-
-def scanned(identity):
-    def of(x):
-        def body(carry, row):
-            carry = identity(carry) * 1.5 + row
-            return carry, identity(carry * row)
-
-        carry, rows = lax.scan(body, x, jnp.stack([x, 2.0 * x]))
-        return carry.sum() + rows.sum()
-
-    return of
-
-
-def branched(identity):
-    def of(x):
-        return lax.cond(x.sum() > 0, lambda x: (identity(x) * x).sum(), lambda x: identity(x).sum(), x)
-
-    return of
-
-
-def switched(identity):
-    def of(x):
-        return lax.switch(1, [lambda x: x.sum(), lambda x: (identity(x) * x).sum()], x)
-
-    return of
-
-
-def mapped(identity):
-    return lambda x: lax.map(lambda row: (identity(row) ** 2).sum(), jnp.stack([x, -2.0 * x])).sum()
-
-
-def looped(identity):
-    return lambda x: lax.fori_loop(0, 3, lambda i, carry: identity(carry) * x, x).sum()
-
-
-def jitted(identity):
-    inner = jax.jit(lambda x: identity(x) ** 2)
-    return lambda x: (inner(x) + jax.jit(inner)(2.0 * x)).sum()
-
-
-CONTROL = [scanned, branched, switched, mapped, looped, jitted]
-
-
-@pytest.mark.parametrize("control", CONTROL, ids=lambda control: control.__name__)
-def test_control_flow(control):
-    agree(jax.jit(jax.grad(control(point(square))))(X), jax.grad(control(by_hand(square)))(X), rtol=1e-5)
-
-
-@pytest.mark.parametrize("control", [scanned, branched, jitted], ids=lambda control: control.__name__)
-def test_second_order_through_control_flow(control):
-    def of(identity):
-        return jax.grad(lambda x: jax.grad(control(identity))(x).sum())(X)
-
-    agree(of(point(square)), of(by_hand(square)), rtol=1e-5)
-
-
-def test_while_loop_forward():
-    def of(x):
-        return lax.while_loop(lambda c: c[0] < 3, lambda c: (c[0] + 1, jhop.hook(c[1], square) * 2.0), (0, x))[1]
-
-    assert of(X).tolist() == (8.0 * X).tolist()
-
-
-def test_while_loop_forward_mode():
-    def of(x):
-        return lax.while_loop(lambda c: c[0] < 3, lambda c: (c[0] + 1, jhop.hook(c[1], square) * 2.0), (0, x))[1]
-
-    agree(jax.jvp(of, (X,), (X,)), (8.0 * X, 8.0 * X))
-
-
-def test_hook_outside_a_checkpoint_of_a_scan():
-    def of(identity):
-        body = jax.checkpoint(lambda c, _: (jnp.sin(identity(c)) * 2.0, None))
-        return jax.grad(lambda x: lax.scan(body, identity(x), None, length=3)[0].sum())(X)
-
-    agree(of(point(square)), of(by_hand(square)), rtol=1e-5)
 
 
 # trace_wrapped.
@@ -233,14 +155,6 @@ def test_inlined_graph_runs():
     grad = jax.grad(loss(point(square)))
     (out,) = jax.tree.leaves(jhop.inline(jhop.make_fx(grad)(X))(2.0 * X))
     agree(out, grad(2.0 * X))
-
-
-@pytest.mark.parametrize("control", CONTROL, ids=lambda control: control.__name__)
-def test_inlined_graph_of_control_flow(control):
-    grad = jax.grad(control(point(square)))
-    gm = jhop.inline(jhop.make_fx(grad)(X))
-    assert "trace_wrapped" not in str(gm.jaxpr)
-    agree(jax.tree.leaves(gm(2.0 * X))[0], grad(2.0 * X), rtol=1e-5)
 
 
 def test_inlining_changes_no_object():

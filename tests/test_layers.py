@@ -42,6 +42,7 @@ LAYERS = (
     "_capture",
     "_guards",
     "_lookups",
+    "_lifted",
     "_describe",
     "_inline",
     "backends",

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.test_util import check_grads
 
 import jhop
@@ -22,11 +23,11 @@ Point = Callable[[Any, Any], Any]
 
 
 def linear(ct, s):
-    return 3 * ct
+    return jax.tree.map(lambda leaf: 3 * leaf, ct)
 
 
 def nonlinear(ct, s):
-    return ct * ct + 2 * ct
+    return jax.tree.map(lambda leaf: leaf * leaf + 2 * leaf, ct)
 
 
 def clip(ct, s):
@@ -35,12 +36,12 @@ def clip(ct, s):
 
 
 def closing(ct, s):
-    return ct * s + ct
+    return jax.tree.map(lambda leaf: leaf * s + leaf, ct)
 
 
 def true(ct, s):
     """The cotangent itself, in other words."""
-    return (ct * 3 - ct) / 2
+    return jax.tree.map(lambda leaf: (leaf * 3 - leaf) / 2, ct)
 
 
 RULES: dict[str, Rule] = {rule.__name__: rule for rule in (linear, nonlinear, clip, closing)}
@@ -81,6 +82,19 @@ RUNS: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
     "inline": _inlined,
 }
 
+PRODUCT = [(rule, run) for rule in RULES for run in RUNS]
+
+
+def spread(programs: Any) -> list[Any]:
+    """(program, rule, run): each program inlined, compiled and in one further run, each time with another hook."""
+    rules, others = list(RULES), ["eager", "jax.jit", "make_fx"]
+    cases = []
+    for i, program in enumerate(programs):
+        for k, run in enumerate(("inline", "jhop.jit", others[i % 3])):
+            rule = rules[(i + k) % len(rules)]
+            cases.append(pytest.param(program, rule, run, id=f"{program.__name__}-{rule}-{run}"))
+    return cases
+
 
 def agree(got: Any, expected: Any, rtol: float = 2e-5) -> None:
     """Asserts equal structure, shapes, dtypes, and values up to rounding."""
@@ -113,12 +127,12 @@ def check(program: Any, rule: str, run: str, x: Any, s: Any = None, derivative: 
     def of(point: Point) -> Callable[..., Any]:
         return derivative(lambda x, s: program(point, x, s))
 
-    expected = of(by_hand(RULES[rule]))(x, s)
-    assert differ(expected, of(ignored)(x, s)), "this program does not show whether its hooks ran"
+    expected, without = jax.jit(lambda x, s: (of(by_hand(RULES[rule]))(x, s), of(ignored)(x, s)))(x, s)
+    assert differ(expected, without), "this program does not show whether its hooks ran"
     agree(RUNS[run](of(hooked(RULES[rule])))(x, s), expected)
 
 
 def check_true_gradient(program: Any, x: Any, s: Any = None, modes: Any = ("fwd", "rev"), order: int = 2) -> None:
     """Asserts by finite differences that hooks which return the true gradient leave all derivatives right."""
     s = jnp.float32(1.5) if s is None else s
-    check_grads(lambda x: program(hooked(true), x, s), (x,), order=order, modes=modes, rtol=2e-2, atol=2e-2)
+    check_grads(jax.jit(lambda x: program(hooked(true), x, s)), (x,), order=order, modes=modes, rtol=2e-2, atol=2e-2)

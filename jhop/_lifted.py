@@ -1,0 +1,66 @@
+"""Python state that is lifted: what a graph knows of it, and what lifted numbers report to while hooks are traced."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from jhop import _state
+from jhop._capture import Recorder
+from jhop._guards import Guards
+from jhop._scalar import Expr, Scalar
+from jhop._walk import Leaf
+from jhop._writeback import write_back
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Lifted:
+    """The Python state of an inlined graph.
+
+    Attributes:
+        slots: where the values of the state inputs are read, in order of the inputs.
+        n_outs: how many outputs are results; the rest are new values of state.
+        writes: (container, key, template) per changed slot; see `_template`.
+        guards: when the graph may be used again.
+    """
+
+    slots: tuple[Leaf, ...]
+    n_outs: int
+    writes: tuple[_state.Write, ...]
+    guards: Guards
+
+    def read(self) -> list[Any]:
+        """The present values of the state inputs."""
+        return [slot.container.get(slot.key) for slot in self.slots]
+
+    @functools.cached_property
+    def commit(self) -> Callable[[list[Any]], None]:
+        """A function that writes the new state, given the graph's outputs: all of it, or none if anything is raised."""
+        return write_back(self.writes)
+
+
+class Session:
+    """What `Scalar`s report to while hooks are traced."""
+
+    def __init__(self, recorder: Recorder):
+        self.answers: list[tuple[Expr, bool]] = []
+        self.open = True
+        self._recorder = recorder
+        self._scalars: list[Scalar] = []
+
+    def guard(self, expr: Expr, answer: bool) -> None:
+        if self.open:  # JAX may keep a number as a cache key and ask it much later
+            self.answers.append((expr, answer))
+
+    def note_step(self, result: Scalar) -> None:
+        self._recorder.add(result._twin)
+        self._scalars.append(result)
+
+    def close(self) -> None:
+        """Ends the session: a number that lives on, say as a key in a cache of JAX's, holds no tracer."""
+        self.open = False
+        for scalar in self._scalars:
+            scalar._twin = None
+        self._scalars.clear()
