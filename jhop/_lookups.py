@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import types
+import warnings
 import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 from jhop import _compat
 from jhop._container import MISSING
 from jhop._guards import Guards
-from jhop._walk import Walk
+from jhop._walk import MAX_CONTAINERS, Walk
 
 
 class _Epoch:
@@ -74,6 +75,13 @@ class Lookups:
             if container.names is not None:  # fewer than before: those that only hooks use are left out
                 before = [(name, value) for name, value in before if name in container.names]
             changed += ((id(container), key) for key in _changed(container.kind, before, container.items()))
+        if walk.truncated:
+            warnings.warn(
+                f"jhop: `{self._roots[0][0]}` can reach more than {MAX_CONTAINERS} Python objects. A change in one "
+                "that was not looked at is not seen after the function was traced: pass it what it uses.",
+                UserWarning,
+                stacklevel=2,
+            )
         guards = Guards(walk, [], frozen=True, ignore_slots=changed)
         _epoch.add(guards)
         return guards

@@ -35,12 +35,14 @@ class Names(NamedTuple):
 @functools.lru_cache(maxsize=4096)
 def names_in_code(code: types.CodeType, without: frozenset[types.CodeType] | None = None) -> Names:
     """What code names; with `without`, leaving out those code objects, and names that are only stored to."""
-    attributes = set(code.co_names) if without is None else set()
+    attributes = {name for name in code.co_names if name[0] != "@"} if without is None else set()
     loaded: set[str] = set()
     imported: set[str] = set()
     cells = set(code.co_freevars) if without is None else set()
     for instruction in dis.get_instructions(code):
         name = instruction.opname
+        if isinstance(instruction.argval, str) and instruction.argval.startswith("@"):
+            continue  # pytest puts such names into the code of `assert`
         if name == "IMPORT_NAME":
             imported.add(instruction.argval)
         elif without is None:

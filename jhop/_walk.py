@@ -111,6 +111,7 @@ class Walk:
         alive: weak references, and whether what they refer to is there.
         pinned: ids of objects that something holds which cannot be made to hold another: a tuple, a bound method.
         holds_tracer: whether a tracer is held by such a thing.
+        truncated: whether there was more than was looked at.
     """
 
     def __init__(
@@ -135,7 +136,7 @@ class Walk:
             self._seen: dict[int, Any] = {}
             self.alive: list[tuple[Any, bool]] = []
             self.pinned: set[int] = set()  # ids of objects that are reached by more than slots
-            self.holds_tracer = False
+            self.holds_tracer = self.truncated = False
             self._weak: set[int] = set()  # ids of objects reached through weak references
             self._work: collections.deque[tuple[Any, str]] = collections.deque()
             for path, fn in roots:
@@ -181,10 +182,12 @@ class Walk:
             container.names |= names
         else:
             if len(self.containers) >= self._limit:
-                raise Unsupported(
+                self.truncated = True
+                self._refuse(
                     f"jhop walked more than {MAX_CONTAINERS} objects of one hook's Python state at {path}. A hook "
                     "should reach only the state that it uses: pass it the small object it needs."
                 )
+                return
             weak = id(obj) in self._weak
             container = Container(obj, kind, path, names if names is None else set(names), weak=weak)
             self._by_id[id(obj), kind] = container

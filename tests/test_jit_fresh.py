@@ -335,6 +335,36 @@ def test_counter_that_the_function_reads_is_never_stale(model):
     assert [step(X)[0].item() for _ in range(3)] == [2.0, 4.0, 6.0]
 
 
+def test_function_that_reaches_too_much_says_so(model):
+    class Node:
+        def __init__(self, rest):
+            self.rest = rest
+
+    chain = None
+    for _ in range(10_100):
+        chain = Node(chain)
+    fn = jhop.jit(lambda x: x * (2.0 if chain.rest else 3.0) * model.scale)
+    with pytest.warns(UserWarning, match=r"can reach more than 10000 Python objects.*pass it what it uses"):
+        assert fn(X).tolist() == (X * 4.0).tolist()
+
+
+def test_function_with_assert(model):
+    """pytest rewrites `assert` so that it names pytest, which reaches everything."""
+
+    def hook(ct):
+        assert ct.ndim == 1
+        return ct * model.scale
+
+    def fn(x):
+        assert x.ndim == 1
+        return jhop.hook(x, hook).sum()
+
+    step = jhop.jit(jax.grad(fn), fullgraph=True)
+    assert step(X).tolist() == [2.0] * 3
+    model.scale = 7.0
+    assert step(X).tolist() == [7.0] * 3
+
+
 def test_what_changes_at_every_call_is_warned_of(model):
     fn = jhop.jit(lambda x: x * model.scale)
     for k in range(8):
