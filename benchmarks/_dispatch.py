@@ -72,8 +72,8 @@ def one_array(rounds: int) -> list[Row]:
     return [
         row("dispatch, jax.jit, pure hook / no hook", samples, "jax.jit", "none", (0.0, 1.1), ops=CALLS),
         row("dispatch, jhop.jit, pure hook / jax.jit", samples, "jhop.jit", "jax.jit", (0.0, 2.0), ops=CALLS),
-        row("dispatch, jhop.jit, hook counts / jax.jit", samples, "counter", "jax.jit", (0.0, 4.0), ops=CALLS),
-        row("dispatch, jhop.jit, hook counts / io_callback", samples, "counter", "io_callback", (0.0, 0.5), ops=CALLS),
+        row("dispatch, jhop.jit, hook counts / jax.jit", samples, "counter", "jax.jit", (0.0, 3.0), ops=CALLS),
+        row("dispatch, jhop.jit, hook counts / io_callback", samples, "counter", "io_callback", (0.0, 0.2), ops=CALLS),
     ]
 
 

@@ -164,7 +164,7 @@ class CompiledFunction:
             aot_id=aot_id,
             diff=tuple(diff),
             captured=captured,
-            guards=lookups.guards(joint.hooks()),
+            guards=lookups.guards(joint.hooks(), *(gm.jaxpr for gm in joint.graphs())),
         )
 
     def _callable(self, gm: GraphModule, example: list[Any]) -> Callable[..., list[Any]]:

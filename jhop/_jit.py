@@ -216,7 +216,8 @@ class Jitted:
             where="jhop.jit",
         )  # fmt: skip
         hooks = hooks_in(gm.jaxpr)
-        return _Version(lookups.guards(hook.base for hook, _ in hooks), compiled, signature, traced.out_info)
+        guards = lookups.guards([hook.base for hook, _ in hooks], gm.jaxpr)
+        return _Version(guards, compiled, signature, traced.out_info)
 
     def _graph_of(self, traced: Any, args: Any, kwargs: Any) -> GraphModule:
         names = parameter_names(self._fn, args, kwargs)

@@ -53,10 +53,14 @@ class Joint:
     registered: tuple[tuple[int, Any, tuple[Leaf, ...]], ...]
     reached: tuple[bool, ...]
 
+    def graphs(self) -> list[GraphModule]:
+        """The graphs that there are."""
+        return [gm for gm in (self.forward, self.backward) if gm is not None]
+
     def hooks(self) -> list[Any]:
         """The user's callables that its graphs run."""
-        graphs = [gm for gm in (self.forward, self.backward) if gm is not None]
-        return [hook.base for gm in graphs for hook, _ in hooks_in(gm.jaxpr)] + [fn for _, fn, _ in self.registered]
+        opaque = [hook.base for gm in self.graphs() for hook, _ in hooks_in(gm.jaxpr)]
+        return opaque + [fn for _, fn, _ in self.registered]
 
     def only_reached(self, cts: Any) -> list[Any]:
         """Cotangents of the inputs that gradients reach, of all that the backward returns."""

@@ -21,6 +21,7 @@ from typing import Any
 from jhop import _compat
 from jhop._container import MISSING
 from jhop._guards import Guards
+from jhop._interp import inner_jaxprs
 from jhop._walk import MAX_CONTAINERS, Walk
 
 
@@ -28,14 +29,22 @@ class _Epoch:
     """Traces that may share those of inner functions: nothing that they looked up has changed."""
 
     def __init__(self) -> None:
-        self._guards: list[weakref.ref[Guards]] = []
+        self._entries: list[tuple[weakref.ref[Guards], list[weakref.ref[Any]]]] = []
 
-    def add(self, guards: Guards) -> None:
-        self._guards.append(weakref.ref(guards))
+    def add(self, guards: Guards, inner: list[Any]) -> None:
+        """Notes what a trace looked up, and the inner functions whose traces JAX keeps for as long as they live."""
+        self._entries.append((weakref.ref(guards), [weakref.ref(fn) for fn in inner]))
 
     def holds(self) -> bool:
-        known = [ref() for ref in self._guards]
-        return all(guards is not None and guards.hold() for guards in known)
+        """Whether each such trace is still right, or cannot be found again."""
+        for found, inner in self._entries:
+            guards = found()
+            if guards is not None:
+                if not guards.hold():
+                    return False
+            elif any(fn() is not None for fn in inner):
+                return False
+        return True
 
 
 _epoch = _Epoch()
@@ -66,8 +75,13 @@ class Lookups:
         with _compat.cache_of(_epoch):
             yield
 
-    def guards(self, hooks: Iterable[Any]) -> Guards:
-        """When what was traced since may be used again; `hooks` are the callables that it left opaque."""
+    def guards(self, hooks: Iterable[Any], *jaxprs: Any) -> Guards:
+        """When what was traced since may be used again.
+
+        Args:
+            hooks: the callables that were left opaque.
+            jaxprs: what was traced.
+        """
         walk = Walk(self._roots, strict=False, without=frozenset(code for hook in hooks for code in code_of(hook)))
         changed: list[tuple[int, Any]] = []
         for container in walk.containers:
@@ -83,8 +97,33 @@ class Lookups:
                 stacklevel=2,
             )
         guards = Guards(walk, [], frozen=True, ignore_slots=changed)
-        _epoch.add(guards)
+        if inner := _inner_functions(self.walk, jaxprs):
+            _epoch.add(guards, inner)
         return guards
+
+
+def _inner_functions(walk: Walk, jaxprs: Iterable[Any]) -> list[Any]:
+    """Functions that outlive a trace, and that JAX may have traced in it as parts: it would find those again."""
+    places = {place for jaxpr in jaxprs for eqn in _compat.open_jaxpr(jaxpr)[0].eqns for place in _places_in(eqn)}
+    jitted: list[Any] = walk.instances(object, _compat.is_jitted)
+    return [
+        *walk.instances(types.FunctionType, lambda fn: _place_of(fn) in places or None in places),
+        *(fn.__wrapped__ for fn in jitted if isinstance(fn.__wrapped__, types.FunctionType)),
+    ]
+
+
+def _place_of(fn: types.FunctionType) -> str:
+    return f"{fn.__code__.co_filename}:{fn.__code__.co_firstlineno}"
+
+
+def _places_in(eqn: Any) -> Iterator[str | None]:
+    """Where the functions stand that the jaxprs in an equation were traced from; None where that is not known."""
+    for inner in inner_jaxprs(eqn):
+        opened, _ = _compat.open_jaxpr(inner)
+        name = getattr(opened.debug_info, "func_src_info", None)  # "name at file:line"
+        yield name.partition(" at ")[2] or None if name else None
+        for nested in opened.eqns:
+            yield from _places_in(nested)
 
 
 def _changed(kind: str, before: list[tuple[Any, Any]], after: list[tuple[Any, Any]]) -> list[Any]:
