@@ -25,7 +25,7 @@ def _lower_plain(fn: Callable[..., Any], inputs: Any) -> Any:
 
 def _lower_jhop(fn: Callable[..., Any], inputs: Any) -> Any:
     """The stages of `jhop.jit`'s first call, up to compilation: trace, inline, lower."""
-    return jax.jit(jhop.inline(jhop.jit(fn).graph(*inputs))).lower(*jax.tree.leaves(inputs))
+    return jhop.jit(fn).lower(*inputs)
 
 
 _ROUTES = {
