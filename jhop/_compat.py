@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -80,6 +81,31 @@ def bind_eqn(eqn: Any, args: list[Any]) -> list[Any]:
     with eqn.ctx.manager:
         outs = eqn.primitive.bind(*subfuns, *args, **params)
     return list(outs) if eqn.primitive.multiple_results else [outs]
+
+
+def binds_axes(eqn: Any) -> bool:
+    """Whether an equation's body has mesh axes in scope, so that it can be traced only while the equation is bound."""
+    return eqn.primitive.name == "shard_map"
+
+
+def bind_with_body(eqn: Any, args: list[Any], body: Callable[[list[Any]], list[Any]]) -> list[Any]:
+    """Binds a `shard_map` equation again with `body` in place of its jaxpr, all else of it kept.
+
+    `jax.shard_map` itself checks what the equation of a derivative need not keep to, such as the shardings of inputs.
+
+    Args:
+        body: takes and returns lists of per-device values, in the equation's mesh and axes. It may use values from
+            around the equation.
+    """
+    jaxpr, _ = open_jaxpr(eqn.params["jaxpr"])
+    params = eqn.primitive.get_bind_params(eqn.params)
+    # How results are packed for the primitive has no public name: a jaxpr that hands its inputs on does it.
+    identity, _ = open_jaxpr(jax.make_jaxpr(lambda *values: values)(*(0 for _ in jaxpr.outvars)))
+    (pack,) = eqn.primitive.get_bind_params({**eqn.params, "jaxpr": identity})["subfuns"]
+    params["subfuns"] = (lambda *values: pack(*body(list(values))),)
+    params["debug_info"] = jaxpr.debug_info._replace(result_paths=None)
+    with eqn.ctx.manager:
+        return list(eqn.primitive.bind(*args, **params))
 
 
 def scan_split(params: dict[str, Any]) -> tuple[int, int]:

@@ -50,7 +50,8 @@ class HookFn:
 
 
 def _type_of(value: Any) -> str:
-    if isinstance(value, (jax.Array, np.ndarray, np.generic)):
+    if isinstance(value, (jax.Array, np.ndarray, np.generic, jax.core.ShapedArray)):
+        # Mesh axes are left out: a hook's error is the same wherever the hook runs.
         return f"{value.dtype}[{','.join(map(str, value.shape))}]"
     return type(value).__name__
 
@@ -70,7 +71,7 @@ def check_contract(fn: Any, out: Any, aval: Any) -> Any:
     is_array = isinstance(out, (jax.Array, np.ndarray, np.generic))
     if not is_array or (jnp.shape(out), out.dtype) != (aval.shape, aval.dtype):
         raise HookError(
-            f"{describe_hook(fn)} must return an array of type {aval.str_short()}, the shape and dtype of its "
+            f"{describe_hook(fn)} must return an array of type {_type_of(aval)}, the shape and dtype of its "
             f"cotangent, but returned {_type_of(out)}. A hook may change values, never shape, dtype or type. "
             "Return None to leave the cotangent as it is."
         )

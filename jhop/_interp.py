@@ -89,6 +89,9 @@ def rewrite(eqn: Any, values: list[Any], change: Callable[[Any], Any], params: d
         ClosesOverTracer: a changed jaxpr has constants that do not fit into a parameter.
     """
     given = eqn.params if params is None else params
+    if _compat.binds_axes(eqn):
+        renewed = eqn.replace(params=given)
+        return _compat.bind_with_body(renewed, values, lambda args: evaluate(change(given["jaxpr"]), args))
     changed = {key: _map_jaxprs(value, change) for key, value in given.items()}
     return _compat.bind_eqn(eqn.replace(params=changed), values)
 

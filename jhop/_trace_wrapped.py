@@ -189,8 +189,8 @@ def _trace_wrapped_transpose(cts: Any, *args: Any, fn: HookFn, out_avals: Any) -
                 filled[i] = part
             return fn.call(*filled)
 
-        specs = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals]
-        return list(jax.linear_transpose(of_linear, *specs)(given))
+        # The avals themselves, as they say over which mesh axes values vary and how they are sharded.
+        return list(jax.linear_transpose(of_linear, *avals)(given))
 
     derived = fn.derive("transpose", transpose_call, linear, tuple(map(str, avals)))
     outs = iter(trace_wrapped_p.bind(*known, *cts, fn=derived, out_avals=avals))

@@ -48,7 +48,7 @@ RULES: dict[str, Rule] = {rule.__name__: rule for rule in (linear, nonlinear, cl
 
 def hooked(rule: Rule) -> Point:
     """Puts a rule on a value with `jhop.hook`."""
-    if rule is closing:
+    if rule is closing or getattr(rule, "closes", False):
         return lambda x, s: jhop.hook(x, lambda ct: rule(ct, s))
     return lambda x, s: jhop.hook(x, lambda ct: rule(ct, None))
 
@@ -82,6 +82,11 @@ RUNS: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
 }
 
 
+def inlined_and_jitted(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Runs an inlined graph as one compiled function, for what is slow or impossible one equation at a time."""
+    return lambda *args: jax.jit(jhop.inline(jhop.make_fx(fn)(*args)))(*args)
+
+
 def agree(got: Any, expected: Any, rtol: float = 2e-5) -> None:
     """Asserts equal structure, shapes, dtypes, and values up to rounding."""
     assert jax.tree.structure(got) == jax.tree.structure(expected)
@@ -99,13 +104,13 @@ def differ(got: Any, other: Any) -> bool:
     )
 
 
-def check(program: Any, rule: str, run: str, x: Any, s: Any = None, derivative: Callable[..., Any] = jax.grad) -> None:
+def check(program: Any, rule: Any, run: Any, x: Any, s: Any = None, derivative: Callable[..., Any] = jax.grad) -> None:
     """Asserts that a derivative of a program with hooks is that of the same program with hand-written rules.
 
     Args:
         program: `program(point, x, s)`.
-        rule: a key of `RULES`.
-        run: a key of `RUNS`, how the derivative is run.
+        rule: a key of `RULES`, or such a function itself; `s` is for `closing`, and for rules with a true `closes`.
+        run: a key of `RUNS`, or such a function itself: how the derivative is run. Or several of them.
         derivative: e.g. `jax.grad`; applied to a function of (x, s), so it differentiates by `x`.
     """
     s = jnp.float32(1.5) if s is None else s
@@ -113,12 +118,16 @@ def check(program: Any, rule: str, run: str, x: Any, s: Any = None, derivative: 
     def of(point: Point) -> Callable[..., Any]:
         return derivative(lambda x, s: program(point, x, s))
 
-    expected = of(by_hand(RULES[rule]))(x, s)
-    assert differ(expected, of(ignored)(x, s)), "this program does not show whether its hooks ran"
-    agree(RUNS[run](of(hooked(RULES[rule])))(x, s), expected)
+    wanted: Any = RULES.get(rule, rule)
+    expected = jax.jit(of(by_hand(wanted)))(x, s)
+    assert differ(expected, jax.jit(of(ignored))(x, s)), "this program does not show whether its hooks ran"
+    for way in run if isinstance(run, tuple) else (run,):
+        transform: Any = RUNS.get(way, way)
+        agree(transform(of(hooked(wanted)))(x, s), expected)
 
 
 def check_true_gradient(program: Any, x: Any, s: Any = None, modes: Any = ("fwd", "rev"), order: int = 2) -> None:
     """Asserts by finite differences that hooks which return the true gradient leave all derivatives right."""
     s = jnp.float32(1.5) if s is None else s
-    check_grads(lambda x: program(hooked(true), x, s), (x,), order=order, modes=modes, rtol=2e-2, atol=2e-2)
+    # Jitted, as finite differences call it many times.
+    check_grads(jax.jit(lambda x: program(hooked(true), x, s)), (x,), order=order, modes=modes, rtol=2e-2, atol=2e-2)
