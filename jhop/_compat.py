@@ -56,12 +56,19 @@ def is_dim_expr(value: Any) -> bool:
     return isinstance(value, _DimExpr)
 
 
-def evaluate_dim(dim: Any, sizes: dict[str, int]) -> int:
-    """The number that a symbolic dimension stands for once its symbols have sizes."""
+def dim_symbols(dim: Any) -> frozenset[str]:
+    """The names of the symbols in a dimension."""
+    # The public way, str(), would have to be parsed.
+    return frozenset(dim._get_vars()) if is_dim_expr(dim) else frozenset()
+
+
+def evaluate_dim(dim: Any, sizes: dict[str, Any]) -> Any:
+    """The number that a symbolic dimension stands for once its symbols have sizes; symbolic where those are."""
     if not is_dim_expr(dim):
         return int(dim)
     # jax.export evaluates dimensions only inside an exported call; the method itself has no public name.
-    return int(dim._evaluate(sizes))
+    size = dim._evaluate(sizes)
+    return size if is_dim_expr(size) else int(size)
 
 
 def open_jaxpr(jaxpr: Any) -> tuple[Any, list[Any]]:
@@ -132,9 +139,13 @@ def batched_aval(axis_data: Any, aval: Any) -> Any:
     return jex_core.unmapped_aval(axis_data.size, 0, aval)
 
 
-def vmap_kwargs(axis_data: Any) -> dict[str, Any]:
-    """The keywords that make `jax.vmap` repeat the batching which a batching rule was called for."""
-    kwargs: dict[str, Any] = {"axis_size": axis_data.size}
+def vmap_kwargs(axis_data: Any, *, mapped: bool) -> dict[str, Any]:
+    """The keywords that make `jax.vmap` repeat the batching which a batching rule was called for.
+
+    Args:
+        mapped: whether an argument is mapped. The size is then its own, also where it was a symbol in the rule.
+    """
+    kwargs: dict[str, Any] = {} if mapped else {"axis_size": axis_data.size}
     if isinstance(axis_data.name, (str, tuple)):
         kwargs["axis_name"] = axis_data.name
     if axis_data.spmd_name is not None:

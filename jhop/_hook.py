@@ -218,7 +218,7 @@ def _hook_batch(axis_data: Any, args: Any, dims: Any, *, fn: HookFn, n: int) -> 
         arg if axis is None else batching.bdim_at_front(arg, d, axis_data.size)
         for arg, d, axis in zip(args, dims, in_axes, strict=True)
     ]
-    kwargs = _compat.vmap_kwargs(axis_data)
+    kwargs = _compat.vmap_kwargs(axis_data, mapped=True)
 
     def batched_call(*flat: Any) -> list[Any]:
         return jax.vmap(fn.call, in_axes=in_axes, **kwargs)(*flat)

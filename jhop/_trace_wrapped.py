@@ -203,8 +203,8 @@ def _trace_wrapped_batch(axis_data: Any, args: Any, dims: Any, *, fn: HookFn, ou
         for arg, d in zip(args, dims, strict=True)
     ]
     in_axes = tuple(None if d is None else 0 for d in dims)
-    kwargs = _compat.vmap_kwargs(axis_data)
     mapped = any(axis == 0 for axis in in_axes)
+    kwargs = _compat.vmap_kwargs(axis_data, mapped=mapped)
 
     def batched_call(*flat: Any) -> list[Any]:
         return jax.vmap(fn.call, in_axes=in_axes, out_axes=0 if mapped else None, **kwargs)(*flat)
