@@ -14,6 +14,7 @@ from jhop import _compat
 from jhop._capture import Recorder, parameter_names, trace
 from jhop._errors import JhopError
 from jhop._graph import GraphModule, Info, Input
+from jhop._interp import symbol_places
 from jhop._source import eqn_name, hook_name, user_frames
 
 
@@ -26,7 +27,8 @@ def backward_graph(fn: Callable[..., Any]) -> Callable[..., GraphModule]:
     Returns:
         A function of the same arguments that returns a `GraphModule`. Its inputs are the cotangents of the floating
         outputs, then the residuals, each named after the value that it is: a parameter, or a local variable of `fn`.
-        Its outputs are the cotangents of the floating arguments.
+        Its outputs are the cotangents of the floating arguments. Where sizes are symbols (`jax.export.symbolic_shape`)
+        that no residual has, an argument that has them is an input too.
 
     Raises:
         JhopError: `fn` is not callable.
@@ -91,6 +93,7 @@ def _pull_graph(closed: Any, n_outs: int, tree: Any, names: Any, name: str) -> G
     jaxpr, _ = _compat.open_jaxpr(closed)
     wanted = jaxpr.outvars[n_outs:]
     kept = list(dict.fromkeys(v for v in wanted if not isinstance(v, jex_core.Literal)))
+    kept += _for_sizes(jaxpr, [v.aval for v in [*jaxpr.outvars[:n_outs], *kept]])
     place = {variable: n_outs + i for i, variable in enumerate(kept)}
 
     def pull(*values: Any) -> list[Any]:
@@ -107,3 +110,13 @@ def _pull_graph(closed: Any, n_outs: int, tree: Any, names: Any, name: str) -> G
     return GraphModule(
         jaxpr=backward, inputs=tuple(inputs), info=info, name=f"{name}_backward", made_by="backward_graph"
     )
+
+
+def _for_sizes(jaxpr: Any, avals: list[Any]) -> list[Any]:
+    """Inputs of a forward that its backward needs to read symbolic sizes from, given what else it takes."""
+    found: list[Any] = []
+    for variable in jaxpr.invars:
+        known = {symbol for symbol, _, _ in symbol_places([*avals, *(v.aval for v in found)])}
+        if {symbol for symbol, _, _ in symbol_places([variable.aval])} - known:
+            found.append(variable)
+    return found

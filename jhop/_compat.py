@@ -93,12 +93,19 @@ def is_dim_expr(value: Any) -> bool:
     return isinstance(value, _DimExpr)
 
 
-def evaluate_dim(dim: Any, sizes: dict[str, int]) -> int:
-    """The number that a symbolic dimension stands for once its symbols have sizes."""
+def dim_symbols(dim: Any) -> frozenset[str]:
+    """The names of the symbols in a dimension."""
+    # The public way, str(), would have to be parsed.
+    return frozenset(dim._get_vars()) if is_dim_expr(dim) else frozenset()
+
+
+def evaluate_dim(dim: Any, sizes: dict[str, Any]) -> Any:
+    """The number that a symbolic dimension stands for once its symbols have sizes; symbolic where those are."""
     if not is_dim_expr(dim):
         return int(dim)
     # jax.export evaluates dimensions only inside an exported call; the method itself has no public name.
-    return int(dim._evaluate(sizes))
+    size = dim._evaluate(sizes)
+    return size if is_dim_expr(size) else int(size)
 
 
 def open_jaxpr(jaxpr: Any) -> tuple[Any, list[Any]]:
@@ -135,6 +142,31 @@ def bind_eqn(eqn: Any, args: list[Any]) -> list[Any]:
     return list(outs) if eqn.primitive.multiple_results else [outs]
 
 
+def binds_axes(eqn: Any) -> bool:
+    """Whether an equation's body has mesh axes in scope, so that it can be traced only while the equation is bound."""
+    return eqn.primitive.name == "shard_map"
+
+
+def bind_with_body(eqn: Any, args: list[Any], body: Callable[[list[Any]], list[Any]]) -> list[Any]:
+    """Binds a `shard_map` equation again with `body` in place of its jaxpr, all else of it kept.
+
+    `jax.shard_map` itself checks what the equation of a derivative need not keep to, such as the shardings of inputs.
+
+    Args:
+        body: takes and returns lists of per-device values, in the equation's mesh and axes. It may use values from
+            around the equation.
+    """
+    jaxpr, _ = open_jaxpr(eqn.params["jaxpr"])
+    params = eqn.primitive.get_bind_params(eqn.params)
+    # How results are packed for the primitive has no public name: a jaxpr that hands its inputs on does it.
+    identity, _ = open_jaxpr(jax.make_jaxpr(lambda *values: values)(*(0 for _ in jaxpr.outvars)))
+    (pack,) = eqn.primitive.get_bind_params({**eqn.params, "jaxpr": identity})["subfuns"]
+    params["subfuns"] = (lambda *values: pack(*body(list(values))),)
+    params["debug_info"] = jaxpr.debug_info._replace(result_paths=None)
+    with eqn.ctx.manager:
+        return list(eqn.primitive.bind(*args, **params))
+
+
 def scan_split(params: dict[str, Any]) -> tuple[int, int]:
     """(number of constants, number of carries) of a scan equation."""
     if "num_consts" in params:
@@ -159,9 +191,13 @@ def batched_aval(axis_data: Any, aval: Any) -> Any:
     return jex_core.unmapped_aval(axis_data.size, 0, aval)
 
 
-def vmap_kwargs(axis_data: Any) -> dict[str, Any]:
-    """The keywords that make `jax.vmap` repeat the batching which a batching rule was called for."""
-    kwargs: dict[str, Any] = {"axis_size": axis_data.size}
+def vmap_kwargs(axis_data: Any, *, mapped: bool) -> dict[str, Any]:
+    """The keywords that make `jax.vmap` repeat the batching which a batching rule was called for.
+
+    Args:
+        mapped: whether an argument is mapped. The size is then its own, also where it was a symbol in the rule.
+    """
+    kwargs: dict[str, Any] = {} if mapped else {"axis_size": axis_data.size}
     if isinstance(axis_data.name, (str, tuple)):
         kwargs["axis_name"] = axis_data.name
     if axis_data.spmd_name is not None:

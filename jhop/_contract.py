@@ -68,6 +68,8 @@ def _type_name(value: Any) -> str:
 def check_contract(fn: Any, out: Any, aval: Any) -> Any:
     """Returns the array that a hook returned, once it is known to have its cotangent's shape and dtype.
 
+    It is sharded as the cotangent where shardings are part of types (a mesh with explicit axes).
+
     Args:
         fn: the hook, for the message.
         out: what it returned for one cotangent; None is not allowed here.
@@ -85,6 +87,9 @@ def check_contract(fn: Any, out: Any, aval: Any) -> Any:
             "Return None to leave the cotangent as it is."
         )
     out = jnp.asarray(out)
+    if jax.typeof(out).sharding.spec != aval.sharding.spec:  # on a mesh with explicit axes it is part of the type
+        if isinstance(out, _compat.Tracer) or not jax.sharding.get_abstract_mesh().empty:
+            out = jax.sharding.reshard(out, aval.sharding)
     if not isinstance(out, _compat.Tracer):
         return _compat.with_weak_type(out, aval.weak_type)
     missing = _compat.varying_axes(aval) - _compat.varying_axes(jax.typeof(out))

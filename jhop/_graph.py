@@ -16,7 +16,7 @@ import jax.extend.core as jex_core
 from jhop import _compat
 from jhop._contract import HookFn
 from jhop._errors import JhopError
-from jhop._interp import evaluate, inner_jaxprs, with_sizes
+from jhop._interp import evaluate, inner_jaxprs, solve, symbol_places, with_sizes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,7 +91,7 @@ class GraphModule:
         in_tree, out_tree: structure of arguments and results; None where both are flat.
         backward: what is known of the backward pass that this is, if it is one (`jhop._capture.Backward`).
         lifted: the Python state that is lifted, if any (`jhop._inline.Lifted`).
-        shapes: symbols of symbolic dimensions, as (symbol, input index, axis).
+        shapes: symbols of symbolic dimensions, as (symbol, input index, axis); found in the jaxpr where not given.
 
     Example:
         >>> import jax.numpy as jnp, jhop
@@ -110,6 +110,13 @@ class GraphModule:
     backward: Any = None
     lifted: Any = None
     shapes: tuple[tuple[str, int, int], ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.shapes:
+            object.__setattr__(self, "shapes", symbol_places(self._avals()))
+
+    def _avals(self) -> list[Any]:
+        return [v.aval for v in _compat.open_jaxpr(self.jaxpr)[0].invars]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the graph, one equation at a time: hooks that are still opaque run with the values that they get.
@@ -166,6 +173,21 @@ class GraphModule:
                     f"{self.name}: expected input `{given.name}` of type {aval.str_short()}, as it was captured, got "
                     f"{found.str_short()}. Capture again for other types."
                 )
+        if self.shapes:
+            self._check_sizes([jax.numpy.shape(value) for value in flat])
+
+    def _check_sizes(self, shapes: list[Any]) -> None:
+        """Raises JhopError where one symbol would stand for two sizes."""
+        sizes = self._sizes(shapes)
+        for aval, shape, given in zip(self._avals(), shapes, self.inputs, strict=True):
+            for axis, dim in enumerate(getattr(aval, "shape", ())):
+                known = _compat.dim_symbols(dim) <= sizes.keys()
+                if known and (wanted := _compat.evaluate_dim(dim, sizes)) != shape[axis]:
+                    told = ", ".join(f"{name} = {sizes[name]}" for name in sorted(_compat.dim_symbols(dim)))
+                    raise JhopError(
+                        f"{self.name}: expected axis {axis} of input `{given.name}` as {dim} = {wanted}, where other "
+                        f"inputs say {told}, got {shape[axis]}."
+                    )
 
     def unflatten(self, outs: list[Any]) -> Any:
         return outs if self.out_tree is None else jax.tree.unflatten(self.out_tree, outs)
@@ -174,10 +196,14 @@ class GraphModule:
         """The evaluation rule for these inputs: it fills in the sizes of symbolic dimensions."""
         if not self.shapes:
             return None
-        sizes: dict[str, int] = {}
+        return with_sizes(self._sizes([jax.numpy.shape(value) for value in flat]))
+
+    def _sizes(self, shapes: list[Any]) -> dict[str, Any]:
+        avals, sizes = self._avals(), dict[str, Any]()
         for symbol, index, axis in self.shapes:
-            sizes.setdefault(symbol, jax.numpy.shape(flat[index])[axis])
-        return with_sizes(sizes)
+            if symbol not in sizes:
+                sizes[symbol] = solve(avals[index].shape[axis], shapes[index][axis])
+        return sizes
 
     # -- print ---------------------------------------------------------------------------------------------------------
 

@@ -219,8 +219,9 @@ def _hook_transpose(cts: Any, *args: Any, fn: HookFn, n: int) -> list[Any]:
 
 
 def _hook_batch(axis_data: Any, args: Any, dims: Any, *, fn: HookFn, n: int) -> Any:
-    kwargs = _compat.vmap_kwargs(axis_data)
-    if all(d is None for d in dims):
+    mapped = any(d is not None for d in dims)
+    kwargs = _compat.vmap_kwargs(axis_data, mapped=mapped)
+    if not mapped:
         # The cotangent will be the sum over examples. The hook may still use a named axis.
         named = fn.derive("vmap", _over_axis(fn, kwargs), str(kwargs)) if "axis_name" in kwargs else fn
         return hook_p.bind(*args, fn=named, n=n), dims[:n]

@@ -118,6 +118,9 @@ def rewrite(
         ClosesOverTracer: a changed jaxpr has constants that do not fit into a parameter.
     """
     given = eqn.params if params is None else params
+    if _compat.binds_axes(eqn):
+        renewed = eqn.replace(params=given)
+        return _compat.bind_with_body(renewed, values, lambda args: evaluate(change(given["jaxpr"]), args))
 
     def changed(jaxpr: Any) -> Any:
         closed = change(jaxpr)
@@ -143,21 +146,52 @@ def retrace(jaxpr: Any, rule: Rule | None, avals: list[Any] | None = None) -> An
 # -- symbolic dimensions -----------------------------------------------------------------------------------------------
 
 
-def has_symbols(value: Any) -> bool:
-    """Whether a parameter mentions a symbolic dimension."""
+def symbols_in(value: Any) -> frozenset[str]:
+    """The names of the symbols of symbolic dimensions that a parameter mentions."""
     if isinstance(value, (tuple, list)):
-        return any(has_symbols(item) for item in value)
+        return frozenset[str]().union(*map(symbols_in, value))
     if is_jaxpr(value):
         opened, _ = _compat.open_jaxpr(value)
-        return any(map(has_symbols, [v.aval for v in opened.invars])) or any(
-            any(has_symbols(param) for param in eqn.params.values()) for eqn in opened.eqns
-        )
+        params = [param for eqn in opened.eqns for param in eqn.params.values()]
+        return symbols_in([*(v.aval for v in opened.invars), *params])
     if isinstance(value, jax.core.ShapedArray):
-        return any(_compat.is_dim_expr(dim) for dim in value.shape)
-    return _compat.is_dim_expr(value)
+        return symbols_in(value.shape)
+    return _compat.dim_symbols(value)
 
 
-def with_sizes(sizes: dict[str, int]) -> Rule:
+def symbol_places(avals: list[Any]) -> tuple[tuple[str, int, int], ...]:
+    """Where the sizes of symbols can be read: (symbol, index of the input, axis).
+
+    A symbol that is a dimension by itself is read at each place where it is; another one at the first place from which
+    it can be computed, as `b` can from `2*b + 1`.
+    """
+    dims = [(dim, i, axis) for i, aval in enumerate(avals) for axis, dim in enumerate(getattr(aval, "shape", ()))]
+    dims = [place for place in dims if _compat.is_dim_expr(place[0])]
+    found = [(str(dim), i, axis) for dim, i, axis in dims if str(dim) in _compat.dim_symbols(dim)]
+    for dim, i, axis in dims:
+        names = _compat.dim_symbols(dim)
+        if len(names) == 1 and names.isdisjoint(name for name, _, _ in found) and linear(dim):
+            found.extend((name, i, axis) for name in names)
+    return tuple(found)
+
+
+def linear(dim: Any) -> tuple[int, int] | None:
+    """(a, c) of a dimension `a*b + c` of one symbol; None for any other."""
+    (name,) = _compat.dim_symbols(dim)
+    first, second = (_compat.evaluate_dim(dim, {name: size}) for size in (1, 2))
+    factor = second - first
+    constant = first - factor
+    # Whether two points are enough to know it by is what JAX's own arithmetic says.
+    return (factor, constant) if factor and str((dim - constant) // factor) == name else None
+
+
+def solve(dim: Any, size: Any) -> Any:
+    """The size of the one symbol of a dimension that `symbol_places` names."""
+    factor, constant = linear(dim) or (1, 0)
+    return (size - constant) // factor
+
+
+def with_sizes(sizes: dict[str, Any]) -> Rule:
     """A rule that gives every symbolic dimension in an equation's parameters its size."""
 
     def fill(value: Any) -> Any:
@@ -176,7 +210,7 @@ def with_sizes(sizes: dict[str, int]) -> Rule:
         return retrace(jaxpr, rule, [fill(v.aval) for v in opened.invars])
 
     def rule(eqn: Any, values: list[Any]) -> list[Any] | None:
-        if not any(has_symbols(param) for param in eqn.params.values()):
+        if not symbols_in(list(eqn.params.values())):
             return None
         params = {key: fill(param) for key, param in eqn.params.items()}
         if eqn.primitive.name == "dim_as_value":

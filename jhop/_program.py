@@ -13,7 +13,7 @@ import jax.extend.core as jex_core
 
 from jhop import _compat
 from jhop._graph import GraphModule
-from jhop._interp import evaluate, has_symbols
+from jhop._interp import evaluate, symbols_in
 from jhop._scalar import I32_MAX, I32_MIN, scalar_p, step_code
 
 
@@ -65,7 +65,7 @@ class Program:
         self.device = transform(self._make_device(device))
 
     def _make_device(self, device: Any) -> Callable[..., list[Any]]:
-        symbolic = bool(self._gm.shapes) and any(has_symbols(v.aval) for v in device.invars)
+        symbolic = bool(self._gm.shapes) and bool(symbols_in([v.aval for v in device.invars]))
 
         def run(*flat: Any) -> list[Any]:
             rule = None

@@ -167,8 +167,8 @@ def _trace_wrapped_transpose(cts: Any, *args: Any, fn: HookFn, out_avals: Any) -
                 filled[i] = part
             return fn.call(*filled)
 
-        specs = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals]
-        return list(jax.linear_transpose(of_linear, *specs)(given))
+        # The avals themselves, as they say over which mesh axes values vary and how they are sharded.
+        return list(jax.linear_transpose(of_linear, *avals)(given))
 
     derived = fn.derive("transpose", transpose_call, linear, tuple(map(str, avals)))
     outs = iter(trace_wrapped_p.bind(*known, *cts, fn=derived, out_avals=avals))
@@ -181,9 +181,10 @@ def _trace_wrapped_batch(axis_data: Any, args: Any, dims: Any, *, fn: HookFn, ou
         for arg, d in zip(args, dims, strict=True)
     ]
     in_axes = tuple(None if d is None else 0 for d in dims)
-    kwargs = _compat.vmap_kwargs(axis_data)
+    mapped = any(axis == 0 for axis in in_axes)
+    kwargs = _compat.vmap_kwargs(axis_data, mapped=mapped)
     # A rule is also asked with nothing mapped; a hook may still ask a named axis for its index.
-    if all(axis is None for axis in in_axes) and "axis_name" not in kwargs:
+    if not mapped and "axis_name" not in kwargs:
         return trace_wrapped_p.bind(*args, fn=fn, out_avals=out_avals), [None] * len(out_avals)
 
     def batched_call(*flat: Any) -> list[Any]:

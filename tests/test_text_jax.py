@@ -305,6 +305,155 @@ def test_symbolic_shapes():
     assert not opaque(gm)
 
 
+# -- symbolic sizes ----------------------------------------------------------------------------------------------------
+
+
+def hooked(value):
+    return jhop.hook(value, lambda ct: ct * ct * 3.0)
+
+
+def rows(value):
+    return value.shape[0]
+
+
+def with_lengths(x, y):
+    total, scaled = lax.scan(lambda c, row: (c + hooked(row).sum(), row * c), 0.0, x)
+    return total + (scaled * y[0]).sum()
+
+
+SYMBOLIC = {
+    "elementwise": lambda x, y: jnp.sin(x).sum() * hooked(y).sum(),
+    "broadcast": lambda x, y: (hooked(x)[:, None] * y[None]).sum(),
+    "expressions": lambda x, y: (hooked(jnp.vstack([x, y, x])).ravel() * jnp.ones(6 * rows(x) + 3 * rows(y))).sum(),
+    "parts": lambda x, y: (hooked(x)[: x.shape[0] // 2] ** 2).sum() + y[x.shape[0] % 2 :].sum(),
+    "powers": lambda x, y: (jnp.ones((x.shape[0] ** 2, y.shape[0] + 1)) * hooked(x)[0, 0]).sum() + y.sum(),
+    "iota": lambda x, y: (hooked(x) * jnp.arange(x.shape[0], dtype=jnp.float32)[:, None]).sum() + y.sum(),
+    "mean": lambda x, y: hooked(x).mean() + y.var(),
+    "pad": lambda x, y: jnp.cumsum(jnp.pad(hooked(x), ((0, y.shape[0]), (1, 1)))).sum(),
+    "matmul": lambda x, y: (hooked(x) @ y.T).max(0).sum(),
+    "jit": lambda x, y: jax.jit(lambda x, y: hooked(jnp.vstack([x, y])).sum())(x, y),
+    "scan": with_lengths,
+    "vmap": lambda x, y: jax.vmap(lambda row: hooked(row) * jnp.ones(x.shape[0] * 2)[:, None])(y).sum(),
+}  # fmt: skip
+GRAPHS = {
+    "make_fx": lambda f: jhop.make_fx(f),
+    "gradient": lambda f: jhop.make_fx(jax.grad(f, argnums=(0, 1))),
+    "inline": lambda f: lambda *args: jhop.inline(jhop.make_fx(jax.grad(f, argnums=(0, 1)))(*args)),
+}
+
+
+def symbolic(*shapes, constraints=()):
+    scope = jax.export.SymbolicScope(constraints)
+    return [jax.ShapeDtypeStruct(jax.export.symbolic_shape(shape, scope=scope), jnp.float32) for shape in shapes]
+
+
+def some(*shapes):
+    return [jnp.cos(jnp.arange(np.prod(shape), dtype=jnp.float32)).reshape(shape) for shape in shapes]
+
+
+def agrees(gm, f, *args):
+    """The text, the graph and the function give the same; only forward hooks come from outside."""
+    wanted = jax.tree.leaves(f(*args))
+    for values in (run(gm, *args), jax.tree.leaves(gm(*args))):
+        for got, value in zip(values, wanted, strict=True):
+            np.testing.assert_allclose(got, value, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("graph", GRAPHS)
+@pytest.mark.parametrize("name", SYMBOLIC)
+def test_symbolic_sizes_come_by_name(name, graph):
+    f = SYMBOLIC[name]
+    gm = GRAPHS[graph](f)(*symbolic("b,3", "c,3", constraints=["b >= 2", "c >= 2"]))
+    text = jax_text(gm)
+    assert "    b = x_1.shape[0]  # int\n    c = y_1.shape[0]  # int\n" in text
+    assert all("hook" in key for key in opaque(gm)), list(opaque(gm))
+    for b, c in ((4, 2), (5, 3)):
+        agrees(gm, f if graph == "make_fx" else jax.grad(f, argnums=(0, 1)), *some((b, 3), (c, 3)))
+    again = jax.make_jaxpr(lambda *flat: run(gm, *flat))(*(v.aval for v in gm.jaxpr.jaxpr.invars))
+    assert [str(aval) for aval in again.out_avals] == [str(aval) for aval in gm.jaxpr.out_avals]
+
+
+@pytest.mark.parametrize("name", SYMBOLIC)
+def test_symbolic_backward_graph(name):
+    f = SYMBOLIC[name]
+    gm = jhop.backward_graph(f)(*symbolic("b,3", "c,3", constraints=["b >= 2", "c >= 2"]))
+    inlined = jhop.inline(gm)
+    assert not opaque(inlined) and all("hook" in key for key in opaque(gm))
+    for graph in (gm, inlined):
+        avals = [v.aval for v in graph.jaxpr.jaxpr.invars]
+        sizes = {"b": 4, "c": 3}
+        args = some(*(tuple(_compat.evaluate_dim(dim, sizes) for dim in aval.shape) for aval in avals))
+        args = [arg.astype(aval.dtype) for arg, aval in zip(args, avals, strict=True)]
+        for got, wanted in zip(run(graph, *args), graph(*args), strict=True):
+            np.testing.assert_allclose(got, wanted, rtol=1e-5)
+
+
+def test_symbolic_backward_graph_runs():
+    """The sizes that residuals do not tell come from the argument that has them."""
+
+    def f(b, other):
+        return jnp.sin(b).sum() + other.sum()
+
+    gm = jhop.backward_graph(f)(*symbolic("b,3", "c,2"))
+    assert [given.name for given in gm.inputs] == ["ct", "cos", "other"]
+    (cos, other) = some((4, 3), (5, 2))
+    for values in (run(gm, jnp.float32(2), cos, other), gm(jnp.float32(2), cos, other)):
+        np.testing.assert_allclose(values[0], 2 * cos)
+        np.testing.assert_array_equal(values[1], np.full((5, 2), 2, np.float32))
+
+
+def test_symbol_like_a_parameter():
+    gm = jhop.make_fx(lambda b, sin: (b * jnp.ones(b.shape[0]), jnp.sin(sin)))(*symbolic("b_1", "sin"))
+    assert "    b_1 = b_1_1.shape[0]  # int\n    sin = sin_1.shape[0]  # int\n" in jax_text(gm)
+    agrees(gm, lambda b, s: (b, jnp.sin(s)), *some((4,), (2,)))
+
+
+@pytest.mark.parametrize(
+    ("shape", "line"),
+    [("2*b+1", "(x_1.shape[0] - 1) // 2"), ("3*b", "x_1.shape[0] // 3"), ("b-2", "x_1.shape[0] + 2")],
+)
+def test_symbol_that_is_no_size_by_itself(shape, line):
+    def f(x):
+        return jnp.ones(x.shape[0] + 1) * x[0]
+
+    gm = jhop.make_fx(f)(*symbolic(shape, constraints=["b >= 3"]))
+    assert f"    b = {line}  # int\n" in jax_text(gm)
+    agrees(gm, f, *some((9,)))
+    assert not opaque(gm)
+
+
+def test_largest_and_smallest():
+    def f(x, y):
+        return jnp.ones(jax.core.max_dim(x.shape[0], y.shape[0])), jnp.ones(jax.core.min_dim(x.shape[0], 3))
+
+    gm = jhop.make_fx(f)(*symbolic("b", "c"))
+    assert "jax.core.max_dim(b, c)" in jax_text(gm) or "jax.core.max_dim(c, b)" in jax_text(gm)
+    agrees(gm, f, *some((4,), (7,)))
+    assert not opaque(gm)
+
+
+def test_size_that_cannot_be_solved():
+    """`b*c` tells neither: the equation is opaque, and the text still runs where its size is not needed."""
+    gm = jhop.make_fx(lambda x: x * jnp.ones(x.shape[0]))(*symbolic("b*c"))
+    assert list(opaque(gm)) == ["broadcast_in_dim"]
+
+
+def test_sizes_that_do_not_agree_are_refused():
+    gm = jhop.make_fx(lambda x, y: (x * 2.0, y))(*symbolic("b,3", "2*b"))
+    assert [value.shape for value in gm(*some((4, 3), (8,)))] == [(4, 3), (8,)]
+    with pytest.raises(jhop.JhopError, match=r"axis 0 of input `y_1` as 2\*b = 8, where other inputs say b = 4, got 7"):
+        gm(*some((4, 3), (7,)))
+
+
+@pytest.mark.parametrize("graph", [*GRAPHS, "backward_graph"])
+@pytest.mark.parametrize("name", SYMBOLIC)
+def test_torch_words_name_sizes(name, graph):
+    graphs = {**GRAPHS, "backward_graph": jhop.backward_graph}
+    gm = graphs[graph](SYMBOLIC[name])(*symbolic("b,3", "c,3", constraints=["b >= 2", "c >= 2"]))
+    text = gm.print_readable(False)
+    assert "[b, 3]" in text or "[c, 3]" in text
+
+
 # -- whatever comes ----------------------------------------------------------------------------------------------------
 
 twice_p = jex_core.Primitive("twice")

@@ -49,7 +49,7 @@ RULES: dict[str, Rule] = {rule.__name__: rule for rule in (linear, nonlinear, cl
 
 def hooked(rule: Rule) -> Point:
     """Puts a rule on a value with `jhop.hook`."""
-    if rule is closing:
+    if rule is closing or getattr(rule, "closes", False):
         return lambda x, s: jhop.hook(x, lambda ct: rule(ct, s))
     return lambda x, s: jhop.hook(x, lambda ct: rule(ct, None))
 
@@ -96,6 +96,11 @@ def spread(programs: Any) -> list[Any]:
     return cases
 
 
+def inlined_and_jitted(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Runs an inlined graph as one compiled function, for what is slow or impossible one equation at a time."""
+    return lambda *args: jax.jit(jhop.inline(jhop.make_fx(fn)(*args)))(*args)
+
+
 def agree(got: Any, expected: Any, rtol: float = 2e-5) -> None:
     """Asserts equal structure, shapes, dtypes, and values up to rounding."""
     assert jax.tree.structure(got) == jax.tree.structure(expected)
@@ -113,13 +118,13 @@ def differ(got: Any, other: Any) -> bool:
     )
 
 
-def check(program: Any, rule: str, run: str, x: Any, s: Any = None, derivative: Callable[..., Any] = jax.grad) -> None:
+def check(program: Any, rule: Any, run: Any, x: Any, s: Any = None, derivative: Callable[..., Any] = jax.grad) -> None:
     """Asserts that a derivative of a program with hooks is that of the same program with hand-written rules.
 
     Args:
         program: `program(point, x, s)`.
-        rule: a key of `RULES`.
-        run: a key of `RUNS`, how the derivative is run.
+        rule: a key of `RULES`, or such a function itself; `s` is for `closing`, and for rules with a true `closes`.
+        run: a key of `RUNS`, or such a function itself: how the derivative is run. Or several of them.
         derivative: e.g. `jax.grad`; applied to a function of (x, s), so it differentiates by `x`.
     """
     s = jnp.float32(1.5) if s is None else s
@@ -127,9 +132,12 @@ def check(program: Any, rule: str, run: str, x: Any, s: Any = None, derivative: 
     def of(point: Point) -> Callable[..., Any]:
         return derivative(lambda x, s: program(point, x, s))
 
-    expected, without = jax.jit(lambda x, s: (of(by_hand(RULES[rule]))(x, s), of(ignored)(x, s)))(x, s)
+    wanted: Any = RULES.get(rule, rule)
+    expected, without = jax.jit(lambda x, s: (of(by_hand(wanted))(x, s), of(ignored)(x, s)))(x, s)
     assert differ(expected, without), "this program does not show whether its hooks ran"
-    agree(RUNS[run](of(hooked(RULES[rule])))(x, s), expected)
+    for way in run if isinstance(run, tuple) else (run,):
+        transform: Any = RUNS.get(way, way)
+        agree(transform(of(hooked(wanted)))(x, s), expected)
 
 
 def check_true_gradient(program: Any, x: Any, s: Any = None, modes: Any = ("fwd", "rev"), order: int = 2) -> None:

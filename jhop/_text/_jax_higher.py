@@ -121,7 +121,9 @@ def _scan(writer: Any, eqn: Any) -> Call:
     groups = (("carry", n_carry), ("xs", n_xs))
     name, rows = define(writer, "body", params["jaxpr"], closed=texts[:n_consts], groups=groups, returns=returns)
     usual = inspect.signature(jax.lax.scan).parameters
-    options = [f"length={literal(params['length'])}"]
+    # JAX takes no symbol for the length: it is that of the inputs, of empty ones where there are none.
+    symbolic = _compat.is_dim_expr(params["length"])
+    options = [] if symbolic else [f"length={literal(params['length'])}"]
     for key in ("reverse", "unroll", "_split_transpose"):
         if key in params and key in usual and not same(params[key], usual[key].default):
             value = params[key]
@@ -129,7 +131,8 @@ def _scan(writer: Any, eqn: Any) -> Call:
                 continue
             options.append(f"{key}={literal(value)}")
     init, xs = texts[n_consts : n_consts + n_carry], texts[n_consts + n_carry :]
-    call = f"lax.scan({name}, {tuple_of(init)}, {tuple_of(xs)}, {', '.join(options)})"
+    xs = xs or ([f"jnp.zeros(({literal(params['length'])}, 0))"] if symbolic else [])
+    call = f"lax.scan({', '.join([name, tuple_of(init), tuple_of(xs), *options])})"
     return Call(expression=call, rows=rows, groups=(n_carry, n_ys), texts=texts)
 
 

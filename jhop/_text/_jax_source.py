@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import enum
 import functools
 import keyword
@@ -17,6 +18,7 @@ from jax import lax
 from jax.extend.core import primitives
 
 from jhop import _compat
+from jhop._interp import linear
 
 # What every printed text may read, and so no value is called.
 GLOBALS = {"jax": jax, "jnp": jnp, "lax": lax, "np": np, "functools": functools, "primitives": primitives}
@@ -133,7 +135,7 @@ def literal(value: Any) -> str:
     elif isinstance(value, jax.sharding.PartitionSpec):
         return f"jax.sharding.PartitionSpec({', '.join(map(literal, value))})"
     elif _compat.is_dim_expr(value):
-        return str(value)
+        return dim_text(value)
     elif value in (bool, int, float, complex, str):
         return str(value.__name__)
     elif hasattr(value, "__dataclass_fields__"):
@@ -147,6 +149,31 @@ def _from_lax(value: Any, fields: Any) -> str:
     if getattr(lax, cls.__name__, None) is not cls:
         raise ValueError(f"no source for {cls.__name__}")
     return f"lax.{cls.__name__}({', '.join(f'{name}={literal(getattr(value, name))}' for name in fields)})"
+
+
+def dim_text(dim: Any) -> str:
+    """A symbolic dimension as Python computes it from its symbols."""
+
+    class Python(ast.NodeTransformer):
+        def visit_Call(self, node: ast.Call) -> ast.AST:
+            self.generic_visit(node)
+            name = node.func.id if isinstance(node.func, ast.Name) else ""
+            if name in ("floordiv", "mod"):
+                return ast.BinOp(node.args[0], ast.FloorDiv() if name == "floordiv" else ast.Mod(), node.args[1])
+            if name not in ("max", "min"):
+                raise ValueError(f"no source for dimension {dim}")
+            # Python's own compare, which dimensions may refuse.
+            return ast.Call(ast.parse(f"jax.core.{name}_dim", mode="eval").body, node.args, [])
+
+    return ast.unparse(Python().visit(ast.parse(str(dim).replace("^", "**"), mode="eval")))
+
+
+def size_text(dim: Any, size: str) -> str:
+    """The one symbol of a dimension, computed from the source of a size: `(x.shape[0] - 1) // 2` for `2*b + 1`."""
+    factor, constant = linear(dim) or (1, 0)
+    if constant:
+        size = f"{size} {'-' if constant > 0 else '+'} {abs(constant)}"
+    return size if factor == 1 else f"({size}) // {factor}" if constant else f"{size} // {factor}"
 
 
 def dtype_text(dtype: Any) -> str:

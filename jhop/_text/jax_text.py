@@ -23,8 +23,9 @@ import jax.extend.core as jex_core
 
 from jhop import _compat
 from jhop._graph import GraphModule
+from jhop._interp import solve
 from jhop._text._jax_rows import Row, Shared, origin_text, place_of
-from jhop._text._jax_source import Names, identifier, tuple_of, type_text
+from jhop._text._jax_source import Names, identifier, size_text, tuple_of, type_text
 from jhop._text._jax_writer import Writer
 
 
@@ -92,6 +93,9 @@ def program_of(gm: GraphModule) -> Program:
     names = Names()
     name = names.make(identifier(gm.name))
     writer = Writer(shared, names)
+    # Sizes have their symbols' names, so those come before all others.
+    places = {symbol: (index, axis) for symbol, index, axis in reversed(gm.shapes)}
+    known = [(symbol, *place) for symbol, place in reversed(places.items()) if writer.names.reserve(symbol)]
     inputs = []
     slots = gm.lifted.slots if gm.lifted is not None else ()
     owners = [_owner(slot) for slot in slots]
@@ -104,11 +108,11 @@ def program_of(gm: GraphModule) -> Program:
             shared.numbers.add(variable)
         kind = given.number.__name__ if given.number is not None else type_text(variable.aval)
         inputs.append(Value(name=writer.env[variable], type=kind, what=given.source, is_state=is_state))
-    for symbol, index, axis in gm.shapes:
-        if symbol not in shared.scope:
-            shared.scope[symbol] = jaxpr.invars[index].aval.shape[axis]
-            writer.names.reserve(symbol)
-            writer.add("step", f"{symbol} = {inputs[index].name}.shape[{axis}]", names=symbol, type="int")
+    for symbol, index, axis in known:
+        dim = jaxpr.invars[index].aval.shape[axis]
+        shared.scope[symbol] = solve(dim, dim)
+        size = size_text(dim, f"{inputs[index].name}.shape[{axis}]")
+        writer.add("step", f"{symbol} = {size}", names=symbol, type="int")
     outs = writer.run(jaxpr, consts)
     what = _state_outputs(gm)
     outputs = tuple(
