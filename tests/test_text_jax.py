@@ -337,7 +337,6 @@ SYMBOLIC = {
 }  # fmt: skip
 GRAPHS = {
     "make_fx": lambda f: jhop.make_fx(f),
-    "gradient": lambda f: jhop.make_fx(jax.grad(f, argnums=(0, 1))),
     "inline": lambda f: lambda *args: jhop.inline(jhop.make_fx(jax.grad(f, argnums=(0, 1)))(*args)),
 }
 

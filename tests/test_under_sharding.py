@@ -71,8 +71,11 @@ LAYOUTS = {
 }
 
 
-@named("run", COMPILED)
-@named(("layout", "rule"), [("both", rule) for rule in RULES] + [(layout, "clip") for layout in LAYOUTS])
+@named(
+    ("layout", "rule", "run"),
+    [("both", rule, run) for rule in ("linear", "clip", "closing") for run in COMPILED]
+    + [(layout, "nonlinear", "jhop.jit") for layout in LAYOUTS],
+)
 def test_sharded_by_the_compiler(layout, rule, run):
     mesh = mesh_of("Auto", "Auto")
     value = {"x": on(mesh, LAYOUTS[layout][0], x), "w": on(mesh, LAYOUTS[layout][1], w)}
@@ -140,8 +143,10 @@ def explicit():
         yield mesh
 
 
-@named("run", [*COMPILED, "eager"])
-@named("rule", RULES)
+@named(
+    ("rule", "run"),
+    [("closing", run) for run in ("jax.jit", "inline", "eager")] + [(rule, "jhop.jit") for rule in RULES],
+)
 def test_sharding_in_types(rule, run, explicit):
     value = {"x": on(explicit, P("a", "b"), x), "w": on(explicit, P("b"), w)}
 
@@ -192,9 +197,7 @@ def all_by_hand(point, value, s):
 @named("run", COMPILED)
 @named("program", [mapped, scanned, rematted, jitted, part_by_hand, all_by_hand])
 def test_structure_with_sharding_in_types(program, run, explicit):
-    value = on(explicit, P("a"), x)
-    same(COMPILED[run], program, RULES["closing"], value)
-    same(COMPILED[run], program, RULES["clip"], value)
+    same(COMPILED[run], program, RULES["closing"], on(explicit, P("a"), x))
 
 
 @named("run", COMPILED)
