@@ -205,9 +205,13 @@ def vmap_kwargs(axis_data: Any, *, mapped: bool) -> dict[str, Any]:
     return kwargs
 
 
+_Jitted = type(jax.jit(lambda: None))  # a class of jaxlib's without a public name
+
+
 def is_jitted(value: Any) -> bool:
     """Whether a function was made by `jax.jit`."""
-    return hasattr(value, "_jit_info")
+    # By its type first: an object of the user's may do anything when it is asked for an attribute.
+    return type(value) is _Jitted and hasattr(value, "_jit_info")
 
 
 def jit_again(jitted: Any) -> Callable[[Any], Any]:
