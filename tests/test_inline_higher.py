@@ -13,6 +13,7 @@ import pytest
 from jax import lax
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
+from under import make_mesh
 
 import jhop
 from tests import under
@@ -485,7 +486,7 @@ def test_name_scopes_of_a_gradient_stay():
 
 
 def test_mesh_context_stays():
-    mesh = jax.make_mesh((8,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = make_mesh((8,), ("i",))
 
     def fn(x):
         x = jnp.sin(x)
@@ -501,7 +502,7 @@ def test_mesh_context_stays():
 
 
 def test_hook_runs_in_the_mesh_of_its_equation():
-    mesh = jax.make_mesh((8,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = make_mesh((8,), ("i",))
 
     def hook(ct):
         return lax.with_sharding_constraint(ct * 3.0, jax.P("i"))

@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 from jax import lax
 from jax.sharding import PartitionSpec as P
+from under import make_mesh
 
 import jhop
 
 X = np.array([0.5, -2.0, 3.0], np.float32)
-ONE_DEVICE = jax.make_mesh((1,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
-DEVICES = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
 
 
 def scan(f):
@@ -24,8 +23,9 @@ def cond(f):
     return lambda x: lax.cond(x.sum() > 0, f, lambda x: 2 * x.sum(), x)
 
 
-def shard_map(mesh, **kwargs):
+def shard_map(devices, **kwargs):
     def of(f):
+        mesh = make_mesh((devices,), ("d",))
         each = jax.shard_map(lambda xs: f(xs[0])[None], mesh=mesh, in_specs=P("d"), out_specs=P("d"), **kwargs)
         return jax.jit(lambda x: each(jnp.stack([x] * mesh.size)).sum())
 
@@ -54,9 +54,9 @@ WHERE = {
     "hessian": lambda f: jax.jit(jax.hessian(lambda x: f(jnp.sin(x))))(X),
     "linear_transpose": lambda f: jax.linear_transpose(f, X)(jnp.float32(1)),
     "disable_jit": lambda f: jax.disable_jit()(lambda: jax.grad(jax.jit(f))(X))(),
-    "shard_map": lambda f: jax.grad(shard_map(DEVICES)(f))(X),
-    "shard_map on one device": lambda f: jax.jit(jax.grad(shard_map(ONE_DEVICE)(f)))(X),
-    "shard_map without check_vma": lambda f: jax.grad(shard_map(DEVICES, check_vma=False)(f))(X),
+    "shard_map": lambda f: jax.grad(shard_map(8)(f))(X),
+    "shard_map on one device": lambda f: jax.jit(jax.grad(shard_map(1)(f)))(X),
+    "shard_map without check_vma": lambda f: jax.grad(shard_map(8, check_vma=False)(f))(X),
 }
 
 WRONG = {

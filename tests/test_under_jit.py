@@ -9,6 +9,7 @@ import pytest
 from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from under import make_mesh
 
 import jhop
 from tests import under
@@ -158,7 +159,7 @@ def jits(gm):
 
 @pytest.fixture
 def mesh():
-    return jax.make_mesh((8,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
+    return make_mesh((8,), ("i",))
 
 
 @pytest.mark.parametrize("reads", [False, True], ids=["pure", "reads state"])

@@ -7,9 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from under import RULES, RUNS, agree, by_hand, check, check_true_gradient, hooked, inlined_and_jitted
+from under import RULES, RUNS, agree, by_hand, check, check_true_gradient, hooked, inlined_and_jitted, make_mesh
 
 import jhop
 
@@ -20,7 +19,7 @@ COMPILED = ("jax.jit", "jhop.jit", inlined_and_jitted)
 
 @pytest.fixture(scope="module")
 def mesh():
-    return jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+    return make_mesh((4, 2), ("a", "b"))
 
 
 def added(ct, s):
@@ -239,7 +238,7 @@ def test_mesh_of_the_context(check_vma, rule, mesh):
 
 
 @named("rule", [both])
-def test_pmap(rule):
+def test_pmap(rule, mesh):
     def program(point, x, s):
         return jax.pmap(lambda x, s: point(jnp.sin(x), s) ** 2, axis_name="a", in_axes=(0, None))(x, s).sum()
 

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from jax.sharding import AxisType, NamedSharding, reshard
+from jax.sharding import NamedSharding, reshard
 from jax.sharding import PartitionSpec as P
-from under import RULES, RUNS, agree, by_hand, differ, hooked, ignored, inlined_and_jitted
+from under import RULES, RUNS, agree, by_hand, differ, hooked, ignored, inlined_and_jitted, make_mesh
 
 import jhop
 
@@ -19,7 +19,7 @@ COMPILED = {"jax.jit": jax.jit, "jhop.jit": RUNS["jhop.jit"], "inline": inlined_
 
 
 def mesh_of(*kinds):
-    return jax.make_mesh((4, 2), ("a", "b"), axis_types=tuple(getattr(AxisType, kind) for kind in kinds))
+    return make_mesh((4, 2), ("a", "b"), *kinds)
 
 
 def on(mesh, spec, value):

@@ -7,6 +7,7 @@ agree. Some hooks close over `s`, a tracer; by hand it is a residual.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -99,6 +100,14 @@ def spread(programs: Any) -> list[Any]:
 def inlined_and_jitted(fn: Callable[..., Any]) -> Callable[..., Any]:
     """Runs an inlined graph as one compiled function, for what is slow or impossible one equation at a time."""
     return lambda *args: jax.jit(jhop.inline(jhop.make_fx(fn)(*args)))(*args)
+
+
+def make_mesh(shape: tuple[int, ...], names: tuple[str, ...], *kinds: str) -> Any:
+    """A mesh, its axes of the kinds "Auto" (the default), "Explicit"; the test is skipped where devices are too few."""
+    if jax.device_count() < math.prod(shape):
+        pytest.skip(f"needs {math.prod(shape)} devices, as JAX_PLATFORMS=cpu gives them (tests/conftest.py)")
+    types = tuple(getattr(jax.sharding.AxisType, kind) for kind in kinds or ("Auto",) * len(shape))
+    return jax.make_mesh(shape, names, axis_types=types)
 
 
 def agree(got: Any, expected: Any, rtol: float = 2e-5) -> None:
