@@ -171,7 +171,10 @@ def vmap_kwargs(axis_data: Any) -> dict[str, Any]:
 
 def is_jitted(value: Any) -> bool:
     """Whether a function was made by `jax.jit`."""
-    return hasattr(value, "_jit_info")
+    return type(value) is _JITTED  # an object of the user's may answer to any attribute
+
+
+_JITTED = type(jax.jit(lambda: None))
 
 
 def jit_again(jitted: Any) -> Callable[[Any], Any]:

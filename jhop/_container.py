@@ -48,7 +48,7 @@ class Container:
         if self.kind == "list":
             return list(enumerate(list.__iter__(obj)))
         if self.kind == "deque":
-            return list(enumerate(obj))
+            return list(enumerate(collections.deque.__iter__(obj)))
         if self.kind == "set":
             return [(item, item) for item in set.__iter__(obj)]
         if self.kind == "cell":
@@ -79,13 +79,13 @@ class Container:
             if self.kind == "list":
                 return list.__getitem__(obj, key)
             if self.kind == "deque":
-                return obj[key]
+                return collections.deque.__getitem__(obj, key)
             if self.kind in ("attrs", "class"):
                 return obj.__dict__[key]
             if self.kind == "cell":
                 return obj.cell_contents
             if self.kind == "set":
-                return key if key in obj else MISSING
+                return key if set.__contains__(obj, key) else MISSING
             if self.kind == "slots":
                 return object.__getattribute__(obj, key)
             return (obj.args if self.kind == "partial" else obj.__defaults__)[key]

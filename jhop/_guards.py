@@ -8,6 +8,7 @@ quick enough to be called before every run. Where it says no, `Guards.broken` lo
 from __future__ import annotations
 
 import abc
+import collections
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -18,7 +19,7 @@ from jhop._container import MISSING, Container
 from jhop._scalar import Expr, leaves, to_code
 from jhop._walk import Fixed, Leaf, Walk
 
-_BY_VALUE = (str, bytes, complex, bool, int, float, np.dtype, np.generic)
+_BY_VALUE = {str, bytes, complex, bool, int, float}
 
 
 class Guards:
@@ -75,7 +76,7 @@ class Guards:
                 return f"{reference!r} lost what it refers to"
         for container, key, value in self._fixed:
             now = container.get(key)
-            if now is not value and not (isinstance(value, _BY_VALUE) and _equal(now, value)):
+            if now is not value and not (_is_by_value(value) and _equal(now, value)):
                 return f"`{container.path_of(key)}` changed from {_short(value)} to {_short(now)}"
         for container, keys in self._keys:
             if _keys_of(container) != keys:
@@ -129,7 +130,7 @@ def _generate(
 
     for container, key, value in fixed:
         term = f"{_read_code(container, key, name) or read(container, key)} "
-        if isinstance(value, _BY_VALUE):
+        if _is_by_value(value):
             kept = name(value)
             same = f"str(v) == str({kept})" if _is_zero(value) else f"v == {kept}"
             terms.append(f"((v := {term}) is {kept} or type(v) is type({kept}) and {same})")
@@ -151,6 +152,11 @@ def _generate(
     source = f"def hold():\n    try:\n        return ({body})\n    except Exception:\n        return False\n"
     exec(source, names)
     return names["hold"]
+
+
+def _is_by_value(value: Any) -> bool:
+    """Whether another object that is equal will do. A subclass may have an `__eq__` of its own."""
+    return any(type(value) is cls for cls in _BY_VALUE) or issubclass(type(value), (np.dtype, np.generic))
 
 
 def _is_zero(value: Any) -> bool:
@@ -180,15 +186,15 @@ def _keys_code(container: Container, present: Any, name: Callable[[Any], str]) -
     if container.weak:
         return f"{name(_keys_of)}({name(container)}) == {name(present)}"
     holder = name(container.obj)
-    if container.kind in ("list", "deque"):
+    if type(container.obj) is list or type(container.obj) is collections.deque:
         return f"len({holder}) == {len(present)}"
     if container.kind == "cell" and present:
         return "True"  # what is in it is read anyway
-    if container.kind in ("dict", "attrs", "class") and container.names is not None:
+    if (type(container.obj) is dict or container.kind in ("attrs", "class")) and container.names is not None:
         # Entries that were there are read anyway; only others could be new.
         table = holder if container.kind == "dict" else f"{holder}.__dict__"
         return f"{name(frozenset(container.names).difference(present))}.isdisjoint({table})"
-    if container.kind == "dict":
+    if type(container.obj) is dict:
         return f"tuple({holder}) == {name(present)}"
     return f"{name(_keys_of)}({name(container)}) == {name(present)}"
 

@@ -37,13 +37,14 @@ class _Epoch:
 
     def holds(self) -> bool:
         """Whether each such trace is still right, or cannot be found again."""
+        kept = []
         for found, inner in self._entries:
-            guards = found()
-            if guards is not None:
-                if not guards.hold():
-                    return False
-            elif any(fn() is not None for fn in inner):
+            guards, alive = found(), any(fn() is not None for fn in inner)
+            if (guards is None and alive) or (guards is not None and not guards.hold()):
                 return False
+            if alive:
+                kept.append((found, inner))
+        self._entries = kept
         return True
 
 

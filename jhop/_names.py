@@ -5,7 +5,7 @@ from __future__ import annotations
 import dis
 import functools
 import types
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 _GLOBALS = {"LOAD_GLOBAL", "STORE_GLOBAL", "DELETE_GLOBAL", "LOAD_NAME"}
 _READS = {"LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR", "LOAD_GLOBAL", "LOAD_NAME", "IMPORT_FROM"}
@@ -56,6 +56,8 @@ def names_in_code(code: types.CodeType, without: frozenset[types.CodeType] | Non
             cells.add(instruction.argval)
         elif name.startswith(("FORMAT_", "CONVERT_VALUE")):
             attributes.add("format")
+        if name == "MATCH_CLASS":  # `case Point(0)`
+            attributes.add("__match_args__")
     for const in code.co_consts:
         if isinstance(const, types.CodeType):
             if without is None or const not in without:
@@ -64,9 +66,16 @@ def names_in_code(code: types.CodeType, without: frozenset[types.CodeType] | Non
                 loaded |= inner.globals
                 imported |= inner.modules
                 cells |= inner.cells
-        elif isinstance(const, str) and const.isidentifier():
-            attributes.add(const)
+        else:
+            attributes |= names_in_value(const)
     return Names(frozenset(attributes), frozenset(loaded), frozenset(imported), frozenset(cells))
+
+
+def names_in_value(value: Any) -> set[str]:
+    """Strings that could be names of attributes: `"a.b"` of an `attrgetter`, the tuple of `case Point(x=0)`."""
+    if isinstance(value, str):
+        return set(filter(str.isidentifier, value.split(".")))
+    return set().union(*map(names_in_value, value)) if isinstance(value, (tuple, frozenset)) else set()
 
 
 def slot_names(cls: type) -> set[str]:

@@ -18,6 +18,7 @@ import contextvars
 import ctypes
 import functools
 import gc
+import operator
 import sys
 import types
 import weakref
@@ -31,7 +32,7 @@ from jhop import _compat
 from jhop._classes import OPAQUE_ROOTS, is_generated, is_opaque, is_user_class
 from jhop._container import Container, builtin_kind
 from jhop._errors import Unsupported
-from jhop._names import TEXT, TEXT_METHODS, names_in_code, slot_names
+from jhop._names import TEXT, TEXT_METHODS, names_in_code, names_in_value, slot_names
 from jhop._source import is_user_file
 
 MAX_CONTAINERS = 10_000
@@ -46,6 +47,7 @@ _UNLIFTABLE = (
     ctypes.Structure, ctypes.Array,
 )  # fmt: skip
 _BUILTINS = frozenset(dir(builtins))  # those that Python comes with are taken for granted
+_FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
 _NEVER = ("__dict__", "__weakref__", "__doc__", "__module__", "__slots__", "__qualname__")
 
 
@@ -71,12 +73,14 @@ class Fixed(NamedTuple):
 
 def is_number(value: Any) -> bool:
     """Numbers that are lifted; bools are flags, and steer control flow too often to be worth lifting."""
-    return type(value) in (int, float)
+    return type(value) is int or type(value) is float
 
 
 def is_array(value: Any) -> bool:
     """Arrays that are lifted."""
-    if not (isinstance(value, jax.Array) or type(value) is np.ndarray) or isinstance(value, _compat.Tracer):
+    cls = type(value)
+    library = cls.__module__.partition(".")[0] in OPAQUE_ROOTS
+    if not library or not (isinstance(value, jax.Array) or cls is np.ndarray) or issubclass(cls, _compat.Tracer):
         return False  # a NumPy scalar is a value like a string: exact, and guarded
     return getattr(value.dtype, "kind", "") not in "OSUM" and getattr(value.dtype, "names", None) is None
 
@@ -143,7 +147,7 @@ class Walk:
                 self._limit = len(self.containers) + MAX_CONTAINERS  # per hook: of these there may be any number
                 self._work.append((fn, path))
                 while self._work:
-                    self._visit(*self._work.popleft())
+                    self._visit_if_possible(*self._work.popleft())
             if (len(self._names), self._everything) == known:
                 break
 
@@ -198,13 +202,22 @@ class Walk:
 
     def _slot(self, container: Container, key: Any, value: Any) -> None:
         path = container.path_of(key)
-        if isinstance(value, _compat.Tracer):
+        # An object may say what it likes of its class, or raise when it is asked.
+        if issubclass(type(value), _compat.Tracer):
             self.tracers.append(Leaf(container, key, path, value))
         elif (is_number(value) or is_array(value)) and container.kind != "set":
             self.leaves.append(Leaf(container, key, path, value))
         else:
             self.fixed.append(Fixed(container, key, value))
             self._work.append((value, path))
+
+    def _visit_if_possible(self, value: Any, path: str) -> None:
+        try:
+            self._visit(value, path)
+        except Unsupported:
+            raise
+        except Exception as error:  # an object may raise whatever one asks of it
+            self._refuse(f"jhop could not look into `{path}`, which a hook reads: {type(error).__name__}: {error}.")
 
     def _visit(self, value: Any, path: str) -> None:
         if type(value) in _IMMUTABLE or is_number(value) or id(value) in self._seen:
@@ -221,6 +234,9 @@ class Walk:
             wrapped = getattr(value, "__wrapped__", None)
         if wrapped is not None:
             self._work.append((wrapped, f"{path}.__wrapped__"))
+        if is_opaque(type(value)) and callable(value):  # JAX's `custom_vjp` and the like: the rules are the user's
+            rules = (item for item in getattr(value, "__dict__", {}).values() if isinstance(item, _FUNCTIONS))
+            self._work.extend((rule, f"{path}.__wrapped__") for rule in rules)
         if isinstance(value, types.FunctionType):
             self._visit_function(value, path)
         elif isinstance(value, types.MethodType):
@@ -255,6 +271,8 @@ class Walk:
             for inside in gc.get_referents(value):
                 self.pinned.add(id(inside))
                 self._work.append((inside, path))
+        elif isinstance(value, (operator.attrgetter, operator.methodcaller)):
+            self._names |= names_in_value(value.__reduce__())
         elif isinstance(value, weakref.ref):
             self.alive.append((value, value() is not None))
             self._weak.add(id(value()))
@@ -270,8 +288,9 @@ class Walk:
             # A library's wrapper (contextmanager, vmap, grad): what it wraps may be the user's.
             for cell in fn.__closure__ or ():
                 inside = _cell_contents(cell)
-                for item in inside.values() if isinstance(inside, dict) else (inside,):  # a dispatcher's functions
-                    if isinstance(item, (types.FunctionType, types.MethodType, functools.partial)):
+                some = inside.values() if isinstance(inside, dict) else inside  # a dispatcher's functions, a rule's
+                for item in some if isinstance(inside, (dict, tuple, list)) else (inside,):
+                    if isinstance(item, _FUNCTIONS):
                         self._work.append((item, f"{path}.__wrapped__"))
             return
         self.attributes += [(fn, "__code__", fn.__code__), (fn, "__kwdefaults__", fn.__kwdefaults__)]
