@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import array
 import collections
+import contextvars
 import weakref
 from typing import Any
+
+import numpy as np
 
 MISSING: Any = object()  # what stands for the value of a slot that does not exist
 
@@ -174,6 +178,22 @@ class Container:
         if self.kind in ("attrs", "slots", "class"):
             return f"{self.path}.{key}"
         return f"{self.path}[{key!r}]"
+
+
+MAX_BYTES = 1 << 20  # larger arrays are compared by identity alone
+
+
+def contents_of(value: Any) -> Any:
+    """What is in an object that has no slots, as something to compare; None for all others, and for large ones."""
+    if isinstance(value, np.ndarray):
+        if value.nbytes > MAX_BYTES:
+            return None
+        return [id(item) for item in value.flat] if value.dtype.hasobject else np.asarray(value).tobytes()
+    if isinstance(value, (bytearray, memoryview, array.array)):
+        return bytes(value) if len(value) <= MAX_BYTES else None
+    if isinstance(value, contextvars.ContextVar):
+        return (value.get(MISSING),)
+    return None
 
 
 def _methods(obj: Any) -> Any:

@@ -37,11 +37,11 @@ from jhop._source import is_user_file
 
 MAX_CONTAINERS = 10_000
 # Code that uses one of these can reach any attribute, so names say nothing about what it reads.
-_REFLECTION = {"__dict__", "vars", "setattr", "getattr", "delattr", "eval", "exec", "globals", "asdict", "fields"}
+_REFLECTION = set("__dict__ vars setattr getattr hasattr delattr eval exec globals asdict astuple fields".split())
 _IMMUTABLE = {str, bytes, bool, complex, range, type(None), type(Ellipsis), type(NotImplemented)}
 _VIEWS: tuple[type, ...] = (types.MappingProxyType, type({}.keys()), type({}.values()), type({}.items()))
 # Their instances hold no Python state that a hook could read past JAX.
-_STANDARD_CONTAINERS = {"collections", "types", "argparse", "weakref", "functools"}
+_STANDARD_CONTAINERS = {"collections", "types", "argparse", "weakref", "_weakrefset", "functools"}
 _UNLIFTABLE = (
     bytearray, memoryview, array.array, functools._lru_cache_wrapper, contextvars.ContextVar, ctypes._SimpleCData,
     ctypes.Structure, ctypes.Array,
@@ -311,6 +311,8 @@ class Walk:
             self._add(fn.__globals__, "dict", "G", loaded)
             if added := loaded - fn.__globals__.keys() - _BUILTINS:
                 self._add(builtins.__dict__, "dict", "builtins", added)
+        if imported and self._without is not None:
+            self._add(sys.modules, "dict", "sys.modules", imported)
         for name in imported:
             self._work.append((sys.modules.get(name), f"G[{name!r}]"))
         self._add(fn.__dict__, "dict", f"{path}.__dict__", self._attribute_names())
@@ -343,6 +345,8 @@ class Walk:
                 special -= TEXT_METHODS if self._names.isdisjoint(TEXT) else set()
             names = ((self._names | special) - members) - set(_NEVER)
             self._add(base, "class", f"G[{base.__qualname__!r}]", names)
+            if "__match_args__" in names:
+                self._names |= names_in_value(base.__dict__.get("__match_args__", ()))
             if is_user_class(type(base)):
                 self._work.append((type(base), f"type(G[{base.__qualname__!r}])"))
 
@@ -372,16 +376,18 @@ class Walk:
         if is_opaque(cls):
             return
         mine = is_user_class(cls)
+        node = mine and self._without is not None and not jax.tree_util.all_leaves([value])
         if mine:
             if id(value) not in self._weak:
                 self.attributes.append((value, "__class__", cls))
             self._work.append((cls, path))
         if isinstance(getattr(value, "__dict__", None), dict):
             # The code that reads attributes of a standard container (UserDict, SimpleNamespace) is not the user's.
-            everything = not mine and cls.__module__.split(".")[0] in _STANDARD_CONTAINERS
+            # Nor is that of `jax.tree.map`, which may be what the function does with a registered class.
+            everything = node or not mine and cls.__module__.split(".")[0] in _STANDARD_CONTAINERS
             self._add(value, "attrs", path, None if everything else self._attribute_names())
         slots = slot_names(cls)
-        if not self._everything:
+        if not (self._everything or node):
             slots &= self._names
         if slots:
             self._add(value, "slots", path, slots)
@@ -392,5 +398,3 @@ def _cell_contents(cell: Any) -> Any:
         return cell.cell_contents
     except ValueError:
         return None
-
-
