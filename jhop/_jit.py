@@ -264,7 +264,7 @@ class Jitted:
         return self if instance is None else types.MethodType(self, instance)
 
     def __reduce__(self) -> str:
-        return self.__qualname__  # as functions do: a copy is the function itself, and it is pickled by name
+        return getattr(self, "__qualname__", hook_name(self._fn))  # as functions do: a copy is the function itself, and it is pickled by name
 
     def reset(self) -> None:
         """Forgets what was compiled."""

@@ -139,7 +139,7 @@ CHANGES = {
     "attrgetter": (lambda m, x: x * BY_NAME(m), scaled),
     "dotted attrgetter": (lambda m, x: x * operator.attrgetter("sub.scale")(m), lambda m: scaled(m.sub)),
     "methodcaller": (lambda m, x: operator.methodcaller("both", x)(m), scaled),
-    "hasattr": (lambda m, x: x * (3.0 if hasattr(m, "".join(["ex", "tra"])) else 2.0), lambda m: setattr(m, "extra", 0)),
+    "hasattr": (lambda m, x: x * (3.0 if hasattr(m, "".join("extra")) else 2.0), lambda m: setattr(m, "extra", 0)),
     "pattern by keyword": (by_keyword, lambda m: setattr(m.point, "x", 9.0)),
     "pattern by position": (by_position, lambda m: setattr(m.point, "x", 9.0)),
     "registered dataclass": (lambda m, x: x * sum(jax.tree.leaves(m.params)), lambda m: setattr(m.params, "b", 9.0)),
@@ -371,6 +371,8 @@ def test_copies_are_the_function_itself_as_with_functions():
     doubled(X)
     assert copy.copy(doubled) is copy.deepcopy(doubled) is doubled
     assert pickle.loads(pickle.dumps(doubled)) is doubled
+    nameless = jhop.jit(functools.partial(operator.mul, 2.0))
+    assert copy.copy(nameless) is copy.deepcopy(nameless) is nameless
 
 
 def test_static_method_of_a_deep_copied_object():
