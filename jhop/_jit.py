@@ -264,7 +264,8 @@ class Jitted:
         return self if instance is None else types.MethodType(self, instance)
 
     def __reduce__(self) -> str:
-        return getattr(self, "__qualname__", hook_name(self._fn))  # as functions do: a copy is the function itself, and it is pickled by name
+        # As with functions: a copy is the function itself, and it is pickled by name.
+        return getattr(self, "__qualname__", hook_name(self._fn))
 
     def reset(self) -> None:
         """Forgets what was compiled."""
