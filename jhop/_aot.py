@@ -75,7 +75,7 @@ class Lowered(_Stage):
 class Compiled(_Stage):
     """A compiled function; it takes the arguments that are not static. The rest is as in `jax.stages.Compiled`."""
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         """Runs the program, reads and writes the Python state of its hooks.
 
         Raises:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import array
 import collections
+import contextvars
 import weakref
 from typing import Any
+
+import numpy as np
 
 MISSING: Any = object()  # what stands for the value of a slot that does not exist
 
@@ -48,7 +52,7 @@ class Container:
         if self.kind == "list":
             return list(enumerate(list.__iter__(obj)))
         if self.kind == "deque":
-            return list(enumerate(obj))
+            return list(enumerate(collections.deque.__iter__(obj)))
         if self.kind == "set":
             return [(item, item) for item in set.__iter__(obj)]
         if self.kind == "cell":
@@ -79,13 +83,13 @@ class Container:
             if self.kind == "list":
                 return list.__getitem__(obj, key)
             if self.kind == "deque":
-                return obj[key]
+                return collections.deque.__getitem__(obj, key)
             if self.kind in ("attrs", "class"):
                 return obj.__dict__[key]
             if self.kind == "cell":
                 return obj.cell_contents
             if self.kind == "set":
-                return key if key in obj else MISSING
+                return key if set.__contains__(obj, key) else MISSING
             if self.kind == "slots":
                 return object.__getattribute__(obj, key)
             return (obj.args if self.kind == "partial" else obj.__defaults__)[key]
@@ -174,6 +178,22 @@ class Container:
         if self.kind in ("attrs", "slots", "class"):
             return f"{self.path}.{key}"
         return f"{self.path}[{key!r}]"
+
+
+MAX_BYTES = 1 << 20  # larger arrays are compared by identity alone
+
+
+def contents_of(value: Any) -> Any:
+    """What is in an object that has no slots, as something to compare; None for all others, and for large ones."""
+    if isinstance(value, np.ndarray):
+        if value.nbytes > MAX_BYTES:
+            return None
+        return [id(item) for item in value.flat] if value.dtype.hasobject else np.asarray(value).tobytes()
+    if isinstance(value, (bytearray, memoryview, array.array)):
+        return bytes(value) if len(value) <= MAX_BYTES else None
+    if isinstance(value, contextvars.ContextVar):
+        return (value.get(MISSING),)
+    return None
 
 
 def _methods(obj: Any) -> Any:

@@ -8,17 +8,18 @@ quick enough to be called before every run. Where it says no, `Guards.broken` lo
 from __future__ import annotations
 
 import abc
+import collections
 from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
 import numpy as np
 
-from jhop._container import MISSING, Container
+from jhop._container import MISSING, Container, contents_of
 from jhop._scalar import Expr, leaves, to_code
 from jhop._walk import Fixed, Leaf, Walk
 
-_BY_VALUE = (str, bytes, complex, bool, int, float, np.dtype, np.generic)
+_BY_VALUE = {str, bytes, complex, bool, int, float}
 
 
 class Guards:
@@ -30,6 +31,7 @@ class Guards:
         frozen: numbers and arrays are part of the graph, not inputs: they too must stay what they are.
         ignore: containers that do not count.
         ignore_slots: single slots that do not count, as (id of the container, key).
+        ignore_keys: containers of which it does not count which slots they have.
     """
 
     def __init__(
@@ -40,30 +42,35 @@ class Guards:
         frozen: bool = False,
         ignore: Collection[Container] = (),
         ignore_slots: Collection[tuple[int, Any]] = (),
+        ignore_keys: Collection[Container] = (),
     ):
         skip = {id(container) for container in ignore}
-        slots = set(ignore_slots)
+        slots, free = set(ignore_slots), skip | {id(container) for container in ignore_keys}
         self._attributes = walk.attributes
         self._alive = walk.alive
         self._abc_token = abc.get_cache_token() if walk.asks_abstract_classes else None
         self._keys = [
             (container, _keys_of(container))
             for container in walk.containers
-            if id(container) not in skip and not any(place == id(container) for place, _ in slots)
+            if id(container) not in free
         ]
 
         def counts(slot: Fixed | Leaf) -> bool:
             return id(slot.container) not in skip and (id(slot.container), slot.key) not in slots
 
+        self._contents: list[tuple[Any, Any]] = []
         leaves_kept = [leaf for leaf in walk.leaves if counts(leaf)]
         self._fixed = [item for item in walk.fixed if counts(item)]
         if frozen:
             self._fixed += [Fixed(leaf.container, leaf.key, leaf.value) for leaf in leaves_kept]
+            held = [*(leaf.value for leaf in leaves_kept), *walk.instances(object, lambda value: True)]
+            self._contents = [(value, then) for value in held if (then := contents_of(value)) is not None]
         self._leaves = [] if frozen else [(leaf, _kind(leaf.value)) for leaf in leaves_kept]
         self._answers = [_Answer(expr, answer, walk.leaves) for expr, answer in dict.fromkeys(answers)]
         self.hold: Callable[[], bool] = _generate(
-            self._attributes, self._alive, self._keys, self._fixed, self._leaves, self._answers, self._abc_token
-        )
+            self._attributes, self._alive, self._keys, self._fixed, self._leaves, self._answers, self._abc_token,
+            self._contents,
+        )  # fmt: skip
 
     def broken(self) -> str | None:
         """The first thing that changed, in words, or None."""
@@ -75,8 +82,11 @@ class Guards:
                 return f"{reference!r} lost what it refers to"
         for container, key, value in self._fixed:
             now = container.get(key)
-            if now is not value and not (isinstance(value, _BY_VALUE) and _equal(now, value)):
+            if now is not value and not (_is_by_value(value) and _equal(now, value)):
                 return f"`{container.path_of(key)}` changed from {_short(value)} to {_short(now)}"
+        for value, then in self._contents:
+            if contents_of(value) != then:
+                return f"what is in a {type(value).__name__} changed"
         for container, keys in self._keys:
             if _keys_of(container) != keys:
                 return f"`{container.path}` has other entries than before"
@@ -109,7 +119,8 @@ class _Answer:
 
 
 def _generate(
-    attributes: Any, alive: Any, keys: Any, fixed: list[Fixed], lifted: Any, answers: list[_Answer], abc_token: Any
+    attributes: Any, alive: Any, keys: Any, fixed: list[Fixed], lifted: Any, answers: list[_Answer], abc_token: Any,
+    contents: Any,
 ) -> Callable[[], bool]:
     """One function that says whether everything is as it was."""
     names: dict[str, Any] = {"jax_Array": jax.Array, "MISSING": MISSING}
@@ -129,7 +140,7 @@ def _generate(
 
     for container, key, value in fixed:
         term = f"{_read_code(container, key, name) or read(container, key)} "
-        if isinstance(value, _BY_VALUE):
+        if _is_by_value(value):
             kept = name(value)
             same = f"str(v) == str({kept})" if _is_zero(value) else f"v == {kept}"
             terms.append(f"((v := {term}) is {kept} or type(v) is type({kept}) and {same})")
@@ -147,10 +158,16 @@ def _generate(
     if abc_token is not None:
         terms.append(f"{name(abc.get_cache_token)}() == {name(abc_token)}")
     terms += [f"{name(answer.now)}() is {answer.then}" for answer in answers]
+    terms += [f"{name(contents_of)}({name(value)}) == {name(then)}" for value, then in contents]
     body = "\n            and ".join(terms) or "True"
     source = f"def hold():\n    try:\n        return ({body})\n    except Exception:\n        return False\n"
     exec(source, names)
     return names["hold"]
+
+
+def _is_by_value(value: Any) -> bool:
+    """Whether another object that is equal will do. A subclass may have an `__eq__` of its own."""
+    return any(type(value) is cls for cls in _BY_VALUE) or issubclass(type(value), (np.dtype, np.generic))
 
 
 def _is_zero(value: Any) -> bool:
@@ -180,15 +197,15 @@ def _keys_code(container: Container, present: Any, name: Callable[[Any], str]) -
     if container.weak:
         return f"{name(_keys_of)}({name(container)}) == {name(present)}"
     holder = name(container.obj)
-    if container.kind in ("list", "deque"):
+    if type(container.obj) is list or type(container.obj) is collections.deque:
         return f"len({holder}) == {len(present)}"
     if container.kind == "cell" and present:
         return "True"  # what is in it is read anyway
-    if container.kind in ("dict", "attrs", "class") and container.names is not None:
+    if (type(container.obj) is dict or container.kind in ("attrs", "class")) and container.names is not None:
         # Entries that were there are read anyway; only others could be new.
         table = holder if container.kind == "dict" else f"{holder}.__dict__"
         return f"{name(frozenset(container.names).difference(present))}.isdisjoint({table})"
-    if container.kind == "dict":
+    if type(container.obj) is dict:
         return f"tuple({holder}) == {name(present)}"
     return f"{name(_keys_of)}({name(container)}) == {name(present)}"
 

@@ -116,7 +116,7 @@ class Jitted:
         self._warned = False
         _jitted.add(self)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         if _compat.transforming() and self._is_inner(args, kwargs):
             return self._call_inside(args, kwargs)
         direct = self._direct
@@ -226,11 +226,11 @@ class Jitted:
         inputs = tuple(Input(name=name) for name in names)
         return GraphModule(jaxpr=traced.jaxpr, inputs=inputs, name=hook_name(self._fn), made_by="jit")
 
-    def graph(self, *args: Any, **kwargs: Any) -> GraphModule:
+    def graph(self, /, *args: Any, **kwargs: Any) -> GraphModule:
         """The graph for these arguments with hooks opaque; `jhop.inline` of it is what runs."""
         return self._version(args, kwargs)[0].compiled.gm
 
-    def trace(self, *args: Any, **kwargs: Any) -> _aot.Traced:
+    def trace(self, /, *args: Any, **kwargs: Any) -> _aot.Traced:
         """As `jax.jit(fn).trace`: a stage on the way to a compiled program, hooks inlined, of which `lower` is next.
 
         Args:
@@ -243,11 +243,11 @@ class Jitted:
         _, *dynamic = self._options.split(args, kwargs)
         return _aot.trace(hook_name(self._fn), version.guards, version.compiled.entry(flat), *dynamic)
 
-    def lower(self, *args: Any, **kwargs: Any) -> _aot.Lowered:
+    def lower(self, /, *args: Any, **kwargs: Any) -> _aot.Lowered:
         """As `jax.jit(fn).lower`, with hooks inlined: `lower(...).compile()` runs. Arguments as for `trace`."""
         return self.trace(*args, **kwargs).lower()
 
-    def eval_shape(self, *args: Any, **kwargs: Any) -> Any:
+    def eval_shape(self, /, *args: Any, **kwargs: Any) -> Any:
         """Shapes and dtypes of the results, as `jax.ShapeDtypeStruct`s. Nothing is compiled, no hook runs."""
         return self._version(args, kwargs)[0].out_info
 
@@ -262,6 +262,10 @@ class Jitted:
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
         return self if instance is None else types.MethodType(self, instance)
+
+    def __reduce__(self) -> str:
+        # As with functions: a copy is the function itself, and it is pickled by name.
+        return getattr(self, "__qualname__", hook_name(self._fn))
 
     def reset(self) -> None:
         """Forgets what was compiled."""

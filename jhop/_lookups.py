@@ -22,6 +22,8 @@ from jhop import _compat
 from jhop._container import MISSING
 from jhop._guards import Guards
 from jhop._interp import inner_jaxprs
+from jhop._ran import note_code_that_runs
+from jhop._source import is_user_file
 from jhop._walk import MAX_CONTAINERS, Walk
 
 
@@ -30,6 +32,7 @@ class _Epoch:
 
     def __init__(self) -> None:
         self._entries: list[tuple[weakref.ref[Guards], list[weakref.ref[Any]]]] = []
+        self.ran: set[types.CodeType] = set()  # code that ran in its traces
 
     def add(self, guards: Guards, inner: list[Any]) -> None:
         """Notes what a trace looked up, and the inner functions whose traces JAX keeps for as long as they live."""
@@ -37,13 +40,14 @@ class _Epoch:
 
     def holds(self) -> bool:
         """Whether each such trace is still right, or cannot be found again."""
+        kept = []
         for found, inner in self._entries:
-            guards = found()
-            if guards is not None:
-                if not guards.hold():
-                    return False
-            elif any(fn() is not None for fn in inner):
+            guards, alive = found(), any(fn() is not None for fn in inner)
+            if (guards is None and alive) or (guards is not None and not guards.hold()):
                 return False
+            if alive:
+                kept.append((found, inner))
+        self._entries = kept
         return True
 
 
@@ -72,8 +76,10 @@ class Lookups:
         global _epoch
         if not _epoch.holds():
             _epoch = _Epoch()
-        with _compat.cache_of(_epoch):
+        functions = self.walk.instances(types.FunctionType, lambda fn: is_user_file(fn.__code__.co_filename))
+        with _compat.cache_of(_epoch), note_code_that_runs([fn.__code__ for fn in functions]) as ran:
             yield
+        _epoch.ran |= ran
 
     def guards(self, hooks: Iterable[Any], *jaxprs: Any) -> Guards:
         """When what was traced since may be used again.
@@ -82,13 +88,23 @@ class Lookups:
             hooks: the callables that were left opaque.
             jaxprs: what was traced.
         """
-        walk = Walk(self._roots, strict=False, without=frozenset(code for hook in hooks for code in code_of(hook)))
+        # A hook that the function also calls itself is a part of it like any other.
+        without = frozenset(code for hook in hooks for code in code_of(hook)) - _epoch.ran
+        walk = Walk(self._roots, strict=False, without=without)
         changed: list[tuple[int, Any]] = []
+        grown = []
         for container in walk.containers:
             before = self._before.get((id(container.obj), container.kind), [])
             if container.names is not None:  # fewer than before: those that only hooks use are left out
                 before = [(name, value) for name, value in before if name in container.names]
-            changed += ((id(container), key) for key in _changed(container.kind, before, container.items()))
+            after = container.items()
+            keys = _changed(container.kind, before, after)
+            if keys:
+                grown.append(container)
+            if not container.whole:  # put where there was nothing, it may be a cache that is read the next time
+                old, now = dict(before), dict(after)
+                keys = [key for key in keys if key not in now or old.get(key) is not None]
+            changed += ((id(container), key) for key in keys)
         if walk.truncated:
             warnings.warn(
                 f"jhop: `{self._roots[0][0]}` can reach more than {MAX_CONTAINERS} Python objects. A change in one "
@@ -96,7 +112,7 @@ class Lookups:
                 UserWarning,
                 stacklevel=2,
             )
-        guards = Guards(walk, [], frozen=True, ignore_slots=changed)
+        guards = Guards(walk, [], frozen=True, ignore_slots=changed, ignore_keys=grown)
         if inner := _inner_functions(self.walk, jaxprs):
             _epoch.add(guards, inner)
         return guards

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dis
 import functools
 import types
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 _GLOBALS = {"LOAD_GLOBAL", "STORE_GLOBAL", "DELETE_GLOBAL", "LOAD_NAME"}
+_SIMPLE = {"LOAD_FAST", "LOAD_FAST_BORROW", "LOAD_FAST_CHECK", "LOAD_DEREF", "LOAD_GLOBAL", "LOAD_NAME"}
 _READS = {"LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR", "LOAD_GLOBAL", "LOAD_NAME", "IMPORT_FROM"}
 
 
@@ -56,6 +57,9 @@ def names_in_code(code: types.CodeType, without: frozenset[types.CodeType] | Non
             cells.add(instruction.argval)
         elif name.startswith(("FORMAT_", "CONVERT_VALUE")):
             attributes.add("format")
+        if name == "MATCH_CLASS":  # `case Point(0)`
+            attributes.add("__match_args__")
+    attributes -= _only_with_constants(code)
     for const in code.co_consts:
         if isinstance(const, types.CodeType):
             if without is None or const not in without:
@@ -64,9 +68,33 @@ def names_in_code(code: types.CodeType, without: frozenset[types.CodeType] | Non
                 loaded |= inner.globals
                 imported |= inner.modules
                 cells |= inner.cells
-        elif isinstance(const, str) and const.isidentifier():
-            attributes.add(const)
+        else:
+            attributes |= names_in_value(const)
     return Names(frozenset(attributes), frozenset(loaded), frozenset(imported), frozenset(cells))
+
+
+def _only_with_constants(code: types.CodeType) -> set[str]:
+    """Which of `getattr` and its like the code only calls as `getattr(x.y, "name")`: that is one name more."""
+    found: dict[str, bool] = {}
+    instructions = [each for each in dis.get_instructions(code) if each.opname != "PUSH_NULL"]
+    for i, instruction in enumerate(instructions):
+        if instruction.opname in _GLOBALS and instruction.argval in ("getattr", "hasattr", "setattr", "delattr"):
+            j = i + 2
+            while j < len(instructions) and instructions[j].opname == "LOAD_ATTR":
+                j += 1
+            rest = [each.opname for each in instructions[j : j + 3]]
+            if rest[1:2] and rest[1] in {"LOAD_CONST", *_SIMPLE}:  # what to return where there is no such attribute
+                del rest[1]
+            given = instructions[i + 1].opname in _SIMPLE and rest[0] == "LOAD_CONST" and "CALL" in rest[1]
+            found[instruction.argval] = found.get(instruction.argval, True) and given
+    return {name for name, given in found.items() if given}
+
+
+def names_in_value(value: Any) -> set[str]:
+    """Strings that could be names of attributes: `"a.b"` of an `attrgetter`, the tuple of `case Point(x=0)`."""
+    if isinstance(value, str):
+        return set(filter(str.isidentifier, value.split(".")))
+    return set().union(*map(names_in_value, value)) if isinstance(value, (tuple, frozenset)) else set()
 
 
 def slot_names(cls: type) -> set[str]:

@@ -73,11 +73,11 @@ class Step:
             outs = device(*state[:n_consts], *flat, *state[n_consts:])
             return jax.tree.unflatten(out_tree, outs[:n_outs]), outs[n_outs:]
 
-        def pure(*args: Any, **kwargs: Any) -> Any:
-            return results([], args, kwargs)[0]
+        def pure(*_args: Any, **_kwargs: Any) -> Any:
+            return results([], _args, _kwargs)[0]
 
-        def with_state(state: list[Any], /, *args: Any, **kwargs: Any) -> Any:
-            return results(state, args, kwargs)
+        def with_state(_state: list[Any], /, *_args: Any, **_kwargs: Any) -> Any:
+            return results(_state, _args, _kwargs)
 
         run = with_state if self.stateful else pure
         run.__name__ = self._signature.name
@@ -128,4 +128,10 @@ class Step:
 
 def _differs(value: Any, aval: Any) -> bool:
     found = jax.typeof(value)
-    return (found.shape, found.dtype, found.weak_type) != (aval.shape, aval.dtype, aval.weak_type)
+    same = (found.shape, found.dtype, found.weak_type) == (aval.shape, aval.dtype, aval.weak_type)
+    return not same or _spec(found) != _spec(aval)
+
+
+def _spec(aval: Any) -> Any:
+    """How an array is sharded, which is a part of its type on explicit axes of a mesh."""
+    return getattr(getattr(aval, "sharding", None), "spec", None)

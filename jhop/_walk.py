@@ -18,6 +18,7 @@ import contextvars
 import ctypes
 import functools
 import gc
+import operator
 import sys
 import types
 import weakref
@@ -31,21 +32,22 @@ from jhop import _compat
 from jhop._classes import OPAQUE_ROOTS, is_generated, is_opaque, is_user_class
 from jhop._container import Container, builtin_kind
 from jhop._errors import Unsupported
-from jhop._names import TEXT, TEXT_METHODS, names_in_code, slot_names
+from jhop._names import TEXT, TEXT_METHODS, names_in_code, names_in_value, slot_names
 from jhop._source import is_user_file
 
 MAX_CONTAINERS = 10_000
 # Code that uses one of these can reach any attribute, so names say nothing about what it reads.
-_REFLECTION = {"__dict__", "vars", "setattr", "getattr", "delattr", "eval", "exec", "globals", "asdict", "fields"}
+_REFLECTION = set("__dict__ vars setattr getattr hasattr delattr eval exec globals asdict astuple fields".split())
 _IMMUTABLE = {str, bytes, bool, complex, range, type(None), type(Ellipsis), type(NotImplemented)}
 _VIEWS: tuple[type, ...] = (types.MappingProxyType, type({}.keys()), type({}.values()), type({}.items()))
 # Their instances hold no Python state that a hook could read past JAX.
-_STANDARD_CONTAINERS = {"collections", "types", "argparse", "weakref", "functools"}
+_STANDARD_CONTAINERS = {"collections", "types", "argparse", "weakref", "_weakrefset", "functools"}
 _UNLIFTABLE = (
     bytearray, memoryview, array.array, functools._lru_cache_wrapper, contextvars.ContextVar, ctypes._SimpleCData,
     ctypes.Structure, ctypes.Array,
 )  # fmt: skip
 _BUILTINS = frozenset(dir(builtins))  # those that Python comes with are taken for granted
+_FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
 _NEVER = ("__dict__", "__weakref__", "__doc__", "__module__", "__slots__", "__qualname__")
 
 
@@ -71,12 +73,14 @@ class Fixed(NamedTuple):
 
 def is_number(value: Any) -> bool:
     """Numbers that are lifted; bools are flags, and steer control flow too often to be worth lifting."""
-    return type(value) in (int, float)
+    return type(value) is int or type(value) is float
 
 
 def is_array(value: Any) -> bool:
     """Arrays that are lifted."""
-    if not (isinstance(value, jax.Array) or type(value) is np.ndarray) or isinstance(value, _compat.Tracer):
+    cls = type(value)
+    library = cls.__module__.partition(".")[0] in OPAQUE_ROOTS
+    if not library or not (isinstance(value, jax.Array) or cls is np.ndarray) or issubclass(cls, _compat.Tracer):
         return False  # a NumPy scalar is a value like a string: exact, and guarded
     return getattr(value.dtype, "kind", "") not in "OSUM" and getattr(value.dtype, "names", None) is None
 
@@ -143,7 +147,7 @@ class Walk:
                 self._limit = len(self.containers) + MAX_CONTAINERS  # per hook: of these there may be any number
                 self._work.append((fn, path))
                 while self._work:
-                    self._visit(*self._work.popleft())
+                    self._visit_if_possible(*self._work.popleft())
             if (len(self._names), self._everything) == known:
                 break
 
@@ -198,13 +202,22 @@ class Walk:
 
     def _slot(self, container: Container, key: Any, value: Any) -> None:
         path = container.path_of(key)
-        if isinstance(value, _compat.Tracer):
+        # An object may say what it likes of its class, or raise when it is asked.
+        if issubclass(type(value), _compat.Tracer):
             self.tracers.append(Leaf(container, key, path, value))
         elif (is_number(value) or is_array(value)) and container.kind != "set":
             self.leaves.append(Leaf(container, key, path, value))
         else:
             self.fixed.append(Fixed(container, key, value))
             self._work.append((value, path))
+
+    def _visit_if_possible(self, value: Any, path: str) -> None:
+        try:
+            self._visit(value, path)
+        except Unsupported:
+            raise
+        except Exception as error:  # an object may raise whatever one asks of it
+            self._refuse(f"jhop could not look into `{path}`, which a hook reads: {type(error).__name__}: {error}.")
 
     def _visit(self, value: Any, path: str) -> None:
         if type(value) in _IMMUTABLE or is_number(value) or id(value) in self._seen:
@@ -221,6 +234,9 @@ class Walk:
             wrapped = getattr(value, "__wrapped__", None)
         if wrapped is not None:
             self._work.append((wrapped, f"{path}.__wrapped__"))
+        if is_opaque(type(value)) and callable(value):  # JAX's `custom_vjp` and the like: the rules are the user's
+            rules = (item for item in getattr(value, "__dict__", {}).values() if isinstance(item, _FUNCTIONS))
+            self._work.extend((rule, f"{path}.__wrapped__") for rule in rules)
         if isinstance(value, types.FunctionType):
             self._visit_function(value, path)
         elif isinstance(value, types.MethodType):
@@ -255,6 +271,8 @@ class Walk:
             for inside in gc.get_referents(value):
                 self.pinned.add(id(inside))
                 self._work.append((inside, path))
+        elif isinstance(value, (operator.attrgetter, operator.methodcaller)):
+            self._names |= names_in_value(value.__reduce__())
         elif isinstance(value, weakref.ref):
             self.alive.append((value, value() is not None))
             self._weak.add(id(value()))
@@ -270,8 +288,9 @@ class Walk:
             # A library's wrapper (contextmanager, vmap, grad): what it wraps may be the user's.
             for cell in fn.__closure__ or ():
                 inside = _cell_contents(cell)
-                for item in inside.values() if isinstance(inside, dict) else (inside,):  # a dispatcher's functions
-                    if isinstance(item, (types.FunctionType, types.MethodType, functools.partial)):
+                some = inside.values() if isinstance(inside, dict) else inside  # a dispatcher's functions, a rule's
+                for item in some if isinstance(inside, (dict, tuple, list)) else (inside,):
+                    if isinstance(item, _FUNCTIONS):
                         self._work.append((item, f"{path}.__wrapped__"))
             return
         self.attributes += [(fn, "__code__", fn.__code__), (fn, "__kwdefaults__", fn.__kwdefaults__)]
@@ -292,6 +311,8 @@ class Walk:
             self._add(fn.__globals__, "dict", "G", loaded)
             if added := loaded - fn.__globals__.keys() - _BUILTINS:
                 self._add(builtins.__dict__, "dict", "builtins", added)
+        if imported and self._without is not None:
+            self._add(sys.modules, "dict", "sys.modules", imported)
         for name in imported:
             self._work.append((sys.modules.get(name), f"G[{name!r}]"))
         self._add(fn.__dict__, "dict", f"{path}.__dict__", self._attribute_names())
@@ -324,6 +345,8 @@ class Walk:
                 special -= TEXT_METHODS if self._names.isdisjoint(TEXT) else set()
             names = ((self._names | special) - members) - set(_NEVER)
             self._add(base, "class", f"G[{base.__qualname__!r}]", names)
+            if "__match_args__" in names:
+                self._names |= names_in_value(base.__dict__.get("__match_args__", ()))
             if is_user_class(type(base)):
                 self._work.append((type(base), f"type(G[{base.__qualname__!r}])"))
 
@@ -353,16 +376,18 @@ class Walk:
         if is_opaque(cls):
             return
         mine = is_user_class(cls)
+        node = mine and self._without is not None and not jax.tree_util.all_leaves([value])
         if mine:
             if id(value) not in self._weak:
                 self.attributes.append((value, "__class__", cls))
             self._work.append((cls, path))
         if isinstance(getattr(value, "__dict__", None), dict):
             # The code that reads attributes of a standard container (UserDict, SimpleNamespace) is not the user's.
-            everything = not mine and cls.__module__.split(".")[0] in _STANDARD_CONTAINERS
+            # Nor is that of `jax.tree.map`, which may be what the function does with a registered class.
+            everything = node or not mine and cls.__module__.split(".")[0] in _STANDARD_CONTAINERS
             self._add(value, "attrs", path, None if everything else self._attribute_names())
         slots = slot_names(cls)
-        if not self._everything:
+        if not (self._everything or node):
             slots &= self._names
         if slots:
             self._add(value, "slots", path, slots)
@@ -373,5 +398,3 @@ def _cell_contents(cell: Any) -> Any:
         return cell.cell_contents
     except ValueError:
         return None
-
-

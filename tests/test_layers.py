@@ -41,6 +41,7 @@ LAYERS = (
     "_program",
     "_capture",
     "_guards",
+    "_ran",
     "_lookups",
     "_lifted",
     "_describe",

@@ -1,0 +1,73 @@
+"""Which of some functions run while a block does: seen as cheaply as Python can."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import types
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from jhop._source import FileKind, file_kind
+
+_monitoring: Any = getattr(sys, "monitoring", None)
+
+
+@contextlib.contextmanager
+def note_code_that_runs(candidates: Iterable[types.CodeType]) -> Iterator[set[types.CodeType]]:
+    """Adds to a set the code that runs in the block, called by other than jhop, which runs hooks.
+
+    Where another tool is in the way, the set has all candidates from the start.
+    """
+    asked = {code: None for candidate in candidates for code in _with_nested(candidate)}
+    ran: set[types.CodeType] = set()
+    with contextlib.ExitStack() as stack:
+        begin = _profile if _monitoring is None else _monitor
+        if not begin(asked, ran, stack):
+            ran.update(asked)
+        yield ran
+
+
+def _with_nested(code: types.CodeType) -> Iterator[types.CodeType]:
+    yield code
+    for const in code.co_consts:
+        if isinstance(const, types.CodeType):
+            yield from _with_nested(const)
+
+
+def _note(frame: types.FrameType, ran: set[types.CodeType]) -> None:
+    caller = frame.f_back
+    if caller is None or file_kind(caller.f_code.co_filename) is not FileKind.JHOP:
+        ran.add(frame.f_code)
+
+
+def _monitor(asked: dict[types.CodeType, None], ran: set[types.CodeType], stack: contextlib.ExitStack) -> bool:
+    """By events on that code alone: Python 3.12 and later."""
+    event = _monitoring.events.PY_START
+    for tool in (4, 3, 5, 2, 1, 0):  # 3 and 4 have no set purpose
+        with contextlib.suppress(ValueError):  # taken
+            _monitoring.use_tool_id(tool, "jhop")
+            break
+    else:
+        return False
+    stack.callback(_monitoring.free_tool_id, tool)
+    stack.callback(_monitoring.register_callback, tool, event, None)
+    _monitoring.register_callback(tool, event, lambda code, offset: _note(sys._getframe(1), ran))
+    for code in asked:
+        stack.callback(_monitoring.set_local_events, tool, code, 0)
+        _monitoring.set_local_events(tool, code, event)
+    return True
+
+
+def _profile(asked: dict[types.CodeType, None], ran: set[types.CodeType], stack: contextlib.ExitStack) -> bool:
+    """By a profile function, which sees everything: Python 3.11."""
+    if sys.getprofile() is not None:
+        return False
+
+    def profile(frame: types.FrameType, event: str, arg: Any) -> None:
+        if event == "call" and frame.f_code in asked:
+            _note(frame, ran)
+
+    stack.callback(sys.setprofile, None)
+    sys.setprofile(profile)
+    return True
