@@ -54,10 +54,10 @@ class Traced(_Stage):
         """
         step: Step = self._entry.run
         if _private_parameters is not None:  # asked by jax.export, which makes its own use of JAX's stage
-            if step.stateful:
+            if step.has_state:
                 raise Unsupported(
                     f"jax.export of `{self._name}`: an exported program cannot reach the Python state of its hooks "
-                    f"({', '.join(step.state_paths()) or 'arrays that it closes over'}). Pass it as an argument, and "
+                    f"({', '.join(step.state_paths())}). Pass it as an argument, and "
                     "return what changes."
                 )
             return self._stage.lower(lowering_platforms=lowering_platforms, _private_parameters=_private_parameters)
@@ -101,4 +101,4 @@ def trace(name: str, guards: Guards, entry: Any, args: Any, kwargs: Any) -> Trac
     """The first stage, of one version of a function."""
     step: Step = entry.run
     with _state.LOCK:
-        return Traced(step.jitted.trace(*step.examples(), *args, **kwargs), name, guards, entry)
+        return Traced(step.trace(args, kwargs), name, guards, entry)

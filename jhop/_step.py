@@ -49,6 +49,7 @@ class Step:
         jitted: the `jax.jit`. Of a graph without state it takes and returns what the user's function does; else it
             takes a list of arrays first (constants, state) and returns (results, state).
         stateful: whether it does.
+        has_state: whether there is Python state, and not only constants.
     """
 
     def __init__(self, gm: GraphModule, example_inputs: list[Any], *, signature: Signature):
@@ -59,7 +60,8 @@ class Step:
         self._n_outs = self._lifted.n_outs
         self._n_consts = len(consts)
         self._avals = [v.aval for v in jaxpr.invars[: self._n_given]]
-        self.stateful = bool(consts or self._lifted.slots or self._lifted.writes)
+        self.has_state = bool(self._lifted.slots or self._lifted.writes)
+        self.stateful = bool(consts) or self.has_state
         self._program = Program(gm, self._jit)
         self.jitted = self._program.device
 
@@ -74,14 +76,16 @@ class Step:
             return jax.tree.unflatten(out_tree, outs[:n_outs]), outs[n_outs:]
 
         def pure(*_args: Any, **_kwargs: Any) -> Any:
-            return results([], _args, _kwargs)[0]
+            return results(self._program.consts, _args, _kwargs)[0]
 
         def with_state(_state: list[Any], /, *_args: Any, **_kwargs: Any) -> Any:
             return results(_state, _args, _kwargs)
 
-        run = with_state if self.stateful else pure
-        run.__name__ = self._signature.name
-        return self._signature.jit(run, state_in=self.stateful, state_out=self.stateful)
+        pure.__name__ = with_state.__name__ = self._signature.name
+        plain = self._signature.jit(pure, state_in=False, state_out=False)
+        run = self._signature.jit(with_state, state_in=True, state_out=True) if self.stateful else plain
+        self._ahead = run if self.has_state else plain
+        return run
 
     def __call__(self, *flat: Any) -> list[Any]:
         args, kwargs = jax.tree.unflatten(self._signature.in_tree, flat[: self._n_given])
@@ -106,8 +110,10 @@ class Step:
         Raises:
             DoesNotFit: a number of state no longer has the type that it had. Nothing was written.
         """
+        if jitted is not None and not self.has_state:
+            return jitted(*args, **kwargs)
         if not self.stateful:
-            return (jitted or self.jitted)(*args, **kwargs)
+            return self.jitted(*args, **kwargs)
         results, changed = self.call(args, kwargs, self._lifted.read(), jitted)
         if self._lifted.writes:
             self._lifted.commit([*[None] * self._n_outs, *changed])
@@ -118,12 +124,12 @@ class Step:
         written = (write.container.path_of(write.key) for write in self._lifted.writes)
         return list(dict.fromkeys([*(slot.path for slot in self._lifted.slots), *written]))
 
-    def examples(self) -> list[Any]:
-        """The arrays that go before the user's arguments, as of now; none where there is no state."""
-        if not self.stateful:
-            return []
+    def trace(self, args: Any, kwargs: Any) -> Any:
+        """JAX's first stage ahead of time. Constants are a part of such a program, as they are in `jax.jit`'s."""
+        if not self.has_state:
+            return self._ahead.trace(*args, **kwargs)
         _, arrays = self._program.split(self._lifted.read(), self._n_given)
-        return [[*self._program.consts, *arrays]]
+        return self._ahead.trace([*self._program.consts, *arrays], *args, **kwargs)
 
 
 def _differs(value: Any, aval: Any) -> bool:

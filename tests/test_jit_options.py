@@ -341,6 +341,16 @@ def test_export_with_symbolic_sizes():
         check(exported.call(X[:size], X[:size]), X[:size], X[:size])
 
 
+def test_constants_ahead_of_time():
+    """Arrays that the function closes over are inputs of what `jhop.jit` runs, and in what is compiled or exported."""
+    weight = jnp.arange(8.0)
+    step = jhop.jit(jax.grad(lambda x: (jhop.hook(x, pure) * weight).sum()))
+    exported = jax.export.export(step)(X)
+    for call in (step, step.lower(X).compile(), exported.call, jax.export.deserialize(exported.serialize()).call):
+        np.testing.assert_allclose(call(X), 3.0 * weight)
+    assert len(step.trace(X).jaxpr.in_avals) == 1
+
+
 def test_export_of_state_is_refused():
     with pytest.raises(jhop.Unsupported, match=r"jax.export of `fn`.*\.n.*argument"):
         jax.export.export(jhop.jit(gradient(Counter()), fullgraph=True))(X, X)
