@@ -8,12 +8,8 @@ to the real objects after the compiled graph ran: all of them, or none.
 from __future__ import annotations
 
 import threading
-import types
-from collections import deque
 from collections.abc import Iterator
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from jhop._append import AppendList
 from jhop._container import MISSING, Container
@@ -23,8 +19,6 @@ from jhop._walk import Walk
 # One trace at a time: while hooks are traced, their objects hold symbols that another thread must not see.
 LOCK = threading.RLock()
 
-_NEW = {"list": list, "tuple": tuple, "set": set, "deque": deque}
-_SHARED = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType, type, np.dtype)
 
 
 # Functions that read a list from C, past its methods: `AppendList` would not notice.
