@@ -20,7 +20,6 @@ from jhop._walk import Walk
 LOCK = threading.RLock()
 
 
-
 # Functions that read a list from C, past its methods: `AppendList` would not notice.
 _READERS = """join heappush heappop heapify heapreplace heappushpop merge nlargest nsmallest array asarray stack
 concatenate dumps dump fromiter pack type""".split()
