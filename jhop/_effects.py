@@ -43,8 +43,10 @@ from jhop._watched import (
     Watch,
     check_python_call,
     message,
+    monitoring,
     record_operator,
     refuse,
+    take_tool,
     thread,
 )
 
@@ -91,9 +93,6 @@ def watch(hook: Any, *, remedy: str | None = None, trace: Any = None) -> Iterato
 
 # Python 3.12 and later: one tool of `sys.monitoring` for all threads, taken while any of them watches
 
-_monitoring: Any = getattr(sys, "monitoring", None)
-
-
 class _Monitor:
     """Counts the watches; registers the tool at the first and gives it back, with all its events, at the last."""
 
@@ -118,30 +117,27 @@ class _Monitor:
                     self._stop()
 
     def _start(self) -> None:
-        for tool in (4, 3, 5, 2, 1, 0):  # 3 and 4 have no set purpose
-            with contextlib.suppress(ValueError):  # taken
-                _monitoring.use_tool_id(tool, "jhop")
-                break
-        else:
+        tool = take_tool()
+        if tool is None:
             raise Unsupported("cannot trace a hook: every tool of `sys.monitoring` is in use")
-        self._tool, events = tool, _monitoring.events
+        self._tool, events = tool, monitoring.events
         for event, callback in self._callbacks().items():
-            _monitoring.register_callback(tool, event, callback)
+            monitoring.register_callback(tool, event, callback)
         if OPERATOR_CODE is not None:
             self._mark(OPERATOR_CODE, events.PY_RETURN)
-        _monitoring.set_events(tool, events.PY_START | events.PY_RESUME)
+        monitoring.set_events(tool, events.PY_START | events.PY_RESUME)
 
     def _stop(self) -> None:
-        _monitoring.set_events(self._tool, 0)
+        monitoring.set_events(self._tool, 0)
         for code in self._marked.values():
-            _monitoring.set_local_events(self._tool, code, 0)
+            monitoring.set_local_events(self._tool, code, 0)
         self._marked.clear()
         for event in self._callbacks():
-            _monitoring.register_callback(self._tool, event, None)
-        _monitoring.free_tool_id(self._tool)
+            monitoring.register_callback(self._tool, event, None)
+        monitoring.free_tool_id(self._tool)
 
     def _callbacks(self) -> dict[int, Callable[..., Any]]:
-        events = _monitoring.events
+        events = monitoring.events
         return {
             events.PY_START: self._on_start,
             events.PY_RESUME: self._on_start,
@@ -152,12 +148,12 @@ class _Monitor:
 
     def _mark(self, code: types.CodeType, events: int) -> None:
         self._marked[id(code)] = code
-        _monitoring.set_local_events(self._tool, code, events)
+        monitoring.set_local_events(self._tool, code, events)
 
     def _on_start(self, code: types.CodeType, _offset: int) -> Any:
         kind = file_kind(code.co_filename)
         if (kind is not USER and kind is not STDLIB) or id(code) in _banned.HARMLESS:
-            return _monitoring.DISABLE
+            return monitoring.DISABLE
         # Not disabled from here on: what is disabled stays so for the next watch, which has to mark anew.
         if (seen := thread.current) is None:
             return None
@@ -169,13 +165,13 @@ class _Monitor:
                 return None
             check_python_call(frame)
         if id(code) not in self._marked:
-            events = _monitoring.events
+            events = monitoring.events
             self._mark(code, events.CALL | (events.INSTRUCTION if _banned.starred_calls(code) else 0))
         return None
 
     def _on_instruction(self, code: types.CodeType, offset: int) -> Any:
         if offset not in _banned.starred_calls(code):
-            return _monitoring.DISABLE
+            return monitoring.DISABLE
         if thread.current is not None:
             refuse(_banned.label_in_call(sys._getframe(1), offset), sys._getframe(1))
         return None
@@ -198,6 +194,6 @@ class _Monitor:
 
 
 # `_compat` alone may ask for a version; this asks for the feature.
-_seeing = profiling if _monitoring is None else _Monitor().seeing
+_seeing = profiling if monitoring is None else _Monitor().seeing
 # In this block `watch` is quick to enter: Python instruments code anew whenever events are turned on.
-many_watches = contextlib.nullcontext if _monitoring is None else _seeing
+many_watches = contextlib.nullcontext if monitoring is None else _seeing

@@ -137,12 +137,6 @@ def rewrite(
     return _compat.bind_eqn(eqn.replace(params=params), values)
 
 
-def retrace(jaxpr: Any, rule: Rule | None, avals: list[Any] | None = None) -> Any:
-    """Traces a jaxpr anew, equation by equation, under `rule`: the changed jaxpr, closed."""
-    opened, _ = _compat.open_jaxpr(jaxpr)
-    return jax.make_jaxpr(lambda *args: evaluate(jaxpr, list(args), rule))(*(avals or [v.aval for v in opened.invars]))
-
-
 # -- symbolic dimensions -----------------------------------------------------------------------------------------------
 
 
@@ -207,7 +201,7 @@ def with_sizes(sizes: dict[str, Any]) -> Rule:
 
     def change(jaxpr: Any) -> Any:
         opened, _ = _compat.open_jaxpr(jaxpr)
-        return retrace(jaxpr, rule, [fill(v.aval) for v in opened.invars])
+        return jax.make_jaxpr(lambda *args: evaluate(jaxpr, list(args), rule))(*(fill(v.aval) for v in opened.invars))
 
     def rule(eqn: Any, values: list[Any]) -> list[Any] | None:
         if not symbols_in(list(eqn.params.values())):

@@ -244,7 +244,14 @@ class Jitted:
         return _aot.trace(hook_name(self._fn), version.guards, version.compiled.entry(flat), *dynamic)
 
     def lower(self, /, *args: Any, **kwargs: Any) -> _aot.Lowered:
-        """As `jax.jit(fn).lower`, with hooks inlined: `lower(...).compile()` runs. Arguments as for `trace`."""
+        """As `jax.jit(fn).lower`, with hooks inlined: `lower(...).compile()` runs. Arguments and errors as for `trace`.
+
+        Example:
+            >>> import jax, jhop
+            >>> step = jhop.jit(jax.grad(lambda x: jhop.hook(x, lambda ct: ct * 3.0) ** 2))
+            >>> float(step.lower(2.0).compile()(2.0))
+            12.0
+        """
         return self.trace(*args, **kwargs).lower()
 
     def eval_shape(self, /, *args: Any, **kwargs: Any) -> Any:

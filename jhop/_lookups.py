@@ -52,9 +52,8 @@ class _Epoch:
 
 
 _epoch = _Epoch()
-
-
 _Place = tuple[int, str]  # a container: the id of its object, and its kind
+
 
 class Lookups:
     """What can be read from some roots, before and after a function is traced.

@@ -6,7 +6,7 @@ That program takes the arguments that are not static, and before them, where the
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -85,24 +85,24 @@ class Options:
         others = tuple(arg for i, arg in enumerate(args) if i not in places)
         return static, others, {name: value for name, value in kwargs.items() if name not in self.static.names}
 
-    def for_program(self, n_args: int, kwargs: dict[str, Any], *, state_in: bool, state_out: bool) -> dict[str, Any]:
+    def for_program(self, n_args: int, names: Collection[str], *, state: bool) -> dict[str, Any]:
         """Options of `jax.jit` for a program without static arguments.
 
         Args:
             n_args: how many positional arguments the function was called with.
-            kwargs: the arguments that it was given by name.
-            state_in, state_out: whether arrays of state come before the arguments, and after the results.
+            names: the arguments that it was given by name.
+            state: whether arrays of state come before the arguments, and after the results.
         """
         new = {name: value for name, value in self.given.items() if not name.startswith(("static_", "donate_"))}
         static = self.static.positions(n_args)
         dynamic = [place for place in range(n_args) if place not in static]
         donated = self._donated.positions(n_args)
-        new["donate_argnums"] = tuple(i + state_in for i, place in enumerate(dynamic) if place in donated)
-        new["donate_argnames"] = tuple(sorted(self._donated.names & kwargs.keys()))
-        if state_in and "in_shardings" in new:
+        new["donate_argnums"] = tuple(i + state for i, place in enumerate(dynamic) if place in donated)
+        new["donate_argnames"] = tuple(sorted(self._donated.names & set(names)))
+        if state and "in_shardings" in new:
             given = new["in_shardings"]
             each = tuple(given) if isinstance(given, (tuple, list)) else (given,) * len(dynamic)
             new["in_shardings"] = (None, *each)  # None: as the arrays are
-        if state_out and "out_shardings" in new:
+        if state and "out_shardings" in new:
             new["out_shardings"] = (new["out_shardings"], None)
         return new

@@ -50,7 +50,6 @@ class Program:
         device_outs = [v for v, on_host in outs if not on_host]
         atoms = [*(atom for eqn in device_eqns for atom in eqn.invars), *device_outs]
         read = {atom for atom in atoms if not isinstance(atom, jex_core.Literal)}
-        numbers = [v for v in jaxpr.invars if v in host]
         feeds = [v for v in [*numbers, *(o for eqn in host_eqns for o in eqn.outvars)] if v in read]
         self._host = _host_code(numbers, host_eqns, [v for v, on_host in outs if on_host], feeds)
         arrays = [v for v in jaxpr.invars if v not in host]

@@ -9,8 +9,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from jhop._source import FileKind, file_kind
-
-_monitoring: Any = getattr(sys, "monitoring", None)
+from jhop._watched import monitoring, take_tool
 
 
 @contextlib.contextmanager
@@ -22,7 +21,7 @@ def note_code_that_runs(candidates: Iterable[types.CodeType]) -> Iterator[set[ty
     asked = {code: None for candidate in candidates for code in _with_nested(candidate)}
     ran: set[types.CodeType] = set()
     with contextlib.ExitStack() as stack:
-        begin = _profile if _monitoring is None else _monitor
+        begin = _profile if monitoring is None else _monitor
         if not begin(asked, ran, stack):
             ran.update(asked)
         yield ran
@@ -43,19 +42,16 @@ def _note(frame: types.FrameType, ran: set[types.CodeType]) -> None:
 
 def _monitor(asked: dict[types.CodeType, None], ran: set[types.CodeType], stack: contextlib.ExitStack) -> bool:
     """By events on that code alone: Python 3.12 and later."""
-    event = _monitoring.events.PY_START
-    for tool in (4, 3, 5, 2, 1, 0):  # 3 and 4 have no set purpose
-        with contextlib.suppress(ValueError):  # taken
-            _monitoring.use_tool_id(tool, "jhop")
-            break
-    else:
+    event = monitoring.events.PY_START
+    tool = take_tool()
+    if tool is None:
         return False
-    stack.callback(_monitoring.free_tool_id, tool)
-    stack.callback(_monitoring.register_callback, tool, event, None)
-    _monitoring.register_callback(tool, event, lambda code, offset: _note(sys._getframe(1), ran))
+    stack.callback(monitoring.free_tool_id, tool)
+    stack.callback(monitoring.register_callback, tool, event, None)
+    monitoring.register_callback(tool, event, lambda code, offset: _note(sys._getframe(1), ran))
     for code in asked:
-        stack.callback(_monitoring.set_local_events, tool, code, 0)
-        _monitoring.set_local_events(tool, code, event)
+        stack.callback(monitoring.set_local_events, tool, code, 0)
+        monitoring.set_local_events(tool, code, event)
     return True
 
 

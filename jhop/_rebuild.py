@@ -109,7 +109,7 @@ def _rebuild_call(eqn: Any, values: list[Any], run: Run) -> list[Any]:
 
 
 def _expand(eqn: Any, values: list[Any], run: Run) -> list[Any]:
-    """What JAX runs in place of a "hi" primitive when it compiles it; as above, rules do not matter any more."""
+    """What JAX runs in place of a "hi" primitive when it compiles it. Its rules matter as little as a custom one's."""
     primitive = eqn.params["_prim"]
 
     def expanded(*args: Any) -> Any:

@@ -34,10 +34,9 @@ class Signature:
         self._names = names
         self._options = options
 
-    def jit(self, run: Any, *, state_in: bool, state_out: bool) -> Any:
+    def jit(self, run: Any, *, state: bool) -> Any:
         """`jax.jit` of a function of these arguments, with the user's options."""
-        names = dict.fromkeys(self._names)
-        return jax.jit(run, **self._options.for_program(self._n_args, names, state_in=state_in, state_out=state_out))
+        return jax.jit(run, **self._options.for_program(self._n_args, self._names, state=state))
 
 
 class Step:
@@ -82,8 +81,8 @@ class Step:
             return results(_state, _args, _kwargs)
 
         pure.__name__ = with_state.__name__ = self._signature.name
-        plain = self._signature.jit(pure, state_in=False, state_out=False)
-        run = self._signature.jit(with_state, state_in=True, state_out=True) if self.stateful else plain
+        plain = self._signature.jit(pure, state=False)
+        run = self._signature.jit(with_state, state=True) if self.stateful else plain
         self._ahead = run if self.has_state else plain
         return run
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 import types
@@ -13,6 +14,8 @@ import jax
 from jhop import _banned, _compat
 from jhop._errors import Unsupported
 from jhop._source import FileKind, describe_hook, file_kind, origin_of
+
+monitoring: Any = getattr(sys, "monitoring", None)  # Python 3.12 and later
 
 USER, STDLIB, JHOP = FileKind.USER, FileKind.STDLIB, FileKind.JHOP  # enum members are slow to look up
 
@@ -119,3 +122,12 @@ def record_operator(frame: types.FrameType, result: Any) -> None:
         if kind is not STDLIB and kind is not JHOP:
             return
         caller = caller.f_back
+
+
+def take_tool() -> int | None:
+    """Registers a tool of `sys.monitoring` and returns its number; None where others have them all."""
+    for tool in (4, 3, 5, 2, 1, 0):  # 3 and 4 have no set purpose
+        with contextlib.suppress(ValueError):  # taken
+            monitoring.use_tool_id(tool, "jhop")
+            return tool
+    return None
