@@ -18,6 +18,7 @@ import jax.extend.core as jex_core
 from jax._src import config as _config  # what JAX itself puts into the keys of its caches
 from jax._src import core as _core  # the current trace has no public name
 from jax._src import pjit as _pjit
+from jax._src.interpreters import ad as _ad
 from jax._src.lax import lax as _lax
 from jax._src.sharding_impls import UNSPECIFIED as UNSPECIFIED  # what a jit says of shardings that it leaves open
 from jax.extend import source_info_util
@@ -142,6 +143,31 @@ def bind_eqn(eqn: Any, args: list[Any]) -> list[Any]:
     return list(outs) if eqn.primitive.multiple_results else [outs]
 
 
+def stage_again(eqn: Any, args: list[Any]) -> list[Any] | None:
+    """Adds an equation as it is to the jaxpr that is being made: as `bind_eqn` does, in a third of the time.
+
+    Binding asks for the types of the results again, which are known where those of the arguments are the equation's.
+
+    Returns:
+        The results; None where nothing was added, because the equation has to be bound.
+    """
+    trace, primitive = current_trace(), eqn.primitive
+    if eqn.effects or getattr(primitive, "ref_allocating", False) or not hasattr(trace, "emit_eqn"):
+        return None
+    names, source = source_info_util.current_name_stack(), eqn.source_info
+    if names.stack:
+        source = source.replace(name_stack=names + source.name_stack)
+    tracers = []
+    for atom, arg in zip(eqn.invars, args, strict=True):
+        tracer = arg if is_of(arg, trace) else trace.to_jaxpr_tracer(arg, source)
+        if tracer.aval is not atom.aval and tracer.aval != atom.aval:
+            return None
+        tracers.append(tracer)
+    trace.frame.is_high |= primitive.is_high(*(tracer.aval for tracer in tracers), **eqn.params)
+    avals = [variable.aval for variable in eqn.outvars]
+    return trace.emit_eqn(tracers, avals, primitive, eqn.params, eqn.effects, source, eqn.ctx)
+
+
 def binds_axes(eqn: Any) -> bool:
     """Whether an equation's body has mesh axes in scope, so that it can be traced only while the equation is bound."""
     return eqn.primitive.name == "shard_map"
@@ -203,6 +229,31 @@ def vmap_kwargs(axis_data: Any, *, mapped: bool) -> dict[str, Any]:
     if axis_data.spmd_name is not None:
         kwargs["spmd_axis_name"] = axis_data.spmd_name
     return kwargs
+
+
+_LINEARIZED = _ad.fallback_linearize_rule(jax.lax.neg_p, True, [True], 0.0)  # what such a rule returns, by an example
+
+
+def def_linearize(primitive: Any, rule: Callable[..., Any]) -> None:
+    """Registers how a primitive with several results is linearized; without, JAX traces its JVP rule apart each time.
+
+    Args:
+        rule: `rule(nonzero, *primals, **params)`, in which `nonzero` says of which primals there are tangents, returns
+            (results, of which results there are tangents, residuals, function). The function is called as
+            `function(residuals, *tangents)` and returns the results' tangents.
+    """
+    # The public way registers JVP rules only.
+    n_unused = len(_LINEARIZED) - 4  # later versions of JAX have "structured residuals" before the function
+
+    def linearize(_is_vjp: bool, nonzero: Any, *primals: Any, **params: Any) -> Any:
+        outs, nonzero_outs, residuals, function = rule(nonzero, *primals, **params)
+
+        def linear(residuals: Any, *rest: Any) -> Any:
+            return function(residuals, *rest[n_unused:])
+
+        return outs, nonzero_outs, residuals, *[None] * n_unused, linear
+
+    _ad.primitive_linearizations[primitive] = linearize
 
 
 _Jitted = type(jax.jit(lambda: None))  # a class of jaxlib's without a public name

@@ -210,6 +210,17 @@ def _hook_jvp(primals: Any, tangents: Any, *, fn: HookFn, n: int) -> Any:
     return list(primals[:n]), hook_p.bind(*dots, *primals[n:], fn=fn, n=n)
 
 
+def _hook_linearize(nonzero: Any, *primals: Any, fn: HookFn, n: int) -> Any:
+    def linear(operands: list[Any], *tangents: Any) -> list[Any]:
+        dots = tangents[:n]
+        if not moves:
+            return list(dots)
+        return list(hook_p.bind(*(ad.instantiate_zeros(dot) for dot in dots), *operands, fn=fn, n=n))
+
+    moves = any(nonzero[:n])
+    return list(primals[:n]), [moves] * n, list(primals[n:]), linear
+
+
 def _hook_transpose(cts: Any, *args: Any, fn: HookFn, n: int) -> list[Any]:
     operands = list(args[n:])
     if all(type(ct) is ad.Zero for ct in cts):
@@ -262,5 +273,6 @@ hook_p.def_impl(_hook_impl)
 hook_p.def_abstract_eval(_hook_abstract_eval)
 ad.primitive_jvps[hook_p] = _hook_jvp
 ad.primitive_transposes[hook_p] = _hook_transpose
+_compat.def_linearize(hook_p, _hook_linearize)
 batching.fancy_primitive_batchers[hook_p] = _hook_batch
 _compat.register_lowering(hook_p, _hook_impl, multiple_results=True)

@@ -91,6 +91,8 @@ def evaluate(jaxpr: Any, args: list[Any], rule: Rule | None = None, *, note: Cal
     for eqn in opened.eqns:
         values = [read(atom) for atom in eqn.invars]
         outs = rule(eqn, values) if rule is not None else None
+        if outs is None:
+            outs = _compat.stage_again(eqn, values)
         write(eqn.outvars, _compat.bind_eqn(eqn, values) if outs is None else outs)
     return [read(atom) for atom in opened.outvars]
 
