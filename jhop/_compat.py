@@ -159,6 +159,8 @@ def stage_again(eqn: Any, args: list[Any]) -> list[Any] | None:
         source = source.replace(name_stack=names + source.name_stack)
     tracers = []
     for atom, arg in zip(eqn.invars, args, strict=True):
+        if type(arg) in (bool, int, float, complex):
+            return None  # only binding makes arrays of them
         tracer = arg if is_of(arg, trace) else trace.to_jaxpr_tracer(arg, source)
         if tracer.aval is not atom.aval and tracer.aval != atom.aval:
             return None

@@ -17,8 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from under import make_mesh
 
 import jhop
 
@@ -330,7 +331,7 @@ def test_odd_object_in_reach(kind):
 
 @pytest.mark.parametrize("counts", [False, True])
 def test_sharding_on_explicit_axes_is_part_of_the_type(counts):
-    mesh = jax.make_mesh((8,), ("i",), axis_types=(AxisType.Explicit,))
+    mesh = make_mesh((8,), ("i",), "Explicit")
     box = types.SimpleNamespace(n=0)
 
     def count(ct):
