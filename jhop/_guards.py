@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from jhop._container import MISSING, Container, contents_of
-from jhop._scalar import Expr, leaves, to_code
+from jhop._scalar import CODE_NAMES, Expr, leaves, to_code
 from jhop._walk import Fixed, Leaf, Walk
 
 _BY_VALUE = {str, bytes, complex, bool, int, float}
@@ -111,7 +111,7 @@ class _Answer:
         self.text = to_code(expr, lambda i: slots[i].path)
         self._slots = [slots[i] for i in used]
         code = to_code(expr, lambda i: f"v{i}")
-        names = {"__builtins__": {"abs": abs, "int": int, "float": float, "str": str}}
+        names = {"__builtins__": {"abs": abs, "int": int, "float": float, "str": str, "range": range}, **CODE_NAMES}
         self._check = eval(f"lambda {', '.join(f'v{i}' for i in used)}: {code}", names)
 
     def now(self) -> bool:

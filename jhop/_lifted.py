@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from jhop import _state
 from jhop._capture import Recorder
 from jhop._guards import Guards
-from jhop._scalar import Expr, Scalar
+from jhop._scalar import Expr, Scalar, free
 from jhop._walk import Leaf
 from jhop._writeback import write_back
 
@@ -42,21 +44,58 @@ class Lifted:
 
 
 class Session:
-    """What `Scalar`s report to while hooks are traced."""
+    """What `Scalar`s report to while hooks are traced.
+
+    Attributes:
+        answers: questions that were asked of numbers, with the answers.
+        symbols: what stands for the numbers of lifted state and of the loops under way, by expression.
+        arrays: arrays that numbers depend on, which are known once the graph ran.
+        varied: whether a question was asked of a number whose value is not the same each time.
+    """
 
     def __init__(self, recorder: Recorder):
         self.answers: list[tuple[Expr, bool]] = []
         self.open = True
+        self.symbols: dict[Expr, Scalar] = {}
+        self.arrays: dict[Expr, Any] = {}
+        self.varied = False
         self._recorder = recorder
         self._scalars: list[Scalar] = []
+        self._keys = itertools.count()
+
+    def new_key(self) -> int:
+        """A number for a loop or an array, unlike all others."""
+        return next(self._keys)
+
+    def array(self, value: Any) -> Expr:
+        """An expression for an array that will be known once the graph ran."""
+        expr = Expr("device", (f"d{self.new_key()}",))
+        self.arrays[expr] = value
+        return expr
 
     def guard(self, expr: Expr, answer: bool) -> None:
-        if self.open:  # JAX may keep a number as a cache key and ask it much later
+        if not self.open:  # JAX may keep a number as a cache key and ask it much later
+            return
+        if any(part.op != "leaf" for part in free(expr)):
+            self.varied = True
+        else:
             self.answers.append((expr, answer))
 
     def note_step(self, result: Scalar) -> None:
         self._recorder.add(result._twin)
         self._scalars.append(result)
+
+    @contextlib.contextmanager
+    def inner_trace(self) -> Iterator[None]:
+        """While active, numbers belong to an inner trace: afterwards, they and their arrays are let go of."""
+        symbols, arrays, count = dict(self.symbols), dict(self.arrays), len(self._scalars)
+        try:
+            yield
+        finally:
+            self.symbols, self.arrays = symbols, arrays
+            for scalar in self._scalars[count:]:
+                scalar._twin = None
+            del self._scalars[count:]
 
     def close(self) -> None:
         """Ends the session: a number that lives on, say as a key in a cache of JAX's, holds no tracer."""
@@ -64,3 +103,5 @@ class Session:
         for scalar in self._scalars:
             scalar._twin = None
         self._scalars.clear()
+        self.symbols.clear()
+        self.arrays.clear()

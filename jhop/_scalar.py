@@ -14,6 +14,7 @@ Each arithmetic step is also one `scalar` equation, so that the traced graph sho
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from collections.abc import Callable, Sequence
@@ -38,22 +39,48 @@ I32_MIN, I32_MAX = -(2**31), 2**31 - 1
 
 
 class Expr(NamedTuple):
-    """A host expression: `leaf` (index,), `const` (value,), or an operator over expressions."""
+    """A host expression.
+
+    `op` is one of:
+
+    - `leaf` (index,): a lifted value; `device` (key,): an array that is known once the graph ran;
+    - `const` (value,);
+    - `repeat` (type, loop, length, index, inits, updates, each): one of the values that are updated together `length`
+      times. The updates read them as `loop` (loop, index), and from each array in `each` its items in turn as `each`
+      (loop, index); where there are arrays, they have the length;
+    - `choose` (type, which, first, second, ...): one of several expressions;
+    - an operator over expressions.
+    """
 
     op: str
     args: tuple[Any, ...]
 
 
-def to_code(expr: Expr, leaf: Callable[[int], str]) -> str:
+def to_code(expr: Expr, leaf: Callable[[Any], str]) -> str:
     """Python source of an expression; `leaf(i)` is the source of the i-th lifted value."""
-    if expr.op == "leaf":
+    if expr.op in ("leaf", "device"):
         return leaf(expr.args[0])
+    if expr.op in ("loop", "each"):
+        return f"{'v' if expr.op == 'loop' else 'e'}{expr.args[0]}[{expr.args[1]}]"
     if expr.op == "const":
         value = expr.args[0]
         if isinstance(value, float) and not math.isfinite(value):
             return f"float({str(value)!r})"
         return f"({value!r})"
+    if expr.op == "repeat":
+        _, loop, length, index, inits, updates, each = expr.args
+        start, after = (f"({''.join(f'{to_code(part, leaf)}, ' for part in parts)})" for parts in (inits, updates))
+        items = ", ".join(to_code(part, leaf) for part in each)
+        turns = f"zip({items})" if each else f"range({to_code(length, leaf)})"
+        return f"reduce(lambda v{loop}, e{loop}: {after}, {turns}, {start})[{index}]"
+    if expr.op == "choose":
+        which, *branches = (to_code(part, leaf) for part in expr.args[1:])
+        chosen = [f"{branch} if {which} == {i} else " for i, branch in enumerate(branches[:-1])]
+        return f"({''.join(chosen)}{branches[-1]})"
     return step_code(expr.op, [to_code(arg, leaf) for arg in expr.args])
+
+
+CODE_NAMES = {"reduce": functools.reduce}  # what that source uses besides Python's own
 
 
 def step_code(op: str, args: Sequence[str]) -> str:
@@ -69,13 +96,43 @@ def step_code(op: str, args: Sequence[str]) -> str:
     return f"({args[0]} {INFIX.get(op) or COMPARE[op]} {args[1]})"
 
 
+def free(expr: Expr) -> dict[Expr, None]:
+    """What an expression reads from around it, in order: leaves, arrays, and the variables of loops around it."""
+    if expr.op in ("leaf", "device", "loop", "each"):
+        return {expr: None}
+    if expr.op == "const":
+        return {}
+    found: dict[Expr, None] = {}
+    for part in parts_of(expr):
+        found.update(free(part))
+    if expr.op == "repeat":
+        return {part: None for part in found if part.op in ("leaf", "device") or part.args[0] != expr.args[1]}
+    return found
+
+
+def parts_of(expr: Expr) -> list[Expr]:
+    """The expressions that one consists of."""
+    if expr.op == "repeat":
+        _, _, length, _, inits, updates, each = expr.args
+        return [length, *inits, *updates, *each]
+    return [part for part in expr.args if isinstance(part, Expr)]
+
+
+def substitute(expr: Expr, change: Callable[[Expr], Expr | None]) -> Expr:
+    """An expression with `change(part)` in place of each part for which that is not None."""
+    new = change(expr)
+    if new is not None:
+        return new
+    if expr.op == "repeat":
+        python, loop, length, index, *groups = expr.args
+        changed = (tuple(substitute(part, change) for part in group) for group in groups)
+        return Expr("repeat", (python, loop, substitute(length, change), index, *changed))
+    return Expr(expr.op, tuple(substitute(a, change) if isinstance(a, Expr) else a for a in expr.args))
+
+
 def leaves(expr: Expr) -> set[int]:
     """Indices of the lifted values that an expression reads."""
-    if expr.op == "leaf":
-        return {expr.args[0]}
-    if expr.op == "const":
-        return set()
-    return set().union(*(leaves(arg) for arg in expr.args))
+    return {part.args[0] for part in free(expr) if part.op == "leaf"}
 
 
 # -- scalar_p: one step of host arithmetic, visible in the graph -------------------------------------------------------

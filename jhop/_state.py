@@ -35,6 +35,15 @@ class Write(NamedTuple):
     value: Any
 
 
+class Mark(NamedTuple):
+    """What one container held at some moment."""
+
+    container: Container
+    stand_in: AppendList | None
+    items: list[tuple[Any, Any]]
+    read: bool
+
+
 class Lift:
     """Swaps lifted slots for symbols, and afterwards tells what was written.
 
@@ -80,14 +89,49 @@ class Lift:
                 stand_in = self._lists[id(slot.value)] = AppendList(slot.value, list(slot.value))
             slot.container.put(slot.key, stand_in)
 
-    def contents(self) -> list[list[Any]]:
-        """What every container holds now, lists by what stands for them."""
-        found = []
+    def mark(self) -> list[Mark]:
+        """What every container holds now, for `changes` and `back_to`."""
+        marks = []
         for container in self._walk.containers:
             stand_in = self._lists.get(id(container.obj)) if container.kind == "list" else None
-            items = [value for _, value in container.items()]
-            found.append(items if stand_in is None else stand_in.raw() + items)
+            items = container.items() if stand_in is None else list(enumerate(stand_in.raw()))
+            marks.append(Mark(container, stand_in, items, stand_in is not None and stand_in.read))
+        return marks
+
+    def changes(self, since: list[Mark]) -> list[Write]:
+        """The slots that differ from those at a mark. The key is None where a container has other slots than then."""
+        found = []
+        for mark, now in zip(since, self.mark(), strict=True):
+            before, present = dict(mark.items), dict(now.items)
+            if mark.container.whole and before.keys() != present.keys():
+                kept = [value for _, value in now.items[: len(mark.items)]]
+                grown = all(new is old for new, (_, old) in zip(kept, mark.items, strict=False))
+                appended = now.stand_in is not None and not now.read and grown and len(kept) == len(mark.items)
+                added = [value for _, value in now.items[len(mark.items) :]]
+                found.append(Write(mark.container, APPEND, added) if appended else Write(mark.container, None, None))
+                continue
+            keys = [key for key in {**before, **present} if before.get(key, MISSING) is not present.get(key, MISSING)]
+            found += [Write(mark.container, key, present.get(key, MISSING)) for key in keys]
         return found
+
+    def back_to(self, marks: list[Mark]) -> None:
+        """Puts every container back to what it held at a mark."""
+        for mark in marks:
+            if mark.stand_in is None:
+                mark.container.restore(mark.items)
+            else:
+                list.__setitem__(mark.stand_in, slice(None), [value for _, value in mark.items])
+                mark.stand_in.read = mark.read
+
+    def put(self, container: Container, key: Any, value: Any) -> None:
+        """Writes one slot as a hook would, or, with `APPEND` as the key, adds values to a list."""
+        stand_in = self._lists.get(id(container.obj)) if container.kind == "list" else None
+        if key is APPEND:
+            list.extend(container.obj if stand_in is None else stand_in, value)
+        elif stand_in is not None:
+            list.__setitem__(stand_in, key, value)
+        else:
+            container.put(key, value)
 
     def untouched(self) -> list[Container]:
         """Lists that hooks did not read: at most they appended to them."""

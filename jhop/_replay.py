@@ -1,0 +1,126 @@
+"""Numbers that control flow changes: the host does again what loops and branches did, and asks the device how.
+
+A hook in the body of a `scan` runs once per iteration, one in a branch of a `cond` runs if the branch is taken. What it
+does to a lifted Python number is an expression (`repeat`, `choose`) that the host evaluates at each run: exact, as all
+arithmetic on such numbers. Where it depends on the data, say which branch was taken, it reads that from the device
+after the run. In the graph, such an expression is one `replay` equation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.extend.core as jex_core
+import jax.numpy as jnp
+
+from jhop import _compat
+from jhop._scalar import (
+    CODE_NAMES,
+    MAX_SIZE,
+    Expr,
+    Scalar,
+    apply_step,
+    device_kind,
+    free,
+    is_scalar,
+    step,
+    substitute,
+    to_code,
+    weak_aval,
+)
+
+replay_p = jex_core.Primitive("replay")
+
+
+def _replay_impl(*args: Any, expr: Expr, kind: type, python: type) -> Any:
+    if not any(isinstance(arg, jax.Array) for arg in args):
+        return host_function(expr, len(args))(*args)
+    with jax.numpy_dtype_promotion("standard"):  # every number is weakly typed on the device, arrays of them are not
+        return as_number(_on_device(expr, args, {}), kind)
+
+
+def _replay_abstract_eval(*avals: Any, expr: Expr, kind: type, python: type) -> Any:
+    return weak_aval(kind)
+
+
+def as_number(value: Any, kind: type) -> Any:
+    """An array as the device has a lifted number of a kind: a weakly typed scalar."""
+    aval = weak_aval(kind)
+    return _compat.with_weak_type(jax.lax.convert_element_type(value, aval.dtype), True)
+
+
+def host_function(expr: Expr, n: int) -> Callable[..., Any]:
+    """A function of the `n` operands that evaluates an expression whose leaves are those."""
+    code = to_code(expr, lambda i: f"n{i}")
+    return eval(f"lambda {', '.join(f'n{i}' for i in range(n))}: {code}", dict(CODE_NAMES))
+
+
+def _on_device(expr: Expr, args: Sequence[Any], loops: dict[Any, Any]) -> Any:
+    """Evaluates an expression on arrays; `loops` has the values of the variables of the loops around it."""
+
+    def value(part: Expr) -> Any:
+        return _on_device(part, args, loops)
+
+    if expr.op == "leaf":
+        return args[expr.args[0]]
+    if expr.op in ("loop", "each"):
+        return loops[expr]
+    if expr.op == "const":
+        return jnp.asarray(expr.args[0])
+    if expr.op == "choose":
+        which, *branches = map(value, expr.args[1:])
+        return jax.lax.select_n(jnp.int32(which), *jnp.broadcast_arrays(*jnp.asarray(branches)))
+    if expr.op != "repeat":
+        return apply_step(expr.op, [value(part) for part in expr.args])
+    _, loop, length, index, inits, updates, each = expr.args
+    start = [jnp.asarray(value(part)) for part in inits]
+    arrays = [jnp.asarray(value(part)) for part in each]
+
+    def body(i: Any, carry: list[Any]) -> list[Any]:
+        inner = dict(loops)
+        inner.update((Expr("loop", (loop, j)), item) for j, item in enumerate(carry))
+        inner.update((Expr("each", (loop, j)), array[i]) for j, array in enumerate(arrays))
+        new = [_on_device(part, args, inner) for part in updates]
+        return [jnp.asarray(item).astype(old.dtype) for item, old in zip(new, carry, strict=True)]
+
+    return jax.lax.fori_loop(0, len(arrays[0]) if arrays else value(length), body, start)[index]
+
+
+replay_p.def_impl(_replay_impl)
+replay_p.def_abstract_eval(_replay_abstract_eval)
+_compat.register_lowering(replay_p, _replay_impl, multiple_results=False)
+
+
+def number_of(session: Any, expr: Expr) -> Any:
+    """What stands for the number that an expression gives, in the present trace: a `Scalar`, or a Python number.
+
+    Args:
+        session: knows what stands for what the expression reads.
+    """
+    if expr in session.symbols:
+        return session.symbols[expr]
+    if expr.op == "const":
+        return expr.args[0]
+    if expr.op not in ("repeat", "choose"):
+        operands = [number_of(session, part) for part in expr.args]
+        return step(expr.op, *operands) if any(map(is_scalar, operands)) else apply_step(expr.op, operands)
+    read = list(free(expr))
+    operands = [session.symbols[part] if part in session.symbols else session.arrays[part] for part in read]
+    # The equation's expression reads its operands.
+    places = {part: Expr("leaf", (i,)) for i, part in enumerate(read)}
+    closed = substitute(expr, places.get)
+    if all(map(is_scalar, operands)):
+        value = host_function(closed, len(read))(*(item._value for item in operands))
+    else:
+        value = expr.args[0](1)  # not known yet; nobody may ask
+    if not read:
+        return value
+    numbers = [item._twin for item in operands if is_scalar(item)]
+    kind, twins = device_kind(value, numbers), [item._twin if is_scalar(item) else item for item in operands]
+    twin = replay_p.bind(*twins, expr=closed, kind=kind, python=type(value))
+    result = Scalar(session, expr, value, twin)
+    result._size = MAX_SIZE // 2
+    session.note_step(result)
+    return result
