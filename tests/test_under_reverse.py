@@ -218,6 +218,20 @@ def test_gradient_by_integers_too():
     assert (got["n"].dtype, got["n"].shape, got["x"].tolist()) == (jax.dtypes.float0, (2,), [6.0] * 3)
 
 
+def by_length(ct):
+    return (ct[0] * ct[1].size, None)
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_one_hook_beside_integers_of_several_shapes(run):
+    short, long = np.arange(2), np.arange(5)
+
+    def of(x):
+        return (3 * jhop.hook((x, short), by_length)[0] + 10 * jhop.hook((x, long), by_length)[0]).sum()
+
+    agree(RUNS[run](jax.grad(of))(X), jnp.full(3, 3 * 2 + 10 * 5, jnp.float32))
+
+
 def test_pytree_is_hooked_as_a_whole():
     def hook(ct):
         norm = jnp.sqrt((ct["a"] ** 2).sum() + (ct["b"][0] ** 2).sum())
