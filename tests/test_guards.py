@@ -119,6 +119,30 @@ def array_replaced():
     return (lambda: box.k), lambda v: setattr(box, "k", jnp.float32(v))
 
 
+class Color(enum.IntEnum):
+    RED = 1
+
+
+class Word(enum.StrEnum):
+    A = "a"
+
+
+def value_by_enum():
+    table = {Color.RED: "2", Word.A: "3"}
+    return (lambda: int(table[Color.RED]) + int(table[Word.A])), lambda v: table.update({Color.RED: str(int(v))})
+
+
+def factory_of_a_defaultdict():
+    box = Box(k=2.0)
+    table = collections.defaultdict(lambda: box.k)
+    return (lambda: table.default_factory()), lambda v: setattr(box, "k", v)
+
+
+def factory_replaced():
+    table = collections.defaultdict(lambda: 2.0)
+    return (lambda: table.default_factory()), lambda v: setattr(table, "default_factory", lambda: v)
+
+
 def numpy_in_place():
     array = np.array([2.0], np.float32)
     return (lambda: array), lambda v: array.fill(v)
@@ -511,7 +535,8 @@ SEEN = [
     defaults_replaced, keyword_defaults_replaced, function_attribute, function_in_a_table, class_attribute,
     attribute_of_a_subclass, class_of_an_object, bases_of_a_class, private_slot, private_attribute, super_method,
     descriptor, missing_attribute, equality_of_objects, equality_of_dataclasses, match_statement,
-    static_and_class_methods, constructor, closure_in_a_closure, decorated_helper,
+    static_and_class_methods, constructor, closure_in_a_closure, decorated_helper, value_by_enum,
+    factory_of_a_defaultdict, factory_replaced,
 ]  # fmt: skip
 
 
