@@ -370,6 +370,56 @@ def list_append():
     return (lambda ct: seen.append(ct)), lambda: seen
 
 
+def list_added_to_another():
+    seen = [1.0]
+
+    def hook(ct):
+        window = [0.5] + seen
+        seen.append(2.0)
+        return ct * len(window)
+
+    return hook, lambda: seen
+
+
+def list_extended_by_itself():
+    seen = [1.0]
+
+    def hook(ct):
+        seen.extend(seen)
+        return ct * 2
+
+    return hook, lambda: seen
+
+
+def chain_of_new_objects():
+    box = Box(n=0, last=None)
+
+    def hook(ct):
+        box.n += 1
+        box.last = Box(inside=box.n)
+        for _ in range(10):
+            box.last = Box(inside=box.last)
+        return ct * box.n
+
+    return hook, lambda: box
+
+
+def deque_of_a_subclass():
+    class Ring(collections.deque):
+        def clear(self):
+            raise RuntimeError("not called by the hook")
+
+        extend = __setitem__ = clear
+
+    ring = Ring([1.0, 2.0])
+
+    def hook(ct):
+        ring.append(ring[0] + 1)
+        return ct * ring.popleft()
+
+    return hook, lambda: list(ring)
+
+
 def heap():
     numbers = [3, 1, 2]
 
@@ -543,7 +593,8 @@ PLACES = [
     attribute, partial_keyword, partial_position, bound_method, callable_object, class_attribute,
     instance_over_class_attribute, default_argument, keyword_default, nonlocal_variable, function_attribute, slots,
     private_slot, dataclass_field, frozen_dataclass_replaced, property_with_setter, own_setattr, super_methods,
-    dict_items, list_items, list_append, heap, set_items, deque_items, counter_dict, nested_containers, list_of_itself,
+    dict_items, list_items, list_append, list_added_to_another, list_extended_by_itself, chain_of_new_objects,
+    deque_of_a_subclass, heap, set_items, deque_items, counter_dict, nested_containers, list_of_itself,
     jax_array, none_then_array, tuple_replaced, deleted_attribute, late_nonlocal, linked_list,
     exception_caught_half_way, comprehensions,
 ]  # fmt: skip
