@@ -229,6 +229,9 @@ class Walk:
         kind = builtin_kind(value)
         if kind is not None:
             self._add(value, kind, path)
+        if isinstance(value, collections.defaultdict):
+            self.attributes.append((value, "default_factory", value.default_factory))
+            self._work.append((value.default_factory, f"{path}.default_factory"))
         wrapped = value.__dict__.get("__wrapped__") if hasattr(value, "__dict__") and callable(value) else None
         if wrapped is None and type(value).__module__.startswith("jaxlib"):
             wrapped = getattr(value, "__wrapped__", None)
