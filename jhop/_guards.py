@@ -228,5 +228,8 @@ def _short(value: Any) -> str:
         return "nothing"
     if isinstance(value, (jax.Array, np.ndarray)):
         return f"{value.dtype}{list(value.shape)}"
-    text = repr(value)
+    try:
+        text = repr(value)
+    except Exception:  # an object may raise whatever one asks of it
+        text = f"a {type(value).__name__}"
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -148,6 +148,8 @@ def hook(x: Any, fn: Callable[[Any], Any], *, name: str | None = None) -> Any:
             pass: what `fn` returned has another structure, shape, dtype or type.
 
     Forward-mode derivatives ignore the hook, as in PyTorch. Under `jax.vmap` the hook sees one example's cotangent.
+    Where a hook closes over values that JAX is tracing, it gets those, and the containers that hold them, as they are
+    when `hook` is called; so it does an object that holds them and is gone when the backward pass is traced.
 
     Example:
         >>> import jax, jhop
@@ -162,7 +164,7 @@ def hook(x: Any, fn: Callable[[Any], Any], *, name: str | None = None) -> Any:
     leaves, tree = jax.tree.flatten(x)
     for leaf in leaves:
         if not _is_array_like(leaf):
-            raise HookError(f"jhop.hook: expected an array or a pytree of arrays, got a leaf {type(leaf).__name__}.")
+            raise HookError(f"jhop.hook: expected an array or a pytree of arrays, got a leaf {_type_of(leaf)}.")
     moving = [i for i, leaf in enumerate(leaves) if _carries_gradient(leaf)]
     if not moving:
         found = ", ".join(str(jnp.result_type(leaf)) for leaf in leaves) or "no array"
@@ -183,7 +185,11 @@ def hook(x: Any, fn: Callable[[Any], Any], *, name: str | None = None) -> Any:
 
 
 def _is_array_like(leaf: Any) -> bool:
-    return hasattr(leaf, "dtype") or isinstance(leaf, (bool, int, float, complex))
+    return _compat.has_arrays_of(leaf.dtype) if hasattr(leaf, "dtype") else isinstance(leaf, (bool, int, float, complex))
+
+
+def _type_of(leaf: Any) -> str:
+    return f"{type(leaf).__name__} of {leaf.dtype}" if hasattr(leaf, "dtype") else type(leaf).__name__
 
 
 def _carries_gradient(leaf: Any) -> bool:

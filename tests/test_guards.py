@@ -997,6 +997,19 @@ def test_reset_drops_every_entry():
     assert entries(fn) == 0 and fn(X).tolist() == (4.0 * X).tolist()
 
 
+def test_object_without_a_text_may_be_replaced():
+    class Mute:
+        def __repr__(self):
+            raise RuntimeError("no text")
+
+    first = Mute()
+    table = {"mute": first}
+    step = jhop.jit(gradient(lambda ct: ct * (2.0 if table["mute"] is first else 5.0)), fullgraph=True)
+    before = step(X)
+    table["mute"] = Mute()
+    np.testing.assert_allclose(step(X), before * 2.5)
+
+
 def test_reason_for_a_new_trace_is_kept():
     box = Box(flag=True)
     fn = jhop.jit(gradient(lambda ct: ct * (2.0 if box.flag else 3.0)))

@@ -1181,6 +1181,11 @@ def masked_array():
     return (lambda ct: ct * array.sum()), lambda: array.tolist()
 
 
+def durations():
+    array = np.array([1, 2], "m8[s]")
+    return (lambda ct: ct * float(array[1] / np.timedelta64(1, "s"))), lambda: array.tolist()
+
+
 def structured_array():
     array = np.zeros(1, dtype=[("k", "f4")])
     return (lambda ct: ct * float(array["k"][0])), lambda: array.tolist()
@@ -1189,7 +1194,7 @@ def structured_array():
 @cases(
     numpy_int_counter, numpy_int_beyond_int32, numpy_float_sum, numpy_array_sum, numpy_array_moved,
     numpy_array_in_place, numpy_item_set, numpy_read_beyond_int32, numpy_array_made_by_the_hook, masked_array,
-    structured_array,
+    structured_array, durations,
 )  # fmt: skip
 def test_numpy_state_is_as_in_eager_or_refused(case):
     try:
