@@ -185,7 +185,9 @@ def hook(x: Any, fn: Callable[[Any], Any], *, name: str | None = None) -> Any:
 
 
 def _is_array_like(leaf: Any) -> bool:
-    return _compat.has_arrays_of(leaf.dtype) if hasattr(leaf, "dtype") else isinstance(leaf, (bool, int, float, complex))
+    if hasattr(leaf, "dtype"):
+        return _compat.has_arrays_of(leaf.dtype)
+    return isinstance(leaf, (bool, int, float, complex))
 
 
 def _type_of(leaf: Any) -> str:

@@ -224,8 +224,7 @@ class Walk:
             self.holds_tracer = True
             return
         self._seen[id(value)] = value  # also keeps it alive, so that ids stay its own
-        kind = builtin_kind(value)
-        if kind is not None:
+        if (kind := builtin_kind(value)) is not None:
             self._add(value, kind, path)
         if isinstance(value, collections.defaultdict):
             self.attributes.append((value, "default_factory", value.default_factory))
