@@ -185,9 +185,9 @@ def hook(x: Any, fn: Callable[[Any], Any], *, name: str | None = None) -> Any:
 
 
 def _is_array_like(leaf: Any) -> bool:
-    if hasattr(leaf, "dtype"):
+    if isinstance(leaf, (np.ndarray, np.generic)):
         return _compat.has_arrays_of(leaf.dtype)
-    return isinstance(leaf, (bool, int, float, complex))
+    return hasattr(leaf, "dtype") or isinstance(leaf, (bool, int, float, complex))
 
 
 def _type_of(leaf: Any) -> str:

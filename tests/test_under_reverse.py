@@ -220,7 +220,7 @@ def test_gradient_by_integers_too():
     assert (got["n"].dtype, got["n"].shape, got["x"].tolist()) == (jax.dtypes.float0, (2,), [6.0] * 3)
 
 
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("run", [run for run in RUNS if run != "inline"])  # there, state is an input
 def test_hook_of_the_loss_itself(run):
     scaling = types.SimpleNamespace(by=8.0)
 
