@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import gc
 import re
 from collections.abc import Callable
 from typing import Any
 
 import jax
 from _models import MODELS, by_hand, check_alike, mlp, mlp_inputs, no_hook
-from _timing import Row, interleaved, row
+from _timing import Row, clear_caches, interleaved, row
 
 import jhop
 
@@ -49,11 +48,6 @@ def first_call(quick: bool) -> list[Row]:
     """(b) Capture and compilation: new function objects each time, every cache cleared."""
     inputs, ours = mlp_inputs(), "jhop.hook, jhop.jit"
 
-    def clear() -> None:
-        jax.clear_caches()
-        jhop.reset()
-        gc.collect()
-
     def call_twice(how: Any) -> Any:
         step = make_step(*how)
         step(*inputs)
@@ -63,7 +57,7 @@ def first_call(quick: bool) -> list[Row]:
         name: lambda how=how: make_step(*how)(*inputs) for name, how in STEPS.items() if name != "custom_vjp again"
     }
     runs |= {f"{name}, twice": lambda name=name: call_twice(STEPS[name]) for name in ("custom_vjp", ours)}
-    samples = interleaved(runs, rounds=3 if quick else 15, warm_up=0, prepare=clear)
+    samples = interleaved(runs, rounds=3 if quick else 15, warm_up=0, prepare=clear_caches)
     return [
         row(f"first call, {ours} / no hooks", samples, ours, "no hooks", (0.0, 2.0), unit="ms"),
         row(f"first call, {ours} / custom_vjp", samples, ours, "custom_vjp", (0.0, 1.5), unit="ms"),
@@ -86,11 +80,11 @@ def programs(quick: bool) -> list[Row]:
             "custom_vjp": jax.jit(make(by_hand)).lower(*inputs),
             "no hooks": jax.jit(make(no_hook)).lower(*inputs),
             "jhop.hook, jax.jit": jax.jit(make(jhop.hook)).lower(*inputs),
-            "jhop.hook, jhop.jit": lower_jhop_jit(make(jhop.hook), inputs),
+            "jhop.hook, jhop.jit": jhop.jit(make(jhop.hook)).lower(*inputs),
             "jhop.hook, jhop.inline": lower_inlined(make(jhop.hook), inputs),
         }
         flat = jax.tree.leaves(inputs)
-        compiled = {name: program.compile() for name, program in lowered.items() if program is not None}
+        compiled = {name: program.compile() for name, program in lowered.items()}
         outs = {name: program(*(flat if name.endswith("inline") else inputs)) for name, program in compiled.items()}
         check_alike(outs)
         texts = {name: instructions(program.as_text()) for name, program in compiled.items()}
@@ -104,12 +98,6 @@ def programs(quick: bool) -> list[Row]:
             for name, ours in texts.items()
         ]  # fmt: skip
     return rows
-
-
-def lower_jhop_jit(fn: Callable[..., Any], inputs: Any) -> Any:
-    """What `jhop.jit` compiles; None for a jhop whose `jit` cannot say."""
-    lower = getattr(jhop.jit(fn), "lower", None)
-    return lower(*inputs) if lower is not None else None
 
 
 def lower_inlined(fn: Callable[..., Any], inputs: Any) -> Any:

@@ -12,6 +12,8 @@ from typing import Any
 
 import jax
 
+import jhop
+
 Samples = dict[str, list[float]]
 STRETCHES = 5
 _DIGITS = {"instr": 0, "exp": 3}
@@ -36,6 +38,13 @@ class Row:
     @property
     def met(self) -> bool:
         return self.target[0] <= self.ratio <= self.target[1]
+
+
+def clear_caches() -> None:
+    """Every cache of JAX's and jhop's, and what only they kept alive."""
+    jax.clear_caches()
+    jhop.reset()
+    gc.collect()
 
 
 def in_turn(names: list[str], rounds: int) -> list[str]:

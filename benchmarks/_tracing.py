@@ -13,34 +13,17 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from _models import MODELS, by_hand, no_hook
-from _timing import Row, interleaved, row
+from _models import MODELS, by_hand
+from _timing import Row, clear_caches, interleaved, row
 
 import jhop
 
-
-def _lower_plain(fn: Callable[..., Any], inputs: Any) -> Any:
-    return jax.jit(fn).lower(*inputs)
-
-
-def _lower_jhop(fn: Callable[..., Any], inputs: Any) -> Any:
-    """The stages of `jhop.jit`'s first call, up to compilation: trace, inline, lower."""
-    return jhop.jit(fn).lower(*inputs)
-
-
-_ROUTES = {
-    "custom_vjp": (by_hand, _lower_plain),
-    "custom_vjp again": (by_hand, _lower_plain),
-    "jhop.hook, jax.jit": (jhop.hook, _lower_plain),
-    "jhop.hook, jhop.jit": (jhop.hook, _lower_jhop),
-    "no hooks": (no_hook, _lower_plain),
+_ROUTES: dict[str, tuple[Callable[..., Any], Any]] = {
+    "custom_vjp": (by_hand, jax.jit),
+    "custom_vjp again": (by_hand, jax.jit),
+    "jhop.hook, jax.jit": (jhop.hook, jax.jit),
+    "jhop.hook, jhop.jit": (jhop.hook, jhop.jit),  # its first call up to compilation: trace, inline, lower
 }
-
-
-def clear() -> None:
-    jax.clear_caches()
-    jhop.reset()
-    gc.collect()
 
 
 def trace_and_lower(quick: bool) -> list[Row]:
@@ -50,12 +33,12 @@ def trace_and_lower(quick: bool) -> list[Row]:
         make, make_inputs = MODELS[what]
         inputs = make_inputs()
         runs = {
-            name: lambda hook=hook, lower=lower, make=make, inputs=inputs: lower(make(hook), inputs) and None
-            for name, (hook, lower) in _ROUTES.items()
+            name: lambda hook=hook, jit=jit, make=make, inputs=inputs: jit(make(hook)).lower(*inputs) and None
+            for name, (hook, jit) in _ROUTES.items()
         }
         for state, options in {
             "warm": {"rounds": 6 if quick else 40, "prepare": gc.collect},
-            "cold": {"rounds": 3 if quick else 15, "prepare": clear, "warm_up": 1},
+            "cold": {"rounds": 3 if quick else 15, "prepare": clear_caches, "warm_up": 1},
         }.items():
             samples = interleaved(runs, **options, clock=time.thread_time)
             rows += [

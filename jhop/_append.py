@@ -22,9 +22,19 @@ class AppendList(list[Any]):
         self.start = len(items)
         self.read = False
 
+    def extend(self, items: Any) -> None:
+        if items is self:
+            self.read = True
+        list.extend(self, items)
+
     def __iadd__(self, items: Any) -> AppendList:  # type: ignore[misc]
         self.extend(items)
         return self
+
+    def __radd__(self, items: Any) -> Any:
+        # A list would read this one from C, past its methods.
+        self.read = True
+        return items + self.raw() if isinstance(items, list) else NotImplemented
 
     def __reduce__(self) -> Any:
         self.read = True

@@ -34,14 +34,14 @@ def closes_over_tracer(fn: Any) -> bool:
 def substituted(slots: Sequence[Leaf], values: Sequence[Any]) -> Iterator[None]:
     """Inside the block, slots hold other values; afterwards, what they held before."""
     with _state.LOCK:
-        before = [slot.container.get(slot.key) for slot in slots]
+        places = [(slot, value, slot.container.get(slot.key)) for slot, value in zip(slots, values, strict=True)]
         try:
-            for slot, value in zip(slots, values, strict=True):
+            for slot, value, _ in places:
                 slot.container.put(slot.key, value)
             yield
         finally:
-            for slot, value in zip(slots, before, strict=True):
-                slot.container.put(slot.key, value)
+            for slot, _, before in places:
+                slot.container.put_back(slot.key, before)
 
 
 _apart = threading.local()
@@ -95,7 +95,8 @@ class Husk:
         run = Run(values)
         with _state.LOCK:
             fn = self._root(run)
-            slots = [(place(), make(run)) for place, make in self._places]
+            places = [(place(), make) for place, make in self._places]
+            slots = [(slot, make(run)) for slot, make in places if slot.container.obj is not None]  # not weak, and gone
             with substituted([slot for slot, _ in slots], [value for _, value in slots]):
                 yield fn
                 written = run.written()

@@ -285,6 +285,11 @@ def with_weak_type(value: Any, weak: bool) -> Any:
     return _lax._convert_element_type(value, value.dtype, weak_type=weak)
 
 
+def has_arrays_of(dtype: Any) -> bool:
+    """Whether JAX has arrays of a dtype: of NumPy's, none of strings, times, objects and records."""
+    return getattr(dtype, "kind", "") not in "OSUMm" and getattr(dtype, "names", None) is None
+
+
 def varying_axes(aval: Any) -> frozenset[str]:
     """The manual mesh axes over which a value inside shard_map may differ."""
     axes = getattr(aval, "manual_axis_type", None)

@@ -104,7 +104,7 @@ class Container:
         elif self.kind == "list":
             list.__setitem__(obj, key, value)
         elif self.kind == "deque":
-            obj[key] = value
+            collections.deque.__setitem__(obj, key, value)
         elif self.kind == "attrs":
             obj.__dict__[key] = value
         elif self.kind == "cell":
@@ -133,13 +133,23 @@ class Container:
         else:
             object.__delattr__(obj, key)
 
+    def put_back(self, key: Any, before: Any) -> None:
+        """Gives one slot what `get` said earlier: where that was MISSING, it goes."""
+        if before is not MISSING:
+            self.put(key, before)
+        elif self.get(key) is not MISSING:
+            self.remove(key)
+
     def replace(self, values: list[Any]) -> None:
         """Gives a container that is written as a whole its new contents."""
         if self.kind == "list":
             list.__setitem__(self.obj, slice(None), values)
+        elif self.kind == "set":
+            set.clear(self.obj)
+            set.update(self.obj, values)
         else:
-            self.obj.clear()
-            (self.obj.update if self.kind == "set" else self.obj.extend)(values)
+            collections.deque.clear(self.obj)
+            collections.deque.extend(self.obj, values)
 
     def restore(self, snapshot: list[tuple[Any, Any]]) -> None:
         """Puts the slots back exactly as `items()` gave them earlier, and in that order."""

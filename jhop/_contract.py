@@ -119,7 +119,8 @@ def flat_caller(
     moving = [i for i in range(tree.num_leaves) if i not in zeros]
 
     def call(*flat: Any) -> list[Any]:
-        cts, rest = list(flat[: len(moving)]), flat[len(moving) :]
+        arrays = _as_arrays(flat)
+        cts, rest = arrays[: len(moving)], arrays[len(moving) :]
         given: list[Any] = [zeros.get(i) for i in range(tree.num_leaves)]
         for i, ct in zip(moving, cts, strict=True):
             given[i] = ct
@@ -142,6 +143,11 @@ def flat_caller(
         return [ct if leaf is None else check_contract(fn, leaf, jax.typeof(ct)) for leaf, ct in pairs]
 
     return call
+
+
+def _as_arrays(values: Any) -> list[Any]:
+    """Values as a hook gets them: of a literal in a jaxpr, JAX has no array."""
+    return [value if isinstance(value, jax.Array) else jnp.asarray(value) for value in values]
 
 
 def _is_none(value: Any) -> bool:
@@ -168,7 +174,7 @@ def hook_fn(
         return HookFn(fn, make_call(fn), name, key, kind), []
 
     def with_operands(*flat: Any) -> list[Any]:
-        with husk.filled(flat[n:]) as filled:
+        with husk.filled(_as_arrays(flat[n:])) as filled:
             return make_call(filled)(*flat[:n])
 
     return HookFn(husk, with_operands, f"closed[{name}]", ("closed", object()), kind), operands

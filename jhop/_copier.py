@@ -8,11 +8,10 @@ it, and is a copy once they are gone.
 
 from __future__ import annotations
 
-import copy
 import functools
 import types
 import weakref
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -128,7 +127,13 @@ class Copier:
             return [obj.__func__, obj.__self__]
         if _compat.is_jitted(obj):
             return [obj.__wrapped__]
-        found = list(tuple.__iter__(obj)) if isinstance(obj, tuple) else []
+        found: list[Any] = []
+        if isinstance(obj, tuple):
+            found += tuple.__iter__(obj)
+        elif isinstance(obj, frozenset):
+            found += frozenset.__iter__(obj)
+        elif isinstance(obj, defaultdict):
+            found.append(obj.default_factory)
         kind = "cell" if isinstance(obj, types.CellType) else builtin_kind(obj)
         if kind is not None:
             found += [value for _, value in Container(obj, kind, "").items()]
@@ -171,7 +176,7 @@ class Copier:
             # JAX keeps what it traced by the function's identity, which is another one in each run.
             inner, again = self.make(obj.__wrapped__), _compat.jit_again(obj)
             return lambda run: run.made.setdefault(key, again(inner(run)))
-        if isinstance(obj, tuple):
+        if isinstance(obj, (tuple, frozenset)):
             return self._tuple(obj, key)
         kind = builtin_kind(obj)
         return self._object(obj, key) if kind is None else self._container(obj, kind, key)
@@ -199,6 +204,8 @@ class Copier:
             made.__defaults__ = tuple(value(run) for value in defaults) or None
             made.__kwdefaults__ = {word: value(run) for word, value in named.items()} or None
             made.__dict__ = {word: value(run) for word, value in attributes.items()} if shared is None else shared
+            if shared is None:
+                run.keep(Container(made, "attrs", ""))
             return made
 
         return make_function
@@ -232,16 +239,19 @@ class Copier:
             keywords = {word: value(run) for word, value in named.items()}
             # Past the constructor, which flattens a partial of a partial.
             made.__setstate__((fn(run), tuple(value(run) for value in args), keywords, attributes))
+            run.keep(Container(made.keywords, "dict", ""))
             return made
 
         return make_partial
 
     def _tuple(self, obj: Any, key: int) -> Make:
-        cls, items = type(obj), [self.make(item) for item in tuple.__iter__(obj)]
+        """A tuple or frozenset."""
+        base: Any = tuple if isinstance(obj, tuple) else frozenset
+        cls, items = type(obj), [self.make(item) for item in base.__iter__(obj)]
         named = {word: self.make(value) for word, value in getattr(obj, "__dict__", {}).items()}
 
         def make_tuple(run: Run) -> Any:
-            made = run.made[key] = tuple.__new__(cls, [item(run) for item in items])
+            made = run.made[key] = base.__new__(cls, [item(run) for item in items])
             for word, value in named.items():
                 made.__dict__[word] = value(run)
             if hasattr(made, "__dict__"):
@@ -251,19 +261,27 @@ class Copier:
         return make_tuple
 
     def _container(self, obj: Any, kind: str, key: int) -> Make:
-        """A list, dict or deque; of a subclass, with its attributes."""
-        blank = copy.copy(obj)
-        slots = []
-        for part in _slots(obj, kind):
-            for slot, value in part.items():
-                if id(value) in self._leading or isinstance(value, _compat.Tracer):
-                    slots.append((part.kind, part.names, slot, self.make(value)))
-                    Container(blank, part.kind, "", part.names).put(slot, HOLE)
+        """A list, dict, set or deque; of a subclass, with its attributes."""
+        base, cls = _built_in(obj), type(obj)
+        first = ((), obj.maxlen) if kind == "deque" else ()
+        factory = self.make(obj.default_factory) if isinstance(obj, defaultdict) else None
+        parts = [
+            (part.kind, part.names, [(None if part.whole else slot, self.make(value)) for slot, value in part.items()])
+            for part in _slots(obj, kind)
+        ]
 
         def make_container(run: Run) -> Any:
-            made = run.made[key] = copy.copy(blank)
-            for where, names, slot, value in slots:
-                Container(made, where, "", names).put(slot, value(run))
+            made = run.made[key] = base.__new__(cls)
+            base.__init__(made, *first)
+            if factory is not None:
+                made.default_factory = factory(run)
+            for where, names, slots in parts:
+                part = Container(made, where, "", names)
+                if part.whole:
+                    part.replace([value(run) for _, value in slots])
+                else:
+                    for slot, value in slots:
+                        part.put(slot, value(run))
             for part in _slots(made, kind):
                 run.keep(part)
             return made
@@ -272,8 +290,8 @@ class Copier:
 
     def _object(self, obj: Any, key: int) -> Make:
         """An object: itself as long as it is alive, and a copy that is kept from run to run afterwards."""
-        base: Any = next(cls for cls in type(obj).__mro__ if not cls.__flags__ & _HEAP_TYPE)
-        twin = base.__new__(type(obj))
+        base = _built_in(obj)
+        twin = base.__new__(type(obj), *getattr(base, "__getnewargs__", _no_arguments)(obj))  # a number's, a string's
         try:
             original: Callable[[], Any] = weakref.ref(obj)
         except TypeError:
@@ -306,7 +324,13 @@ class Copier:
         return make_object
 
 
-_HEAP_TYPE = 1 << 9  # set for classes written in Python
+def _built_in(obj: Any) -> Any:
+    """The class, not written in Python, that makes objects of an object's class."""
+    return next(cls for cls in type(obj).__mro__ if isinstance(cls.__dict__.get("__new__"), types.BuiltinMethodType))
+
+
+def _no_arguments(_: Any) -> tuple[()]:
+    return ()
 
 
 def _slots(obj: Any, kind: str | None = None) -> list[Container]:

@@ -185,9 +185,9 @@ def _read_code(container: Container, key: Any, name: Callable[[Any], str]) -> st
         return None
     if container.kind == "cell":
         return f"{name(container.obj)}.cell_contents"
-    if container.kind in ("attrs", "class") and isinstance(key, str):
+    if container.kind in ("attrs", "class") and type(key) is str:
         return f"{name(container.obj)}.__dict__[{key!r}]"
-    if container.kind == "dict" and type(container.obj) is dict and isinstance(key, (str, int)):
+    if container.kind == "dict" and type(container.obj) is dict and type(key) in (str, int):
         return f"{name(container.obj)}[{key!r}]"
     return None
 
@@ -228,5 +228,8 @@ def _short(value: Any) -> str:
         return "nothing"
     if isinstance(value, (jax.Array, np.ndarray)):
         return f"{value.dtype}{list(value.shape)}"
-    text = repr(value)
+    try:
+        text = repr(value)
+    except Exception:  # an object may raise whatever one asks of it
+        text = f"a {type(value).__name__}"
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -148,6 +148,8 @@ def hook(x: Any, fn: Callable[[Any], Any], *, name: str | None = None) -> Any:
             pass: what `fn` returned has another structure, shape, dtype or type.
 
     Forward-mode derivatives ignore the hook, as in PyTorch. Under `jax.vmap` the hook sees one example's cotangent.
+    Where a hook closes over values that JAX is tracing, it gets those, and the containers that hold them, as they are
+    when `hook` is called; so it does an object that holds them and is gone when the backward pass is traced.
 
     Example:
         >>> import jax, jhop
@@ -162,7 +164,7 @@ def hook(x: Any, fn: Callable[[Any], Any], *, name: str | None = None) -> Any:
     leaves, tree = jax.tree.flatten(x)
     for leaf in leaves:
         if not _is_array_like(leaf):
-            raise HookError(f"jhop.hook: expected an array or a pytree of arrays, got a leaf {type(leaf).__name__}.")
+            raise HookError(f"jhop.hook: expected an array or a pytree of arrays, got a leaf {_type_of(leaf)}.")
     moving = [i for i, leaf in enumerate(leaves) if _carries_gradient(leaf)]
     if not moving:
         found = ", ".join(str(jnp.result_type(leaf)) for leaf in leaves) or "no array"
@@ -174,7 +176,7 @@ def hook(x: Any, fn: Callable[[Any], Any], *, name: str | None = None) -> Any:
         return x  # nothing is being differentiated or traced here
     still = {i: np.zeros(jnp.shape(leaf), jax.dtypes.float0) for i, leaf in enumerate(leaves) if i not in moving}
     make_call = functools.partial(flat_caller, tree=tree, still=still)
-    key = ("point", identity_key(fn), tree, tuple(moving), name)
+    key = ("point", identity_key(fn), tree, tuple((i, zero.shape) for i, zero in still.items()), name)
     point, operands = hook_fn(fn, make_call, len(moving), key, name=name or "")
     outs = hook_p.bind(*(leaves[i] for i in moving), *operands, fn=point, n=len(moving))
     for i, out in zip(moving, outs, strict=True):
@@ -183,7 +185,13 @@ def hook(x: Any, fn: Callable[[Any], Any], *, name: str | None = None) -> Any:
 
 
 def _is_array_like(leaf: Any) -> bool:
+    if isinstance(leaf, (np.ndarray, np.generic)):
+        return _compat.has_arrays_of(leaf.dtype)
     return hasattr(leaf, "dtype") or isinstance(leaf, (bool, int, float, complex))
+
+
+def _type_of(leaf: Any) -> str:
+    return f"{type(leaf).__name__} of {leaf.dtype}" if hasattr(leaf, "dtype") else type(leaf).__name__
 
 
 def _carries_gradient(leaf: Any) -> bool:
@@ -225,6 +233,11 @@ def _hook_transpose(cts: Any, *args: Any, fn: HookFn, n: int) -> list[Any]:
     operands = list(args[n:])
     if all(type(ct) is ad.Zero for ct in cts):
         return [*cts, *(None for _ in operands)]  # nothing depends on the value: no call
+    if any(map(ad.is_undefined_primal, operands)):
+        raise HookError(
+            f"{describe_hook(fn.base)} closes over the value that jax.linear_transpose turns round, or over one "
+            "computed from it, which has no value in the transposed function. Use values around that function only."
+        )
     outs = bind_hook(fn, [*(ad.instantiate_zeros(ct) for ct in cts), *operands], n)
     return [*outs, *(None for _ in operands)]
 

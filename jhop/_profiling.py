@@ -29,7 +29,7 @@ def profiling() -> Iterator[None]:
     try:
         yield
     finally:
-        if sys.gettrace() is _trace_nothing:
+        if outer is None and sys.gettrace() is _trace_nothing:  # a watch around this one still steps
             sys.settrace(None)
         thread.profiler = outer
         if pausable is not None:

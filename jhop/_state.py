@@ -202,10 +202,8 @@ def commit(writes: list[Write]) -> None:
                 del container.obj[old:]
             elif container.whole:
                 container.replace(old)
-            elif old is not MISSING:
-                container.put(key, old)
-            elif container.get(key) is not MISSING:
-                container.remove(key)
+            else:
+                container.put_back(key, old)
         raise
 
 

@@ -28,7 +28,7 @@ from jhop._append import AppendList
 from jhop._errors import Unsupported
 from jhop._names import slot_names
 from jhop._scalar import is_scalar
-from jhop._walk import Walk
+from jhop._walk import MAX_CONTAINERS, Walk
 
 _SHARED = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType, type, np.dtype)
 _FROZEN = (int, float, complex, str, bytes, bool, type(None), range, enum.Enum, np.generic, frozenset)
@@ -119,21 +119,24 @@ def _can_make(cls: type) -> bool:
     return True
 
 
-def _holds_symbol(value: Any, depth: int = 6) -> bool:
+def _holds_symbol(value: Any) -> bool:
     """Whether a traced number or array is anywhere inside an object."""
-    if is_scalar(value) or isinstance(value, _compat.Tracer):
-        return True
-    if depth == 0 or isinstance(value, (type, types.ModuleType, str, bytes, int, float, np.dtype)):
-        return False
-    if isinstance(value, types.FunctionType):
-        inside = [*(value.__closure__ or ()), *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
-    elif isinstance(value, np.ndarray) and value.dtype != object:
-        return False
-    elif isinstance(value, np.ndarray):
-        inside = list(value.flat)
-    else:
-        inside = [item for item in gc.get_referents(value) if not isinstance(item, (type, types.ModuleType))]
-    return any(_holds_symbol(item, depth - 1) for item in inside)
+    seen: dict[int, Any] = {}  # alive, so that ids stay their own
+    work = [value]
+    while work and len(seen) < MAX_CONTAINERS:
+        value = work.pop()
+        if is_scalar(value) or isinstance(value, _compat.Tracer):
+            return True
+        if id(value) in seen or isinstance(value, (type, types.ModuleType, str, bytes, int, float, np.dtype)):
+            continue
+        seen[id(value)] = value
+        if isinstance(value, types.FunctionType):
+            work += [*(value.__closure__ or ()), *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+        elif isinstance(value, np.ndarray):
+            work += value.flat if value.dtype.hasobject else ()
+        else:
+            work += gc.get_referents(value)
+    return False
 
 
 def rebuild(spec: Any, outs: list[Any], made: dict[int, Any]) -> Any:

@@ -49,8 +49,6 @@ _UNLIFTABLE = (
 _BUILTINS = frozenset(dir(builtins))  # those that Python comes with are taken for granted
 _FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
 _NEVER = ("__dict__", "__weakref__", "__doc__", "__module__", "__slots__", "__qualname__")
-
-
 T = TypeVar("T")
 
 
@@ -82,7 +80,7 @@ def is_array(value: Any) -> bool:
     library = cls.__module__.partition(".")[0] in OPAQUE_ROOTS
     if not library or not (isinstance(value, jax.Array) or cls is np.ndarray) or issubclass(cls, _compat.Tracer):
         return False  # a NumPy scalar is a value like a string: exact, and guarded
-    return getattr(value.dtype, "kind", "") not in "OSUM" and getattr(value.dtype, "names", None) is None
+    return _compat.has_arrays_of(value.dtype)
 
 
 # Library classes that hold state a hook may read, with the slots that hold it.
@@ -226,9 +224,11 @@ class Walk:
             self.holds_tracer = True
             return
         self._seen[id(value)] = value  # also keeps it alive, so that ids stay its own
-        kind = builtin_kind(value)
-        if kind is not None:
+        if (kind := builtin_kind(value)) is not None:
             self._add(value, kind, path)
+        if isinstance(value, collections.defaultdict):
+            self.attributes.append((value, "default_factory", value.default_factory))
+            self._work.append((value.default_factory, f"{path}.default_factory"))
         wrapped = value.__dict__.get("__wrapped__") if hasattr(value, "__dict__") and callable(value) else None
         if wrapped is None and type(value).__module__.startswith("jaxlib"):
             wrapped = getattr(value, "__wrapped__", None)

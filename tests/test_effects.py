@@ -554,6 +554,16 @@ def test_nested_watches():
         traced(outer_prints)
 
 
+def test_watch_goes_on_after_one_within_it():
+    def outer(ct):
+        with watch(plain_mul):
+            plain_mul(ct)
+        list(map(print, [1]))
+
+    with pytest.raises(Unsupported, match="hook `outer`"):
+        traced(outer)
+
+
 def plain_mul(ct):
     return ct * 5
 

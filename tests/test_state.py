@@ -370,6 +370,56 @@ def list_append():
     return (lambda ct: seen.append(ct)), lambda: seen
 
 
+def list_added_to_another():
+    seen = [1.0]
+
+    def hook(ct):
+        window = [0.5] + seen
+        seen.append(2.0)
+        return ct * len(window)
+
+    return hook, lambda: seen
+
+
+def list_extended_by_itself():
+    seen = [1.0]
+
+    def hook(ct):
+        seen.extend(seen)
+        return ct * 2
+
+    return hook, lambda: seen
+
+
+def chain_of_new_objects():
+    box = Box(n=0, last=None)
+
+    def hook(ct):
+        box.n += 1
+        box.last = Box(inside=box.n)
+        for _ in range(10):
+            box.last = Box(inside=box.last)
+        return ct * box.n
+
+    return hook, lambda: box
+
+
+def deque_of_a_subclass():
+    class Ring(collections.deque):
+        def clear(self):
+            raise RuntimeError("not called by the hook")
+
+        extend = __setitem__ = clear
+
+    ring = Ring([1.0, 2.0])
+
+    def hook(ct):
+        ring.append(ring[0] + 1)
+        return ct * ring.popleft()
+
+    return hook, lambda: list(ring)
+
+
 def heap():
     numbers = [3, 1, 2]
 
@@ -543,7 +593,8 @@ PLACES = [
     attribute, partial_keyword, partial_position, bound_method, callable_object, class_attribute,
     instance_over_class_attribute, default_argument, keyword_default, nonlocal_variable, function_attribute, slots,
     private_slot, dataclass_field, frozen_dataclass_replaced, property_with_setter, own_setattr, super_methods,
-    dict_items, list_items, list_append, heap, set_items, deque_items, counter_dict, nested_containers, list_of_itself,
+    dict_items, list_items, list_append, list_added_to_another, list_extended_by_itself, chain_of_new_objects,
+    deque_of_a_subclass, heap, set_items, deque_items, counter_dict, nested_containers, list_of_itself,
     jax_array, none_then_array, tuple_replaced, deleted_attribute, late_nonlocal, linked_list,
     exception_caught_half_way, comprehensions,
 ]  # fmt: skip
@@ -1130,6 +1181,11 @@ def masked_array():
     return (lambda ct: ct * array.sum()), lambda: array.tolist()
 
 
+def durations():
+    array = np.array([1, 2], "m8[s]")
+    return (lambda ct: ct * float(array[1] / np.timedelta64(1, "s"))), lambda: array.tolist()
+
+
 def structured_array():
     array = np.zeros(1, dtype=[("k", "f4")])
     return (lambda ct: ct * float(array["k"][0])), lambda: array.tolist()
@@ -1138,7 +1194,7 @@ def structured_array():
 @cases(
     numpy_int_counter, numpy_int_beyond_int32, numpy_float_sum, numpy_array_sum, numpy_array_moved,
     numpy_array_in_place, numpy_item_set, numpy_read_beyond_int32, numpy_array_made_by_the_hook, masked_array,
-    structured_array,
+    structured_array, durations,
 )  # fmt: skip
 def test_numpy_state_is_as_in_eager_or_refused(case):
     try:

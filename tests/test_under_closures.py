@@ -58,6 +58,31 @@ class Table(dict):
     def __call__(self, ct):
         return ct * self["s"]
 
+    def __setitem__(self, key, value):
+        raise RuntimeError("not called by the hook")
+
+
+class Ring(collections.deque):
+    def __call__(self, ct):
+        return ct * self[0] * self.maxlen / 2
+
+    def extend(self, values):
+        raise RuntimeError("not called by the hook")
+
+
+class Text(str):
+    def __call__(self, ct):
+        return ct * self.s * int(self)
+
+
+class Whole(int):
+    __call__ = Text.__call__
+
+
+def with_attribute(obj, s):
+    obj.s = s
+    return obj
+
 
 def default(s):
     def hook(ct, s=s):
@@ -139,6 +164,13 @@ HOLDERS = {
     "frozen dataclass with slots": Frozen,
     "named tuple": Named,
     "subclass of dict": lambda s: Table(s=s),
+    "subclass of deque": lambda s: Ring([s], 2),
+    "subclass of str": lambda s: with_attribute(Text("1"), s),
+    "subclass of int": lambda s: with_attribute(Whole(1), s),
+    "set": kept_in(lambda s: {Scale(s)}, lambda box: next(iter(box)).s),
+    "frozenset": kept_in(lambda s: frozenset([Scale(s)]), lambda box: next(iter(box)).s),
+    "set of functions": kept_in(lambda s: {lambda: s}, lambda box: next(iter(box))()),
+    "factory": kept_in(lambda s: collections.defaultdict(lambda: s), lambda box: box.default_factory()),
     "method of the tracer": lambda s: s.__rmul__,
     "wraps": lambda s: functools.wraps(times)(lambda ct: ct * s),
     "list": kept_in(lambda s: [s], lambda box: box[0]),
@@ -270,6 +302,40 @@ def test_hook_is_restored():
     assert jax.jit(jax.grad(f))(X, 1.5).tolist() == [2 * 1.5 * 1.5] * 3
 
 
+@pytest.mark.parametrize("where", ["attribute", "item", "global"])
+def test_slot_that_is_gone_when_the_hook_runs_stays_away(where):
+    space = {"attribute": types.SimpleNamespace(s=0), "item": {}, "global": types.ModuleType("space")}[where]
+    table = space if where == "item" else vars(space)
+
+    def f(x, s):
+        table["s"] = s
+        return (2 * jhop.hook(x, lambda ct: ct * (space["s"] if where == "item" else space.s))).sum()
+
+    _, pull = jax.vjp(f, X, jnp.float32(1.5))
+    del table["s"]
+    assert pull(jnp.float32(1))[0].tolist() == [3.0] * 3
+    assert "s" not in table
+
+
+@pytest.mark.parametrize("alive", [True, False])
+def test_object_that_is_held_weakly(alive):
+    kept = []
+
+    def f(x, s):
+        scale = Scale(s)
+        ref = weakref.ref(scale)
+        kept.append(scale)
+        return (2 * jhop.hook(x, lambda ct: ct * 5 if ref() is None else ct * ref().s)).sum()
+
+    def run(x, s):
+        _, pull = jax.vjp(f, x, s)
+        if not alive:
+            kept.clear()
+        return pull(jnp.float32(1))[0]
+
+    assert run(X, jnp.float32(1.5)).tolist() == [3.0 if alive else 10.0] * 3
+
+
 # State beside a tracer: what others can see is written where they see it, or refused.
 
 
@@ -349,8 +415,30 @@ def write_attribute(s):
     return hook
 
 
-@pytest.mark.parametrize("make", [write_dict, write_variable, write_list, write_attribute], ids=lambda f: f.__name__)
+def write_function_attribute(s):
+    def hook(ct):
+        hook.n += 1
+        return ct * hook.s
+
+    hook.n, hook.s = 0, s
+    return hook
+
+
+def write_keyword(s):
+    def hook(s, ct, *, n):
+        made[0].keywords["n"] += 1
+        return ct * s
+
+    made = [None]
+    made[0] = functools.partial(hook, s, n=0)
+    return made[0]
+
+
+WRITERS = [write_dict, write_variable, write_list, write_attribute, write_function_attribute, write_keyword]
+
+
+@pytest.mark.parametrize("make", WRITERS, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("run", ["grad by both", "vmap of grad", "jit of grad", "jhop.jit"])
 def test_state_in_what_holds_a_tracer_is_refused(make, run):
-    with pytest.raises(jhop.Unsupported, match=r"`hook` \(test_under_closures.py:\d+\) writes to .*object of its own"):
+    with pytest.raises(jhop.Unsupported, match=r"hook.*` \(test_under_closures.py:\d+\) writes to .*object of its own"):
         RUNS[run](lambda x, s: (2 * jhop.hook(x, make(s))).sum())

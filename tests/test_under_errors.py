@@ -178,7 +178,11 @@ def test_value_without_a_floating_leaf(name, jit):
         (jax.jit(of) if jit else of)(value)
 
 
-@pytest.mark.parametrize("leaf", ["a string", object(), len], ids=["str", "object", "function"])
+@pytest.mark.parametrize(
+    "leaf",
+    ["a string", object(), len, np.array(["a"]), np.zeros(2, [("k", float)])],
+    ids=["str", "object", "function", "array of strings", "array of records"],
+)
 def test_leaf_that_is_no_array(leaf):
     with pytest.raises(jhop.HookError, match=rf"^jhop.hook: expected an array or .* got a leaf {type(leaf).__name__}"):
         jhop.hook({"x": X, "other": leaf}, lambda ct: ct)

@@ -43,7 +43,7 @@ def fori_in_fori(point, x, s):
     def body(i, c):
         return lax.fori_loop(0, 2, lambda j, d: jnp.sin(point(d, s)) + x, point(c, s))
 
-    return lax.fori_loop(0, 3, body, x).sum()
+    return lax.fori_loop(0, 2, body, x).sum()
 
 
 def fori_in_scan(point, x, s):

@@ -1,5 +1,7 @@
 """Hooks under reverse mode: one call with the sum of all later uses, in the structure of what is hooked."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -216,6 +218,30 @@ def test_gradient_by_integers_too():
 
     got = jax.grad(lambda tree: (2 * jhop.hook(tree, hook)["x"]).sum(), allow_int=True)({"n": jnp.arange(2), "x": X})
     assert (got["n"].dtype, got["n"].shape, got["x"].tolist()) == (jax.dtypes.float0, (2,), [6.0] * 3)
+
+
+@pytest.mark.parametrize("run", [run for run in RUNS if run != "inline"])  # there, state is an input
+def test_hook_of_the_loss_itself(run):
+    scaling = types.SimpleNamespace(by=8.0)
+
+    def hook(ct):  # of a literal: in the jaxpr it is 1.0 and no array
+        return ct.at[()].set(3.0) * ct * scaling.by
+
+    agree(RUNS[run](jax.grad(lambda x: jhop.hook((x * x).sum(), hook)))(X), jnp.array(2 * X * 3 * 8))
+
+
+def by_length(ct):
+    return (ct[0] * ct[1].size, None)
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_one_hook_beside_integers_of_several_shapes(run):
+    short, long = np.arange(2), np.arange(5)
+
+    def of(x):
+        return (3 * jhop.hook((x, short), by_length)[0] + 10 * jhop.hook((x, long), by_length)[0]).sum()
+
+    agree(RUNS[run](jax.grad(of))(X), jnp.full(3, 3 * 2 + 10 * 5, jnp.float32))
 
 
 def test_pytree_is_hooked_as_a_whole():

@@ -150,6 +150,7 @@ def check(program: Any, rule: Any, run: Any, x: Any, s: Any = None, derivative: 
 
     wanted: Any = RULES.get(rule, rule)
     expected, without = jax.jit(lambda x, s: (of(by_hand(wanted))(x, s), of(ignored)(x, s)))(x, s)
+    assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(expected)), "this program has no numbers"
     assert differ(expected, without), "this program does not show whether its hooks ran"
     for way in run if isinstance(run, tuple) else (run,):
         transform: Any = RUNS.get(way, way)

@@ -11,14 +11,7 @@ from jhop._boundary import aot_prologue_p
 from jhop._container import MISSING
 from jhop._graph import NO_INFO, GraphModule
 from jhop._template import outputs_in
-from jhop._text._steps import Step, is_literal
-
-
-def resolve(atom: Any, same: dict[Any, Any]) -> Any:
-    """What a value is that a call only hands on."""
-    while not is_literal(atom) and atom in same:
-        atom = same[atom]
-    return atom
+from jhop._text._steps import Step, is_literal, resolve
 
 
 def needed_values(gm: GraphModule, steps: list[Step], same: dict[Any, Any]) -> set[Any]:

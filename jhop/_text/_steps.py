@@ -40,6 +40,13 @@ def is_literal(atom: Any) -> bool:
     return isinstance(atom, jex_core.Literal)
 
 
+def resolve(atom: Any, same: dict[Any, Any]) -> Any:
+    """What a value is that a call only hands on."""
+    while not is_literal(atom) and atom in same:
+        atom = same[atom]
+    return atom
+
+
 def steps_of(jaxpr: Any, keep: Callable[[Any], bool] = lambda eqn: False) -> tuple[list[Step], dict[Any, Any]]:
     """The steps of an open jaxpr.
 
@@ -52,14 +59,9 @@ def steps_of(jaxpr: Any, keep: Callable[[Any], bool] = lambda eqn: False) -> tup
     steps: list[Step] = []
     same: dict[Any, Any] = {}
 
-    def resolve(atom: Any) -> Any:
-        while not is_literal(atom) and atom in same:
-            atom = same[atom]
-        return atom
-
     def add(eqns: Any, env: dict[Any, Any]) -> None:
         for eqn in eqns:
-            invars = [resolve(atom if is_literal(atom) else env.get(atom, atom)) for atom in eqn.invars]
+            invars = [resolve(atom if is_literal(atom) else env.get(atom, atom), same) for atom in eqn.invars]
             outvars = [env.setdefault(v, Value(v.aval)) if env else v for v in eqn.outvars]
             inner = eqn.params.get("jaxpr") if eqn.primitive.name in CALLS else None
             opened, consts = _compat.open_jaxpr(inner) if inner is not None else (None, [])
