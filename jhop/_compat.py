@@ -175,7 +175,9 @@ def binds_axes(eqn: Any) -> bool:
     return eqn.primitive.name == "shard_map"
 
 
-def bind_with_body(eqn: Any, args: list[Any], body: Callable[[list[Any]], list[Any]]) -> list[Any]:
+def bind_with_body(
+    eqn: Any, args: list[Any], body: Callable[[list[Any]], list[Any]], *, more: int = 0
+) -> list[Any]:
     """Binds a `shard_map` equation again with `body` in place of its jaxpr, all else of it kept.
 
     `jax.shard_map` itself checks what the equation of a derivative need not keep to, such as the shardings of inputs.
@@ -183,11 +185,13 @@ def bind_with_body(eqn: Any, args: list[Any], body: Callable[[list[Any]], list[A
     Args:
         body: takes and returns lists of per-device values, in the equation's mesh and axes. It may use values from
             around the equation.
+        more: how many results the body has more than before; they are the same on every device.
     """
     jaxpr, _ = open_jaxpr(eqn.params["jaxpr"])
-    params = eqn.primitive.get_bind_params(eqn.params)
+    specs = (*eqn.params["out_specs"], *(jax.sharding.PartitionSpec(),) * more)
+    params = eqn.primitive.get_bind_params({**eqn.params, "out_specs": specs})
     # How results are packed for the primitive has no public name: a jaxpr that hands its inputs on does it.
-    identity, _ = open_jaxpr(jax.make_jaxpr(lambda *values: values)(*(0 for _ in jaxpr.outvars)))
+    identity, _ = open_jaxpr(jax.make_jaxpr(lambda *values: values)(*(0 for _ in range(len(jaxpr.outvars) + more))))
     (pack,) = eqn.primitive.get_bind_params({**eqn.params, "jaxpr": identity})["subfuns"]
     params["subfuns"] = (lambda *values: pack(*body(list(values))),)
     params["debug_info"] = jaxpr.debug_info._replace(result_paths=None)
@@ -296,6 +300,12 @@ def varying_axes(aval: Any) -> frozenset[str]:
     if axes is not None:
         return frozenset(axes.varying)
     return frozenset(getattr(aval, "vma", ()))
+
+
+def as_varying_as(value: Any, aval: Any) -> Any:
+    """A value as one that may differ over the manual mesh axes over which an aval's may."""
+    missing = varying_axes(aval) - varying_axes(jax.typeof(value))
+    return jax.lax.pcast(value, tuple(sorted(missing)), to="varying") if missing else value
 
 
 def register_lowering(primitive: Any, fun: Any, *, multiple_results: bool) -> None:

@@ -21,11 +21,12 @@ from jhop._trace_wrapped import inlining
 Run = Callable[[Any, list[Any]], list[Any]]
 
 
-def rebuild(eqn: Any, values: list[Any], run: Run) -> list[Any]:
+def rebuild(eqn: Any, values: list[Any], run: Run, *, more: int = 0) -> list[Any]:
     """A higher-order equation made anew, whose bodies may use values around them.
 
     Args:
         run: `run(jaxpr, values)` evaluates a jaxpr of the equation under the present trace.
+        more: how many results its body has more than before, in an equation of `RUNS_ONCE`.
 
     Raises:
         Unsupported: it is not known how to make this one.
@@ -37,7 +38,7 @@ def rebuild(eqn: Any, values: list[Any], run: Run) -> list[Any]:
             "there. Pass what it reads to the function as an argument and close over that, or move the hooked value "
             "out."
         )
-    return list(maker(eqn, values, run))
+    return list(maker(eqn, values, run, more) if more else maker(eqn, values, run))
 
 
 def is_plain_call(eqn: Any) -> bool:
@@ -82,7 +83,7 @@ def _bind(eqn: Any, values: list[Any], **params: Any) -> list[Any]:
     return _compat.bind_eqn(eqn.replace(params={**eqn.params, **params}), values)
 
 
-def _rebuild_remat(eqn: Any, values: list[Any], run: Run) -> list[Any]:
+def _rebuild_remat(eqn: Any, values: list[Any], run: Run, _more: int = 0) -> list[Any]:
     # `jax.checkpoint` would forget that the equation was differentiated, and with it the barrier.
     flat, consts = _hoist(eqn.params["jaxpr"], run)
     barred = eqn.params["prevent_cse"]
@@ -91,7 +92,7 @@ def _rebuild_remat(eqn: Any, values: list[Any], run: Run) -> list[Any]:
     return _bind(eqn, [*consts, *values], jaxpr=flat, prevent_cse=barred)
 
 
-def _rebuild_jit(eqn: Any, values: list[Any], run: Run) -> list[Any]:
+def _rebuild_jit(eqn: Any, values: list[Any], run: Run, more: int = 0) -> list[Any]:
     flat, consts = _hoist(eqn.params["jaxpr"], run)
     n = len(consts)
     return _bind(
@@ -99,10 +100,12 @@ def _rebuild_jit(eqn: Any, values: list[Any], run: Run) -> list[Any]:
         donated_invars=(False,) * n + eqn.params["donated_invars"],
         in_shardings=(_compat.UNSPECIFIED,) * n + eqn.params["in_shardings"],
         in_layouts=(None,) * n + eqn.params["in_layouts"],
+        out_shardings=eqn.params["out_shardings"] + (_compat.UNSPECIFIED,) * more,
+        out_layouts=eqn.params["out_layouts"] + (None,) * more,
     )  # fmt: skip
 
 
-def _rebuild_call(eqn: Any, values: list[Any], run: Run) -> list[Any]:
+def _rebuild_call(eqn: Any, values: list[Any], run: Run, _more: int = 0) -> list[Any]:
     key = "jaxpr" if "jaxpr" in eqn.params else "call_jaxpr"
     flat, consts = _hoist(eqn.params[key], run)
     return _bind(eqn, [*consts, *values], **{key: jex_core.ClosedJaxpr(flat, [])})
@@ -198,11 +201,18 @@ def _rebuild_solve(eqn: Any, values: list[Any], run: Run) -> list[Any]:
     )  # fmt: skip
 
 
+def _rebuild_shard_map(eqn: Any, values: list[Any], run: Run, more: int = 0) -> list[Any]:
+    return _compat.bind_with_body(eqn, values, lambda args: run(eqn.params["jaxpr"], args), more=more)
+
+
 _REMAT = ("remat", "remat2", "checkpoint")
+_CALLS = ("closed_call", "eval_jaxpr", "compute_on", "xla_metadata_call")
+RUNS_ONCE = frozenset({*_REMAT, *_CALLS, "jit", "pjit", "shard_map"})  # whose body may return more than before
+RUNS_IN_PLACE = frozenset({"custom_jvp_call", "custom_vjp_call", "call_hi_primitive"})  # `rebuild` leaves the body alone
 _REBUILD = {
     "custom_jvp_call": _rebuild_custom, "custom_vjp_call": _rebuild_custom,
     "scan": _rebuild_scan, "while": _rebuild_while, "cond": _rebuild_cond, "custom_linear_solve": _rebuild_solve,
     "call_hi_primitive": _expand, "jit": _rebuild_jit, "pjit": _rebuild_jit,
     **dict.fromkeys(_REMAT, _rebuild_remat),
-    **dict.fromkeys(("closed_call", "eval_jaxpr", "compute_on", "xla_metadata_call"), _rebuild_call),
+    **dict.fromkeys(_CALLS, _rebuild_call), "shard_map": _rebuild_shard_map,
 }  # fmt: skip
