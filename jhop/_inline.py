@@ -168,15 +168,18 @@ class _Inliner:
     def _collect(self, lift: _state.Lift) -> None:
         """Turns what the hooks wrote into templates over further outputs."""
 
-        places: dict[int, int] = {}  # in `_state_outs`, by the id of what is kept there
+        places: dict[Any, Any] = {}  # (in `_state_outs`, what is kept there), by whether it is a number, and its id
 
         def note(value: Any, where: str) -> int:
-            twin = value._twin if is_scalar(value) else value
+            number = is_scalar(value)
+            twin = value._twin if number else value
             if not _compat.same_trace(twin, self._recorder.anchor):
                 raise _state.explain_leak(where)
-            index = places.setdefault(id(twin), len(self._state_outs))
+            index, _ = places.setdefault((number, id(twin)), (len(self._state_outs), twin))
             if index == len(self._state_outs):
-                self._state_outs.append(twin)
+                # `jnp.asarray(n)` gives the twin of a number, which the host would keep as a number.
+                alike = not number and twin.ndim == 0 and getattr(twin, "weak_type", False)
+                self._state_outs.append(jax.numpy.copy(twin) if alike else twin)
             return index
 
         templates = Templates(self._walk, note)

@@ -61,3 +61,17 @@ def test_number_that_outgrows_a_dtype_is_the_error_of_eager():
         box.n = 200
         with pytest.raises(jhop.Unsupported, match="OverflowError"):
             fn(X)
+
+
+def test_array_made_of_a_number_is_kept_as_an_array():
+    box = Box(n=0, array=None)
+
+    def hook(ct):
+        box.n += 1
+        box.array = jnp.asarray(box.n)
+
+    fn = jhop.jit(jax.grad(lambda x: (jhop.hook(x, hook) ** 2).sum()), fullgraph=True)
+    for n in (1, 2, 3):
+        fn(X)
+        assert (type(box.n), box.n, int(box.array)) == (int, n, n)
+        assert isinstance(box.array, jax.Array)
