@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -119,6 +119,7 @@ def flat_caller(
     moving = [i for i in range(tree.num_leaves) if i not in zeros]
 
     def call(*flat: Any) -> list[Any]:
+        flat = as_arrays(flat)
         cts, rest = list(flat[: len(moving)]), flat[len(moving) :]
         given: list[Any] = [zeros.get(i) for i in range(tree.num_leaves)]
         for i, ct in zip(moving, cts, strict=True):
@@ -142,6 +143,17 @@ def flat_caller(
         return [ct if leaf is None else check_contract(fn, leaf, jax.typeof(ct)) for leaf, ct in pairs]
 
     return call
+
+
+def as_arrays(values: Sequence[Any]) -> tuple[Any, ...]:
+    """Inputs of a hook, those of NumPy as JAX's: constants of jaxprs have no `.at`, and no tracer for an index."""
+    return tuple(jnp.asarray(value) if _is_numpys(value) else value for value in values)
+
+
+def _is_numpys(value: Any) -> bool:
+    if not isinstance(value, (np.ndarray, np.generic)):
+        return False
+    return value.dtype.kind not in "OSUM" and value.dtype != jax.dtypes.float0
 
 
 def _is_none(value: Any) -> bool:
@@ -168,7 +180,7 @@ def hook_fn(
         return HookFn(fn, make_call(fn), name, key, kind), []
 
     def with_operands(*flat: Any) -> list[Any]:
-        with husk.filled(flat[n:]) as filled:
+        with husk.filled(as_arrays(flat[n:])) as filled:
             return make_call(filled)(*flat[:n])
 
     return HookFn(husk, with_operands, f"closed[{name}]", ("closed", object()), kind), operands

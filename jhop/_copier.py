@@ -18,7 +18,7 @@ from typing import Any
 
 from jhop import _compat
 from jhop._container import MISSING, Container, builtin_kind
-from jhop._names import slot_names
+from jhop._library import attributes_of, bare, copied, held, is_jaxs, without_rules
 from jhop._walk import DECLARED, Leaf, Walk
 
 
@@ -134,7 +134,7 @@ class Copier:
             found += [value for _, value in Container(obj, kind, "").items()]
         if type(obj) not in DECLARED:
             found += [value for part in self._attributes.get(id(obj), ()) for _, value in part.items()]
-        return found
+        return found + without_rules(held(obj))
 
     def in_place(self) -> list[tuple[Callable[[], Leaf], Make]]:
         """Slots of objects that are not copied: modules, classes, what libraries keep."""
@@ -174,6 +174,9 @@ class Copier:
         if isinstance(obj, tuple):
             return self._tuple(obj, key)
         kind = builtin_kind(obj)
+        if kind is None and is_jaxs(obj):
+            fill = copied(obj, self.make)
+            return lambda run: fill(run, functools.partial(run.made.setdefault, key)) or run.made[key]
         return self._object(obj, key) if kind is None else self._container(obj, kind, key)
 
     def _function(self, fn: types.FunctionType, key: int) -> Make:
@@ -251,10 +254,11 @@ class Copier:
         return make_tuple
 
     def _container(self, obj: Any, kind: str, key: int) -> Make:
-        """A list, dict or deque; of a subclass, with its attributes."""
+        """A list, dict, deque or set; of a subclass, with its attributes."""
         blank = copy.copy(obj)
+        members = [self.make(item) for item in set.__iter__(obj)] if kind == "set" else None
         slots = []
-        for part in _slots(obj, kind):
+        for part in _slots(obj, kind)[members is not None :]:
             for slot, value in part.items():
                 if id(value) in self._leading or isinstance(value, _compat.Tracer):
                     slots.append((part.kind, part.names, slot, self.make(value)))
@@ -264,6 +268,8 @@ class Copier:
             made = run.made[key] = copy.copy(blank)
             for where, names, slot, value in slots:
                 Container(made, where, "", names).put(slot, value(run))
+            if members is not None:  # its slots have no names
+                Container(made, kind, "").replace([member(run) for member in members])
             for part in _slots(made, kind):
                 run.keep(part)
             return made
@@ -272,8 +278,7 @@ class Copier:
 
     def _object(self, obj: Any, key: int) -> Make:
         """An object: itself as long as it is alive, and a copy that is kept from run to run afterwards."""
-        base: Any = next(cls for cls in type(obj).__mro__ if not cls.__flags__ & _HEAP_TYPE)
-        twin = base.__new__(type(obj))
+        twin = bare(type(obj))
         try:
             original: Callable[[], Any] = weakref.ref(obj)
         except TypeError:
@@ -284,7 +289,7 @@ class Copier:
 
         used = {(part.kind, slot) for part in self._attributes[key] for slot, _ in part.items()}
         others: list[Container] = []
-        for part in _slots(obj):
+        for part in attributes_of(obj):
             names = set()
             for slot, value in part.items():
                 leads = id(value) in self._leading
@@ -306,15 +311,9 @@ class Copier:
         return make_object
 
 
-_HEAP_TYPE = 1 << 9  # set for classes written in Python
-
-
-def _slots(obj: Any, kind: str | None = None) -> list[Container]:
-    """All that an object holds, not only what a hook's code names; `kind` is that of a built-in container."""
-    found = [Container(obj, kind, "")] if kind is not None else []
-    if isinstance(getattr(obj, "__dict__", None), dict):
-        found.append(Container(obj, "attrs", ""))
-    return [*found, Container(obj, "slots", "", slot_names(type(obj)))]
+def _slots(obj: Any, kind: str) -> list[Container]:
+    """All that an object holds which is, or extends, a built-in container of that kind."""
+    return [Container(obj, kind, ""), *attributes_of(obj)]
 
 
 def _slot(owner: Callable[[], Any], kind: str, slot: str, path: str) -> Leaf:

@@ -174,7 +174,7 @@ def hook(x: Any, fn: Callable[[Any], Any], *, name: str | None = None) -> Any:
         return x  # nothing is being differentiated or traced here
     still = {i: np.zeros(jnp.shape(leaf), jax.dtypes.float0) for i, leaf in enumerate(leaves) if i not in moving}
     make_call = functools.partial(flat_caller, tree=tree, still=still)
-    key = ("point", identity_key(fn), tree, tuple(moving), name)
+    key = ("point", identity_key(fn), tree, tuple((i, zeros.shape) for i, zeros in still.items()), name)
     point, operands = hook_fn(fn, make_call, len(moving), key, name=name or "")
     outs = hook_p.bind(*(leaves[i] for i in moving), *operands, fn=point, n=len(moving))
     for i, out in zip(moving, outs, strict=True):
@@ -214,6 +214,11 @@ def _hook_transpose(cts: Any, *args: Any, fn: HookFn, n: int) -> list[Any]:
     operands = list(args[n:])
     if all(type(ct) is ad.Zero for ct in cts):
         return [*cts, *(None for _ in operands)]  # nothing depends on the value: no call
+    if any(ad.is_undefined_primal(operand) for operand in operands):
+        raise HookError(
+            f"{describe_hook(fn.base)} closes over an input by which jax.linear_transpose transposes the function: in "
+            "the transpose, that has no value. Let it close over values from outside of the function."
+        )
     outs = bind_hook(fn, [*(ad.instantiate_zeros(ct) for ct in cts), *operands], n)
     return [*outs, *(None for _ in operands)]
 
