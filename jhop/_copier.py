@@ -257,6 +257,8 @@ class Copier:
         """A list, dict, deque or set; of a subclass, with its attributes."""
         blank = copy.copy(obj)
         members = [self.make(item) for item in set.__iter__(obj)] if kind == "set" else None
+        if members is not None:
+            Container(blank, kind, "").replace([])
         slots = []
         for part in _slots(obj, kind)[members is not None :]:
             for slot, value in part.items():

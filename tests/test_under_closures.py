@@ -203,7 +203,6 @@ HOLDERS = {
     "index of an array": index_of_an_array,
     "jaxpr with constants": jaxpr_with_constants,
     "converted closure": converted_closure,
-    "custom rule": custom_rule,
     "set": kept_in(lambda s: {Scale(s)}, lambda box: next(iter(box)).s),
     "thread local": thread_local,
 }
@@ -246,6 +245,11 @@ PAIRS += [(holder, "vmap of grad") for holder in ("sparse matrix", "index of an 
 def test_what_a_hook_closes_over_is_an_operand(holder, run):
     with jax.checking_leaks():
         assert RUNS[run](loss(holder)).tolist() == [3.0] * 3
+
+
+@pytest.mark.parametrize("run", ["jit of grad", "grad by both", "hessian", "jhop.jit"])
+def test_function_with_a_custom_rule_closes_over_a_tracer(run):
+    assert RUNS[run](lambda x, s: (2 * jhop.hook(x, custom_rule(s))).sum()).tolist() == [3.0] * 3
 
 
 @pytest.mark.leaks
