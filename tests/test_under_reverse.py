@@ -212,17 +212,6 @@ def test_pytree_keeps_what_carries_no_gradient(jit):
     assert (out["n"].tolist(), out["b"].tolist(), out["k"] == tree["k"]) == ([0, 1], [True, False], True)
 
 
-@pytest.mark.parametrize("run", ["eager", "jax.jit", "jhop.jit"])
-def test_one_hook_sees_the_shapes_of_what_carries_no_gradient(run):
-    def hook(ct):
-        return {"x": ct["x"] * ct["n"].shape[0], "n": None}
-
-    def of(x):
-        return sum(jhop.hook({"x": x, "n": jnp.arange(n)}, hook)["x"] for n in (2, 5)).sum()
-
-    agree(RUNS[run](jax.grad(of))(X), jnp.full(X.shape, 7.0))
-
-
 @pytest.mark.parametrize("run", ["eager", "jax.jit", "jhop.jit", "inline"])
 def test_cotangent_of_a_scalar_is_an_array_of_jax(run):
     """It is the constant 1, which jaxprs hold as an array of NumPy's."""
