@@ -40,8 +40,12 @@ class Traced(_Stage):
     """A function traced for some arguments, hooks inlined; attributes are those of `jax.stages.Traced`.
 
     Where hooks have Python state, `jaxpr`, `args_info` and `out_info` show it as a list before the arguments and one
-    after the results.
+    after the results. `jax.export` has its present values as constants, as it has what a function closes over.
     """
+
+    def __init__(self, stage: Any, name: str, guards: Guards, entry: Any, arguments: Any):
+        super().__init__(stage, name, guards, entry)
+        self._arguments = arguments
 
     def lower(self, *, lowering_platforms: tuple[str, ...] | None = None, _private_parameters: Any = None) -> Any:
         """Lowers to StableHLO.
@@ -50,16 +54,19 @@ class Traced(_Stage):
             lowering_platforms: platforms to lower for, by default that of the process.
 
         Raises:
-            Unsupported: `jax.export` asks, and hooks have Python state.
+            Unsupported: `jax.export` asks, and hooks write Python state.
         """
         step: Step = self._entry.run
         if _private_parameters is not None:  # asked by jax.export, which makes its own use of JAX's stage
-            if step.has_state:
+            if step.writes:
                 raise Unsupported(
                     f"jax.export of `{self._name}`: an exported program cannot reach the Python state of its hooks "
                     f"({', '.join(step.state_paths())}). Pass it as an argument, and "
                     "return what changes."
                 )
+            if step.has_state:
+                with _state.LOCK:
+                    self._stage = step.trace_as_is(*self._arguments)  # of which jax.export asks for the jaxpr next
             return self._stage.lower(lowering_platforms=lowering_platforms, _private_parameters=_private_parameters)
         return self._next(Lowered, self._stage.lower(lowering_platforms=lowering_platforms))
 
@@ -101,4 +108,4 @@ def trace(name: str, guards: Guards, entry: Any, args: Any, kwargs: Any) -> Trac
     """The first stage, of one version of a function."""
     step: Step = entry.run
     with _state.LOCK:
-        return Traced(step.trace(args, kwargs), name, guards, entry)
+        return Traced(step.trace(args, kwargs), name, guards, entry, (args, kwargs))

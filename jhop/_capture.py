@@ -101,7 +101,9 @@ class Recorder:
         for index, info in self._info.items():
             if info.operator is not None:
                 operands = tuple(self._reference(item) for item in info.operator.operands)
-                operator = Operator(name=info.operator.name, operands=operands)
+                # A tracer that is left is of an inner trace (`ct > 0` on a JVP's ct): no variable stands for it.
+                known = not any(isinstance(item, _compat.Tracer) for item in operands)
+                operator = Operator(name=info.operator.name, operands=operands) if known else None
                 self._info[index] = dataclasses.replace(info, operator=operator)
         return tracers
 

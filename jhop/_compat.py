@@ -22,7 +22,7 @@ from jax._src.interpreters import ad as _ad
 from jax._src.lax import lax as _lax
 from jax._src.sharding_impls import UNSPECIFIED as UNSPECIFIED  # what a jit says of shardings that it leaves open
 from jax.extend import source_info_util
-from jax.interpreters import mlir
+from jax.interpreters import mlir, xla
 
 Tracer = jax.core.Tracer
 
@@ -211,6 +211,27 @@ def asked_by_operator() -> bool:
     """Whether the attribute lookup under way comes from a binary operator of JAX's arrays."""
     # jax._src.numpy.array_methods names them `_operator_mul` and so on, in all versions so far.
     return sys._getframe(2).f_code.co_name.startswith("_operator_")
+
+
+def asked_by_jax() -> bool:
+    """Whether the attribute lookup under way comes from code of JAX's own."""
+    return sys._getframe(2).f_globals.get("__name__", "").startswith("jax.")
+
+
+def asked_whether_it_fits() -> bool:
+    """Whether the conversion to a NumPy array under way is that of `jax.numpy.array`, which throws the result away: it
+    only wants the error where a number is too large for its dtype.
+    """
+    frame = sys._getframe(2)
+    caller = frame.f_back
+    return frame.f_code.co_name == "coerce_to_array" and caller is not None and caller.f_code.co_name == "array"
+
+
+def register_value(kind: type, value_of: Callable[[Any], Any]) -> None:
+    """Makes primitives and `jax.typeof` take objects of a class as what `value_of` returns for them."""
+    xla.canonicalize_dtype_handlers[kind] = value_of
+    # The public name of this table is deprecated, and nothing has replaced it.
+    _core.pytype_aval_mappings[kind] = lambda value: _core.typeof(value_of(value))
 
 
 _UNMAP_TAKES_MESH_AXIS = len(inspect.signature(jex_core.unmapped_aval).parameters) > 3

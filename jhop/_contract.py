@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -119,7 +119,7 @@ def flat_caller(
     moving = [i for i in range(tree.num_leaves) if i not in zeros]
 
     def call(*flat: Any) -> list[Any]:
-        arrays = _as_arrays(flat)
+        arrays = as_arrays(flat)
         cts, rest = arrays[: len(moving)], arrays[len(moving) :]
         given: list[Any] = [zeros.get(i) for i in range(tree.num_leaves)]
         for i, ct in zip(moving, cts, strict=True):
@@ -145,9 +145,13 @@ def flat_caller(
     return call
 
 
-def _as_arrays(values: Any) -> list[Any]:
-    """Values as a hook gets them: of a literal in a jaxpr, JAX has no array."""
-    return [value if isinstance(value, jax.Array) else jnp.asarray(value) for value in values]
+def as_arrays(values: Sequence[Any]) -> list[Any]:
+    """Inputs of a hook as JAX's arrays: literals and constants of jaxprs have no `.at`, and no tracer for an index."""
+    return [value if isinstance(value, jax.Array) or _is_float0(value) else jnp.asarray(value) for value in values]
+
+
+def _is_float0(value: Any) -> bool:
+    return getattr(value, "dtype", None) == jax.dtypes.float0
 
 
 def _is_none(value: Any) -> bool:
@@ -174,7 +178,7 @@ def hook_fn(
         return HookFn(fn, make_call(fn), name, key, kind), []
 
     def with_operands(*flat: Any) -> list[Any]:
-        with husk.filled(_as_arrays(flat[n:])) as filled:
+        with husk.filled(as_arrays(flat[n:])) as filled:
             return make_call(filled)(*flat[:n])
 
     return HookFn(husk, with_operands, f"closed[{name}]", ("closed", object()), kind), operands

@@ -17,7 +17,7 @@ from typing import Any
 
 from jhop import _compat
 from jhop._container import MISSING, Container, builtin_kind
-from jhop._names import slot_names
+from jhop._library import attributes_of, bare, built_in, copied, held, is_jaxs, without_rules
 from jhop._walk import DECLARED, Leaf, Walk
 
 
@@ -139,7 +139,7 @@ class Copier:
             found += [value for _, value in Container(obj, kind, "").items()]
         if type(obj) not in DECLARED:
             found += [value for part in self._attributes.get(id(obj), ()) for _, value in part.items()]
-        return found
+        return found + without_rules(held(obj))
 
     def in_place(self) -> list[tuple[Callable[[], Leaf], Make]]:
         """Slots of objects that are not copied: modules, classes, what libraries keep."""
@@ -179,6 +179,9 @@ class Copier:
         if isinstance(obj, (tuple, frozenset)):
             return self._tuple(obj, key)
         kind = builtin_kind(obj)
+        if kind is None and is_jaxs(obj):
+            fill = copied(obj, self.make)
+            return lambda run: fill(run, functools.partial(run.made.setdefault, key)) or run.made[key]
         return self._object(obj, key) if kind is None else self._container(obj, kind, key)
 
     def _function(self, fn: types.FunctionType, key: int) -> Make:
@@ -262,7 +265,7 @@ class Copier:
 
     def _container(self, obj: Any, kind: str, key: int) -> Make:
         """A list, dict, set or deque; of a subclass, with its attributes."""
-        base, cls = _built_in(obj), type(obj)
+        base, cls = built_in(obj), type(obj)
         first = ((), obj.maxlen) if kind == "deque" else ()
         factory = self.make(obj.default_factory) if isinstance(obj, defaultdict) else None
         parts = [
@@ -290,8 +293,7 @@ class Copier:
 
     def _object(self, obj: Any, key: int) -> Make:
         """An object: itself as long as it is alive, and a copy that is kept from run to run afterwards."""
-        base = _built_in(obj)
-        twin = base.__new__(type(obj), *getattr(base, "__getnewargs__", _no_arguments)(obj))  # a number's, a string's
+        twin = bare(obj)
         try:
             original: Callable[[], Any] = weakref.ref(obj)
         except TypeError:
@@ -302,7 +304,7 @@ class Copier:
 
         used = {(part.kind, slot) for part in self._attributes[key] for slot, _ in part.items()}
         others: list[Container] = []
-        for part in _slots(obj):
+        for part in attributes_of(obj):
             names = set()
             for slot, value in part.items():
                 leads = id(value) in self._leading
@@ -324,21 +326,9 @@ class Copier:
         return make_object
 
 
-def _built_in(obj: Any) -> Any:
-    """The class, not written in Python, that makes objects of an object's class."""
-    return next(cls for cls in type(obj).__mro__ if isinstance(cls.__dict__.get("__new__"), types.BuiltinMethodType))
-
-
-def _no_arguments(_: Any) -> tuple[()]:
-    return ()
-
-
-def _slots(obj: Any, kind: str | None = None) -> list[Container]:
-    """All that an object holds, not only what a hook's code names; `kind` is that of a built-in container."""
-    found = [Container(obj, kind, "")] if kind is not None else []
-    if isinstance(getattr(obj, "__dict__", None), dict):
-        found.append(Container(obj, "attrs", ""))
-    return [*found, Container(obj, "slots", "", slot_names(type(obj)))]
+def _slots(obj: Any, kind: str) -> list[Container]:
+    """All that an object holds which is, or extends, a built-in container of that kind."""
+    return [Container(obj, kind, ""), *attributes_of(obj)]
 
 
 def _slot(owner: Callable[[], Any], kind: str, slot: str, path: str) -> Leaf:

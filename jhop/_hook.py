@@ -233,10 +233,10 @@ def _hook_transpose(cts: Any, *args: Any, fn: HookFn, n: int) -> list[Any]:
     operands = list(args[n:])
     if all(type(ct) is ad.Zero for ct in cts):
         return [*cts, *(None for _ in operands)]  # nothing depends on the value: no call
-    if any(map(ad.is_undefined_primal, operands)):
+    if any(ad.is_undefined_primal(operand) for operand in operands):
         raise HookError(
-            f"{describe_hook(fn.base)} closes over the value that jax.linear_transpose turns round, or over one "
-            "computed from it, which has no value in the transposed function. Use values around that function only."
+            f"{describe_hook(fn.base)} closes over an input by which jax.linear_transpose transposes the function: in "
+            "the transpose, that has no value. Let it close over values from outside of the function."
         )
     outs = bind_hook(fn, [*(ad.instantiate_zeros(ct) for ct in cts), *operands], n)
     return [*outs, *(None for _ in operands)]

@@ -32,7 +32,7 @@ from jhop._graph import GraphModule, Info, Input, Operator, hooks_in
 from jhop._guards import Guards
 from jhop._interp import ClosesOverTracer, evaluate, inner_jaxprs, rewrite
 from jhop._lifted import Lifted, Session
-from jhop._rebuild import holds_constants, is_plain_call, is_sealed, rebuild
+from jhop._rebuild import holds_constants, is_plain_call, is_sealed, may_open, open_up, rebuild
 from jhop._scalar import Expr, Scalar, device_kind, is_scalar, weak_aval
 from jhop._source import is_user_file, origin_of
 from jhop._splice import Splice, expand, retrace
@@ -68,12 +68,19 @@ def inline(gm: GraphModule, *, avals: list[Any] | None = None, shapes: Any = ())
     if not isinstance(gm, GraphModule):
         raise JhopError(f"jhop.inline: expected a GraphModule, such as jhop.make_fx gives, got {type(gm).__name__}.")
     with _state.LOCK:
-        return _Inliner(gm, shapes).run(avals)
+        with contextlib.suppress(_WritesInside):
+            return _Inliner(gm, shapes, opens=False).run(avals)
+        return _Inliner(gm, shapes, opens=True).run(avals)
+
+
+class _WritesInside(Exception):
+    """A hook writes Python state in an equation whose body may as well stand in its place."""
 
 
 class _Inliner:
-    def __init__(self, gm: GraphModule, shapes: Any):
+    def __init__(self, gm: GraphModule, shapes: Any, *, opens: bool):
         self._gm = gm
+        self._opens = opens  # whether to replace by its body each equation with hooks for which that can be done
         self._shapes = shapes
         self._jaxpr, _ = _compat.open_jaxpr(gm.jaxpr)
         self._recorder = Recorder()
@@ -161,15 +168,18 @@ class _Inliner:
     def _collect(self, lift: _state.Lift) -> None:
         """Turns what the hooks wrote into templates over further outputs."""
 
-        places: dict[int, int] = {}  # in `_state_outs`, by the id of what is kept there
+        places: dict[Any, Any] = {}  # (in `_state_outs`, what is kept there), by whether it is a number, and its id
 
         def note(value: Any, where: str) -> int:
-            twin = value._twin if is_scalar(value) else value
+            number = is_scalar(value)
+            twin = value._twin if number else value
             if not _compat.same_trace(twin, self._recorder.anchor):
                 raise _state.explain_leak(where)
-            index = places.setdefault(id(twin), len(self._state_outs))
+            index, _ = places.setdefault((number, id(twin)), (len(self._state_outs), twin))
             if index == len(self._state_outs):
-                self._state_outs.append(twin)
+                # `jnp.asarray(n)` gives the twin of a number, which the host would keep as a number.
+                alike = not number and twin.ndim == 0 and getattr(twin, "weak_type", False)
+                self._state_outs.append(jax.numpy.copy(twin) if alike else twin)
             return index
 
         templates = Templates(self._walk, note)
@@ -207,26 +217,34 @@ class _Inliner:
         def run(jaxpr: Any, args: list[Any]) -> list[Any]:
             return evaluate(jaxpr, args, self._rule)
 
-        if is_plain_call(eqn):  # its body, once, here: as good as outside
-            with _compat.in_place_of(eqn, scope=f"jit({eqn.params['name']})"):
-                return run(eqn.params["jaxpr"], values)
-        with self._no_writes(f"`{eqn.primitive}`"):
-            if is_sealed(eqn):
-                return rebuild(eqn, values, run)
-            constants = holds_constants(eqn)
-            try:
-                return rewrite(eqn, values, lambda jaxpr: retrace(jaxpr, self._rule, self._stays), constants=constants)
-            except ClosesOverTracer:  # the hook reads lifted state
-                return rebuild(eqn, values, run)
+        if is_plain_call(eqn) or (self._opens and may_open(eqn)):
+            return open_up(eqn, values, run)  # its body, once, here: as good as outside
+        with self._no_writes(eqn):
+            if not is_sealed(eqn):
+                constants = holds_constants(eqn)
+                with contextlib.suppress(ClosesOverTracer):  # the hook reads lifted state
+                    return rewrite(
+                        eqn, values, lambda jaxpr: retrace(jaxpr, self._rule, self._stays), constants=constants
+                    )
+        with self._no_writes(eqn):
+            return rebuild(eqn, values, run)
 
     @contextlib.contextmanager
-    def _no_writes(self, where: str) -> Iterator[None]:
-        """Raises where hooks wrote Python state in the block: what runs there runs not once, as the block does."""
+    def _no_writes(self, eqn: Any = None) -> Iterator[None]:
+        """Raises where hooks wrote Python state in the block: what runs there runs not once, as the block does.
+
+        Args:
+            eqn: what is made in the block; by default, what a hook itself traces.
+        """
         assert self._lift is not None
         before = self._lift.contents()
         yield
         for container, old, now in zip(self._walk.containers, before, self._lift.contents(), strict=True):
             if len(now) != len(old) or any(a is not b for a, b in zip(now, old, strict=True)):
+                if eqn is not None and may_open(eqn):
+                    raise _WritesInside
+                inside = "what a hook itself compiles or repeats (by jax.jit, lax.scan and the like)"
+                where = inside if eqn is None else f"`{eqn.primitive}`"
                 raise Unsupported(
                     f"a hook inside {where} writes Python state (`{container.path}`). State can be lifted "
                     f"out of hooks at the top level of a compiled function; move the hooked value out of {where}, "
@@ -237,7 +255,7 @@ class _Inliner:
         """Runs a hook that a running hook uses, as part of that one."""
         if _compat.staging() is self._staging:
             return call(*flat)
-        with self._no_writes("what a hook itself compiles or repeats (by jax.jit, lax.scan and the like)"):
+        with self._no_writes():
             return call(*flat)
 
     def _run_hook(self, hook: HookFn, values: list[Any]) -> list[Any]:

@@ -222,6 +222,16 @@ class Scalar:
     def __jax_array__(self) -> Any:
         return self._twin
 
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        # Whether a number fits into its twin's dtype, or any floating one, is looked at before each run.
+        known = dtype is None or not jnp.issubdtype(dtype, jnp.integer) or dtype == self._twin.dtype
+        free = known and _compat.asked_whether_it_fits()
+        return np.array(self._value if free else self._specialise(), dtype)
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:
+        # NumPy computes at once: with the number itself, and so with the dtypes that it gives a Python number.
+        return getattr(ufunc, method)(*(item._specialise() if is_scalar(item) else item for item in inputs), **kwargs)
+
     def __bool__(self) -> bool:
         answer = bool(self._value)
         self._session.guard(self._expr, answer)
@@ -267,6 +277,8 @@ class Scalar:
         # Anything else that a number has (is_integer, bit_length, real) depends on the value.
         if name.startswith("__array"):
             raise AttributeError(name)
+        if name == "dtype" and _compat.asked_by_jax():  # which knows the dtype of a Python number, by its exact type
+            return self._twin.dtype
         return getattr(self._specialise(), name)
 
 
@@ -353,5 +365,6 @@ for _name in ("neg", "abs", "invert"):
     setattr(Scalar, f"__{_name}__", _unary(_name))
 
 
-# A Scalar passed to a jitted function is its device twin there.
+# A Scalar passed to a primitive or to a jitted function is its device twin there.
+_compat.register_value(Scalar, lambda s: s._twin)
 jax.tree_util.register_pytree_node(Scalar, lambda s: ((s._twin,), None), lambda _, children: children[0])

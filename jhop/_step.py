@@ -49,9 +49,11 @@ class Step:
             takes a list of arrays first (constants, state) and returns (results, state).
         stateful: whether it does.
         has_state: whether there is Python state, and not only constants.
+        writes: whether any of it is written.
     """
 
     def __init__(self, gm: GraphModule, example_inputs: list[Any], *, signature: Signature):
+        self._gm = gm
         self._lifted: Any = gm.lifted
         self._signature = signature
         jaxpr, consts = _compat.open_jaxpr(gm.jaxpr)
@@ -60,6 +62,7 @@ class Step:
         self._n_consts = len(consts)
         self._avals = [v.aval for v in jaxpr.invars[: self._n_given]]
         self.has_state = bool(self._lifted.slots or self._lifted.writes)
+        self.writes = bool(self._lifted.writes)
         self.stateful = bool(consts) or self.has_state
         self._program = Program(gm, self._jit)
         self.jitted = self._program.device
@@ -129,6 +132,20 @@ class Step:
             return self._ahead.trace(*args, **kwargs)
         _, arrays = self._program.split(self._lifted.read(), self._n_given)
         return self._ahead.trace([*self._program.consts, *arrays], *args, **kwargs)
+
+    def trace_as_is(self, args: Any, kwargs: Any) -> Any:
+        """JAX's first stage of a program that has the values which its state has now as constants.
+
+        Only for a graph that writes no state.
+        """
+        program, state = Program(self._gm, lambda device: device), self._lifted.read()
+
+        def fixed(*_args: Any, **_kwargs: Any) -> Any:
+            outs = program(*jax.tree.leaves((_args, _kwargs)), *state)
+            return jax.tree.unflatten(self._signature.out_tree, outs[: self._n_outs])
+
+        fixed.__name__ = self._signature.name
+        return self._signature.jit(fixed, state=False).trace(*args, **kwargs)
 
 
 def _differs(value: Any, aval: Any) -> bool:

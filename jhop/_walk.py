@@ -32,6 +32,7 @@ from jhop import _compat
 from jhop._classes import OPAQUE_ROOTS, is_generated, is_opaque, is_user_class
 from jhop._container import Container, builtin_kind
 from jhop._errors import Unsupported
+from jhop._library import FUNCTIONS, cells_of, held, inside
 from jhop._names import TEXT, TEXT_METHODS, names_in_code, names_in_value, slot_names
 from jhop._source import is_user_file
 
@@ -47,7 +48,6 @@ _UNLIFTABLE = (
     ctypes.Structure, ctypes.Array,
 )  # fmt: skip
 _BUILTINS = frozenset(dir(builtins))  # those that Python comes with are taken for granted
-_FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
 _NEVER = ("__dict__", "__weakref__", "__doc__", "__module__", "__slots__", "__qualname__")
 T = TypeVar("T")
 
@@ -136,6 +136,7 @@ class Walk:
             self.attributes: list[tuple[Any, str, Any]] = []
             self._by_id: dict[tuple[int, str], Container] = {}
             self._seen: dict[int, Any] = {}
+            self._inside: dict[int, Any] = {}
             self.alive: list[tuple[Any, bool]] = []
             self.pinned: set[int] = set()  # ids of objects that are reached by more than slots
             self.holds_tracer = self.truncated = False
@@ -161,7 +162,7 @@ class Walk:
 
     def knows(self, value: Any) -> bool:
         """Whether an object was met, so that it existed before the hooks ran."""
-        return id(value) in self._seen
+        return id(value) in self._seen or id(value) in self._inside
 
     def instances(self, cls: type[T], keep: Callable[[T], bool]) -> list[T]:
         """The instances of a class that were met."""
@@ -234,9 +235,8 @@ class Walk:
             wrapped = getattr(value, "__wrapped__", None)
         if wrapped is not None:
             self._work.append((wrapped, f"{path}.__wrapped__"))
-        if is_opaque(type(value)) and callable(value):  # JAX's `custom_vjp` and the like: the rules are the user's
-            rules = (item for item in getattr(value, "__dict__", {}).values() if isinstance(item, _FUNCTIONS))
-            self._work.extend((rule, f"{path}.__wrapped__") for rule in rules)
+        if not isinstance(value, FUNCTIONS):
+            self._visit_inside(held(value), path)  # JAX's `custom_vjp` and the like: the rules are the user's
         if isinstance(value, types.FunctionType):
             self._visit_function(value, path)
         elif isinstance(value, types.MethodType):
@@ -280,18 +280,20 @@ class Walk:
         else:
             self._visit_instance(value, path)
 
+    def _visit_inside(self, held: list[Any], path: str) -> None:
+        for item in inside(held, self._inside):
+            if isinstance(item, _compat.Tracer):
+                self.holds_tracer = True
+            else:
+                self._work.append((item, f"{path}.__wrapped__"))
+
     def _visit_function(self, fn: types.FunctionType, path: str) -> None:
         if not is_user_file(fn.__code__.co_filename):
             registry = getattr(fn, "registry", None)  # of `functools.singledispatch`
             if isinstance(registry, types.MappingProxyType):
                 self._work.append((registry, f"{path}.registry"))
             # A library's wrapper (contextmanager, vmap, grad): what it wraps may be the user's.
-            for cell in fn.__closure__ or ():
-                inside = _cell_contents(cell)
-                some = inside.values() if isinstance(inside, dict) else inside  # a dispatcher's functions, a rule's
-                for item in some if isinstance(inside, (dict, tuple, list)) else (inside,):
-                    if isinstance(item, _FUNCTIONS):
-                        self._work.append((item, f"{path}.__wrapped__"))
+            self._visit_inside(cells_of(fn), path)
             return
         self.attributes += [(fn, "__code__", fn.__code__), (fn, "__kwdefaults__", fn.__kwdefaults__)]
         if self._without is not None and fn.__code__ in self._without:
@@ -391,10 +393,3 @@ class Walk:
             slots &= self._names
         if slots:
             self._add(value, "slots", path, slots)
-
-
-def _cell_contents(cell: Any) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:
-        return None

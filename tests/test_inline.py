@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from under import make_mesh
 
 import jhop
+from jhop import _inline
 
 X = np.array([1.0, 2.0, 3.0], np.float32)
 
@@ -119,6 +121,7 @@ def square(y):
     return (y**2).sum()
 
 
+PLACE = jax.sharding.NamedSharding(jax.make_mesh((1,), ("x",)), jax.sharding.PartitionSpec())
 NESTED = {
     "scan": lambda hook: lambda x: lax.scan(lambda c, _: (hook(c) * 1.5, None), x, None, length=3)[0].sum(),
     "scan over inputs": lambda hook: lambda x: square(lax.scan(lambda c, y: (c, hook(y) * 2.0), 0.0, x)[1]),
@@ -128,6 +131,10 @@ NESTED = {
     "map": lambda hook: lambda x: lax.map(lambda c: hook(c) * 2.0, x).sum(),
     "jit": lambda hook: lambda x: jax.jit(lambda c: hook(c) * 2.0)(x).sum(),
     "jit in jit": lambda hook: lambda x: jax.jit(lambda d: jax.jit(lambda c: hook(c) * 2.0)(d) * 2.0)(x).sum(),
+    "jit with shardings": lambda hook: lambda x: jax.jit(
+        lambda c: hook(c) * 2.0, in_shardings=PLACE, out_shardings=PLACE)(x).sum(),
+    "jit in jit with shardings": lambda hook: lambda x: jax.jit(
+        lambda d: jax.jit(lambda c: hook(c) * 2.0)(d) * 2.0, out_shardings=PLACE)(x).sum(),
     "jit in scan": lambda hook: lambda x: lax.scan(
         lambda c, _: (jax.jit(lambda d: hook(d) * 1.5)(c), None), x, None, length=3)[0].sum(),
     "remat": lambda hook: lambda x: jax.checkpoint(lambda c: jnp.sin(hook(c) * 2.0))(x).sum(),
@@ -185,13 +192,13 @@ WRITES = {
 }
 
 
-# A plain `jax.jit` inside is as good as its body outside; a custom rule's function and vmap leave no equation around.
-WITHOUT_BODY = ("vmap", "custom_jvp", "jit", "jit in jit")
+# A `jax.jit` inside is as good as its body outside; a custom rule's function and vmap leave no equation around.
+WITHOUT_BODY = ("vmap", "custom_jvp", "jit", "jit in jit", "jit with shardings", "jit in jit with shardings")
 
 
 @pytest.mark.parametrize("writes", WRITES)
-@pytest.mark.parametrize("kind", ["jit", "jit in jit"])
-def test_hook_inside_a_plain_jit_writes_state(kind, writes):
+@pytest.mark.parametrize("kind", [kind for kind in WITHOUT_BODY if kind.startswith("jit")])
+def test_hook_inside_a_jit_writes_state(kind, writes):
     boxes = [Box(n=0, a=jnp.zeros(()), flag=False, last=None, items=[], table={}) for _ in range(2)]
 
     def hook_of(box):
@@ -210,6 +217,28 @@ def test_hook_inside_a_plain_jit_writes_state(kind, writes):
     assert (boxes[0].flag, boxes[0].items, boxes[0].table) == (boxes[1].flag, boxes[1].items, boxes[1].table)
     assert float(boxes[0].a) == float(boxes[1].a)
     assert (boxes[0].last is None) == (boxes[1].last is None)
+
+
+def test_jits_that_say_how_to_shard_and_donate_while_hooks_write(monkeypatch):
+    """Values are sharded as each of them says, donated or not, and all are opened in one go."""
+    mesh = make_mesh((8,), ("d",))
+    spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("d"))
+    box, runs, run = Box(n=0), [], _inline._Inliner.run
+    monkeypatch.setattr(_inline._Inliner, "run", lambda self, avals: (runs.append(1), run(self, avals))[1])
+
+    def count(ct):
+        box.n += 1
+        return ct * 2.0
+
+    inner = jax.jit(lambda c: jhop.trace_wrapped(c, fn=count) * 3.0, out_shardings=spread, donate_argnums=0)
+    compiled = jhop.jit(lambda x: [inner(x + float(i)) for i in range(4)], fullgraph=True)
+    x = jnp.arange(8.0)
+    for calls in (4, 8):
+        for i, out in enumerate(compiled(x)):
+            np.testing.assert_allclose(out, 6.0 * (x + float(i)))
+            assert out.sharding.is_equivalent_to(spread, 1)
+        assert box.n == calls
+    assert len(runs) == 2  # and not one more for each of them
 
 
 @pytest.mark.parametrize("writes", WRITES)

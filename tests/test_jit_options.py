@@ -1,6 +1,7 @@
 """`jhop.jit` takes all of `jax.jit`'s options and has its stages: with hooks inlined, and with their state."""
 
 import functools
+from types import SimpleNamespace as Box
 
 import jax
 import jax.export
@@ -349,6 +350,26 @@ def test_constants_ahead_of_time():
     for call in (step, step.lower(X).compile(), exported.call, jax.export.deserialize(exported.serialize()).call):
         np.testing.assert_allclose(call(X), 3.0 * weight)
     assert len(step.trace(X).jaxpr.in_avals) == 1
+
+
+@pytest.mark.parametrize("options", [{}, {"compiler_options": {"xla_embed_ir_in_executable": True}}])
+def test_export_of_state_that_is_only_read(options):
+    """A hook's table and number are constants of the exported program, as those of the function itself are."""
+    table, box = jnp.arange(8.0), Box(rate=0.5)
+    fn = jax.grad(lambda x: (jhop.hook(x, lambda ct: ct * table * box.rate) ** 2).sum())
+    exported = jax.export.export(jhop.jit(fn, fullgraph=True, **options))(X)
+    box.rate = 2.0
+    for call in (exported.call, jax.export.deserialize(exported.serialize()).call):
+        np.testing.assert_allclose(call(X), X * table)
+
+
+def test_export_of_state_that_is_only_read_with_symbolic_sizes():
+    table = jnp.arange(3.0)
+    fn = jax.grad(lambda x: (jhop.hook(x, lambda ct: ct * table) ** 2).sum())
+    shape = jax.export.symbolic_shape("rows, 3")
+    exported = jax.export.export(jhop.jit(fn))(jax.ShapeDtypeStruct(shape, jnp.float32))
+    for rows in (2, 5):
+        np.testing.assert_allclose(exported.call(jnp.ones((rows, 3))), jnp.ones((rows, 1)) * 2.0 * table)
 
 
 def test_export_of_state_is_refused():

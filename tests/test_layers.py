@@ -23,6 +23,7 @@ LAYERS = (
     "_container",
     "_names",
     "_classes",
+    "_library",
     "_walk",
     "_append",
     "_template",

@@ -259,6 +259,47 @@ def test_lifted_state():
     assert box.counter == 0
 
 
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_backward_of_a_switch(index):
+    """Its index is an input, so it is no `lax.switch`; its branches are functions of their own."""
+    branches = [lambda a: jnp.sin(jhop.hook(a, lambda ct: ct * 3.0)), lambda a: a * a, jnp.cos]
+    gm = jhop.inline(jhop.backward_graph(lambda x, i: lax.switch(i, branches, x))(x, jnp.int32(0)))
+    given = {"ct": x + 1.0, "clamp": jnp.int32(index)}
+    args = [given.get(item.name, x * 0.5) for item in gm.inputs]
+    np.testing.assert_array_equal(run(gm, *args)[0], gm(*args)[0])
+    assert not opaque(gm)
+
+
+LOOPS = {
+    "scan": lambda h: lambda x: lax.scan(lambda c, row: (c * jnp.sin(h(row)), None), x[0], x)[0],
+    "nested scan": lambda h: lambda x: lax.scan(
+        lambda c, _: (lax.scan(lambda d, row: (d * h(row), None), c, x)[0], None), x[0], None, length=2)[0],
+    "remat in a scan": lambda h: lambda x: lax.scan(
+        jax.checkpoint(lambda c, row: (jnp.sin(h(c * row)), None)), x[0], x)[0],
+    "relu in a scan": lambda h: lambda x: lax.scan(lambda c, row: (c + jax.nn.relu(h(row)), None), x[0], x)[0],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", LOOPS)
+def test_lifted_number_in_a_loop(kind):
+    """A Python number stays one in functions that close over it: it has no method `astype`."""
+    box = Box()
+    fn = LOOPS[kind](lambda a: jhop.hook(a, lambda ct: ct * jnp.asarray(box.rate, ct.dtype)))
+    gm = jhop.inline(jhop.make_fx(jax.grad(lambda x: fn(x).sum()))(x))
+    assert gm.lifted.read() == [0.5]
+    (got,), (wanted,) = run(gm, x, 0.5), gm(x, 0.5)
+    np.testing.assert_allclose(got, wanted, rtol=1e-6)
+    assert not np.allclose(got, gm(x, 0.75)[0])
+
+
+def test_lifted_number_in_a_function_with_its_own_derivative():
+    box, double = Box(), jax.custom_jvp(lambda k: lax.convert_element_type(k, jnp.float32) * 2.0)
+    double.defjvp(lambda primals, tangents: (double(*primals), tangents[0] * 2.0))
+    gm = jhop.inline(jhop.make_fx(lambda ct: jhop.trace_wrapped(ct, fn=lambda ct: ct * double(box.rate)))(x))
+    assert "written as what it calls" in jax_text(gm)
+    np.testing.assert_array_equal(run(gm, x, 0.75)[0], x * 1.5)
+
+
 def test_large_ints_stay_exact():
     box = Box()
     gm = jhop.inline(jhop.make_fx(lambda ct: jhop.trace_wrapped(ct, fn=hook_with_state(box)))(x[0]))

@@ -4,16 +4,20 @@ import collections
 import dataclasses
 import functools
 import gc
+import threading
 import types
 import weakref
 
 import jax
+import jax.extend.core as jex_core
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.experimental import sparse
 
 import jhop
+from tests import under
 
 X = np.array([0.5, -2.0, 3.0], np.float32)
 
@@ -145,6 +149,45 @@ def two_share_a_cell(s):
     return other
 
 
+def pullback(s):
+    _, pull = jax.vjp(lambda x: x * s, X)
+    return lambda ct: pull(ct)[0]
+
+
+def sparse_matrix(s):
+    matrix = sparse.BCOO((s * jnp.ones(3), jnp.array([[0, 0], [1, 1], [2, 2]])), shape=(3, 3))
+    return lambda ct: matrix @ ct
+
+
+def index_of_an_array(s):
+    return (s * jnp.ones(3)).at[:].multiply
+
+
+def jaxpr_with_constants(s):
+    fn = jex_core.jaxpr_as_fun(jax.make_jaxpr(lambda ct: ct * s)(X))
+    return lambda ct: fn(ct)[0]
+
+
+def converted_closure(s):
+    fn, consts = jax.closure_convert(lambda ct: ct * s, X)
+    return lambda ct: fn(ct, *consts)
+
+
+def custom_rule(s):
+    @jax.custom_vjp
+    def hook(ct):
+        return ct * s
+
+    hook.defvjp(lambda ct: (ct * s, None), lambda _, ct: (ct * s,))
+    return hook
+
+
+def thread_local(s):
+    box = threading.local()
+    box.s = s
+    return lambda ct: ct * box.s
+
+
 HOLDERS = {
     "closure": lambda s: lambda ct: ct * s,
     "nested closure": nested,
@@ -187,6 +230,12 @@ HOLDERS = {
     "jit inside": kept_in(lambda s: jax.jit(lambda: s), lambda box: box()),
     "vmap": lambda s: jax.vmap(lambda ct: ct * s),
     "checkpoint": lambda s: jax.checkpoint(lambda ct: ct * s),
+    "pullback": pullback,
+    "sparse matrix": sparse_matrix,
+    "index of an array": index_of_an_array,
+    "jaxpr with constants": jaxpr_with_constants,
+    "converted closure": converted_closure,
+    "thread local": thread_local,
 }
 
 RUNS = {
@@ -218,7 +267,8 @@ def loss(holder):
 
 # Every holder in a few runs, and a few holders in every run.
 PAIRS = [(holder, run) for holder in HOLDERS for run in ("jit of grad", "grad by both", "jhop.jit")]
-PAIRS += [(holder, run) for holder in ("closure", "bound method", "tuple") for run in RUNS]
+PAIRS += [(holder, run) for holder in ("closure", "bound method", "tuple", "pullback") for run in RUNS]
+PAIRS += [(holder, "vmap of grad") for holder in ("sparse matrix", "index of an array", "converted closure")]
 
 
 @pytest.mark.leaks
@@ -226,6 +276,11 @@ PAIRS += [(holder, run) for holder in ("closure", "bound method", "tuple") for r
 def test_what_a_hook_closes_over_is_an_operand(holder, run):
     with jax.checking_leaks():
         assert RUNS[run](loss(holder)).tolist() == [3.0] * 3
+
+
+@pytest.mark.parametrize("run", ["jit of grad", "grad by both", "hessian", "jhop.jit"])
+def test_function_with_a_custom_rule_closes_over_a_tracer(run):
+    assert RUNS[run](lambda x, s: (2 * jhop.hook(x, custom_rule(s))).sum()).tolist() == [3.0] * 3
 
 
 @pytest.mark.leaks
@@ -287,6 +342,17 @@ def test_threshold_key_and_index_in_one_hook():
     with jax.checking_leaks():
         for run in (jax.jit, lambda f: jhop.jit(f, fullgraph=True)):
             np.testing.assert_allclose(run(jax.grad(f))(X, 4.0, key, jnp.int32(7)), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("run", ["eager", "jhop.jit", "inline"])
+def test_constant_closed_over_is_an_array_of_jax(run):
+    """What a jaxpr holds of it is NumPy's, which no tracer indexes."""
+
+    def f(x):
+        table = jnp.array([3.0, 5.0])
+        return (2 * jhop.hook(x, lambda ct: ct * table[(ct > 1).astype(jnp.int32)])).sum()
+
+    under.agree(jax.tree.leaves(under.RUNS[run](jax.grad(f))(X))[0], jnp.full(3, 10.0))
 
 
 def test_hook_is_restored():

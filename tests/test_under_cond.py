@@ -172,3 +172,14 @@ def test_a_hook_that_branches(run):
         fn = jax.grad(lambda x, sign=sign: sign * (jhop.hook(x, lambda ct: rule(ct, 1.0)) ** 2).sum())
         got = under.RUNS[run](fn)(X)
         np.testing.assert_array_equal(got, 20.0 * X if sign > 0 else 2.0 * X)
+
+
+@pytest.mark.parametrize("run", ["eager", "jax.jit", "jhop.jit", "inline"])
+def test_second_derivative_of_a_hook_that_branches(run):
+    def rule(ct, s):
+        return lax.cond(ct.sum() > 0, lambda ct: ct**3, lambda ct: ct**2, ct)
+
+    def derivative(fn):
+        return lambda x, s: jax.jvp(lambda x: jax.grad(fn)(x, s), (x,), (jnp.cos(x),))[1]
+
+    check(lambda point, x, s: (jnp.sin(point(2.0 * x, s)) ** 2).sum(), rule, run, X, derivative=derivative)

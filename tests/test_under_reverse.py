@@ -212,6 +212,13 @@ def test_pytree_keeps_what_carries_no_gradient(jit):
     assert (out["n"].tolist(), out["b"].tolist(), out["k"] == tree["k"]) == ([0, 1], [True, False], True)
 
 
+@pytest.mark.parametrize("run", ["eager", "jax.jit", "jhop.jit", "inline"])
+def test_cotangent_of_a_scalar_is_an_array_of_jax(run):
+    """It is the constant 1, which jaxprs hold as an array of NumPy's."""
+    got = RUNS[run](jax.grad(lambda x: jhop.hook(x, lambda ct: ct.at[()].multiply(3.0))))(jnp.float32(2.0))
+    assert jax.tree.leaves(got)[0] == 3.0
+
+
 def test_gradient_by_integers_too():
     def hook(ct):
         return {"n": ct["n"], "x": ct["x"] * 3}

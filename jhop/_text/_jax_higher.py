@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -40,14 +40,14 @@ class Call:
 
 
 def define(
-    writer: Any, wanted: str, jaxpr: Any, *, closed: list[str] | None = None, groups: Any = None, returns: Any = None
+    writer: Any, wanted: str, jaxpr: Any, *, closed: Sequence[Any] = (), groups: Any = None, returns: Any = None
 ) -> tuple[str, list[Any]]:
     """Writes a nested function.
 
     Args:
         wanted: its name.
         jaxpr: its body.
-        closed: what its first inputs are called outside; it closes over them.
+        closed: the values outside that its first inputs are; it closes over them.
         groups: (parameter, count) pairs, for parameters that are tuples of inputs; None for one parameter per input.
         returns: makes the returned expression of the outputs; by default one value, or a tuple.
 
@@ -57,8 +57,7 @@ def define(
     name = writer.names.make_function(function_word(wanted))
     child = writer.child()
     opened, consts = _compat.open_jaxpr(jaxpr)
-    closed = closed or []
-    child.env.update(zip(opened.invars, closed, strict=False))
+    child.bind(opened.invars[: len(closed)], closed, writer)
     rest, params = opened.invars[len(closed) :], []
     hints = argument_names(opened)
     if groups is None:
@@ -119,7 +118,7 @@ def _scan(writer: Any, eqn: Any) -> Call:
         return f"{tuple_of(outs[:n_carry])}, {tuple_of(outs[n_carry:])}"
 
     groups = (("carry", n_carry), ("xs", n_xs))
-    name, rows = define(writer, "body", params["jaxpr"], closed=texts[:n_consts], groups=groups, returns=returns)
+    name, rows = define(writer, "body", params["jaxpr"], closed=eqn.invars[:n_consts], groups=groups, returns=returns)
     usual = inspect.signature(jax.lax.scan).parameters
     # JAX takes no symbol for the length: it is that of the inputs, of empty ones where there are none.
     symbolic = _compat.is_dim_expr(params["length"])
@@ -142,8 +141,8 @@ def _while(writer: Any, eqn: Any) -> Call:
     n_cond, n_body = params["cond_nconsts"], params["body_nconsts"]
     carry = texts[n_cond + n_body :]
     groups = (("carry", len(carry)),)
-    test, rows = define(writer, "cond_fun", params["cond_jaxpr"], closed=texts[:n_cond], groups=groups)
-    closed = texts[n_cond : n_cond + n_body]
+    test, rows = define(writer, "cond_fun", params["cond_jaxpr"], closed=eqn.invars[:n_cond], groups=groups)
+    closed = eqn.invars[n_cond : n_cond + n_body]
     body, more = define(writer, "body_fun", params["body_jaxpr"], closed=closed, groups=groups, returns=tuple_of)
     call = f"lax.while_loop({test}, {body}, {tuple_of(carry)})"
     return Call(expression=call, rows=rows + more, groups=(len(carry),), texts=texts)
@@ -223,7 +222,8 @@ def bind_with_functions(writer: Any, eqn: Any) -> Call:
 
     def source(value: Any, key: str) -> str:
         if isinstance(value, (tuple, list)) and any(map(is_jaxpr, value)):
-            return tuple_of([source(item, key) for item in value])
+            # One name each: all the functions stand before the call.
+            return tuple_of([source(item, f"{key}_{i}") for i, item in enumerate(value)])
         if not is_jaxpr(value):
             return literal(value)
         opened, _ = _compat.open_jaxpr(value)

@@ -6,6 +6,7 @@ Rows are what text and HTML both show, so that the two agree.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -76,6 +77,13 @@ class Writer:
             return literal_texts(atom)[0 if plain else -1]
         except ValueError:
             return self.opaque(atom.val, "constant", f"a constant, {type_text(atom.aval)}")
+
+    def bind(self, variables: Sequence[Any], atoms: Sequence[Any], outside: Writer) -> None:
+        """Makes the inputs of a nested function what they are outside of it, Python numbers among them."""
+        self.env.update(zip(variables, map(outside.atom, atoms), strict=True))
+        for variable, atom in zip(variables, atoms, strict=True):
+            if not isinstance(atom, jex_core.Literal) and atom in self.shared.numbers:
+                self.shared.numbers.add(variable)
 
     def operands(self, eqn: Any, *, plain: bool = False) -> list[str]:
         return [self.atom(atom, plain=plain) for atom in eqn.invars]
@@ -206,7 +214,7 @@ class Writer:
             return False
         opened, consts = _compat.open_jaxpr(eqn.params["call_jaxpr"])
         self.add("note", f"# {eqn.primitive.name}, written as what it calls")
-        self.env.update(zip(opened.invars, self.operands(eqn), strict=True))
+        self.bind(opened.invars, eqn.invars, self)
         self.env.update(zip(eqn.outvars, self.run(opened, consts), strict=True))
         return True
 
