@@ -32,11 +32,12 @@ from jhop._graph import GraphModule, Info, Input, Operator, hooks_in
 from jhop._guards import Guards
 from jhop._interp import ClosesOverTracer, evaluate, inner_jaxprs, rewrite
 from jhop._lifted import Lifted, Session
-from jhop._rebuild import holds_constants, is_plain_call, is_sealed, may_open, open_up, rebuild
+from jhop._rebuild import holds_constants, is_plain_call, is_sealed, rebuild
 from jhop._scalar import Expr, Scalar, device_kind, is_scalar, weak_aval
-from jhop._source import is_user_file, origin_of
+from jhop._source import describe_hook, is_user_file, origin_of
 from jhop._splice import Splice, expand, retrace
 from jhop._template import Templates, map_outputs, plain
+from jhop._thread import Threads
 from jhop._trace_wrapped import inlining, no_endless_hooks, trace_wrapped_p
 from jhop._walk import Leaf, Walk, is_number
 
@@ -68,19 +69,12 @@ def inline(gm: GraphModule, *, avals: list[Any] | None = None, shapes: Any = ())
     if not isinstance(gm, GraphModule):
         raise JhopError(f"jhop.inline: expected a GraphModule, such as jhop.make_fx gives, got {type(gm).__name__}.")
     with _state.LOCK:
-        with contextlib.suppress(_WritesInside):
-            return _Inliner(gm, shapes, opens=False).run(avals)
-        return _Inliner(gm, shapes, opens=True).run(avals)
-
-
-class _WritesInside(Exception):
-    """A hook writes Python state in an equation whose body may as well stand in its place."""
+        return _Inliner(gm, shapes).run(avals)
 
 
 class _Inliner:
-    def __init__(self, gm: GraphModule, shapes: Any, *, opens: bool):
+    def __init__(self, gm: GraphModule, shapes: Any):
         self._gm = gm
-        self._opens = opens  # whether to replace by its body each equation with hooks for which that can be done
         self._shapes = shapes
         self._jaxpr, _ = _compat.open_jaxpr(gm.jaxpr)
         self._recorder = Recorder()
@@ -91,7 +85,8 @@ class _Inliner:
         self._writes: list[_state.Write] = []
         self._state_outs: list[Any] = []
         self._lift: _state.Lift | None = None
-        self._staging: Any = None  # the trace that makes the graph
+        self._threads: Threads | None = None
+        self._staging: Any = None  # the trace of the hook that runs
         self._unread: list[Container] = []
         self._watched: list[Any] = []  # weak references to arrays that hooks saw or made
 
@@ -139,16 +134,16 @@ class _Inliner:
         ]
         for symbol in symbols:
             if is_scalar(symbol):
+                self._session.symbols[symbol._expr] = symbol
                 self._session.note_step(symbol)
-        self._staging = _compat.staging()
         with _state.Lift(self._walk, symbols) as lift:
-            self._lift = lift
+            self._lift, self._threads = lift, Threads(lift, self._session, self._evaluate)
             reached = [container.obj for container in self._walk.containers]
             with inlining(self._run_inner_hook), kept_apart(reached), many_watches():
                 outs = Splice(self._gm.jaxpr, self._stays).evaluate(list(flat[:n]), self._rule, self._carry)
             self._collect(lift)
             self._unread = lift.untouched()
-            self._lift = self._staging = None
+            self._lift = self._threads = None
         outs, self._state_outs = [*outs, *self._state_outs], []
         self._session.close()
         return outs
@@ -211,55 +206,47 @@ class _Inliner:
             known = self._hooked[id(jaxpr)] = (found, jaxpr)  # kept, so that its id stays its own
         return known[0]
 
+    def _evaluate(self, jaxpr: Any, args: list[Any]) -> list[Any]:
+        return evaluate(jaxpr, args, self._rule)
+
     def _inline_inner(self, eqn: Any, values: list[Any]) -> list[Any]:
-        """Inlines the hooks inside a higher-order equation; their state may be read there, not written."""
+        """Inlines the hooks inside a higher-order equation."""
+        if is_plain_call(eqn):  # its body, once, here: as good as outside
+            with _compat.in_place_of(eqn, scope=f"jit({eqn.params['name']})"):
+                return self._evaluate(eqn.params["jaxpr"], values)
+        if not self._walk.containers:  # there is nothing that hooks could write
+            return self._inline_pure(eqn, values)
+        assert self._threads is not None
+        return self._threads.inline(eqn, values, self._inline_pure)
 
-        def run(jaxpr: Any, args: list[Any]) -> list[Any]:
-            return evaluate(jaxpr, args, self._rule)
+    def _inline_pure(self, eqn: Any, values: list[Any], apart: Callable[..., Any] = lambda fn, *args: fn(*args)) -> Any:
+        """Inlines hooks that write no state; `apart` calls each function that runs them."""
+        if not is_sealed(eqn):
+            constants = holds_constants(eqn)
+            with contextlib.suppress(ClosesOverTracer):  # the hook reads lifted state
+                return rewrite(eqn, values, lambda jaxpr: apart(self._retrace, jaxpr), constants=constants)
+        return rebuild(eqn, values, lambda jaxpr, args: apart(self._evaluate, jaxpr, args))
 
-        if is_plain_call(eqn) or (self._opens and may_open(eqn)):
-            return open_up(eqn, values, run)  # its body, once, here: as good as outside
-        with self._no_writes(eqn):
-            if not is_sealed(eqn):
-                constants = holds_constants(eqn)
-                with contextlib.suppress(ClosesOverTracer):  # the hook reads lifted state
-                    return rewrite(
-                        eqn, values, lambda jaxpr: retrace(jaxpr, self._rule, self._stays), constants=constants
-                    )
-        with self._no_writes(eqn):
-            return rebuild(eqn, values, run)
-
-    @contextlib.contextmanager
-    def _no_writes(self, eqn: Any = None) -> Iterator[None]:
-        """Raises where hooks wrote Python state in the block: what runs there runs not once, as the block does.
-
-        Args:
-            eqn: what is made in the block; by default, what a hook itself traces.
-        """
-        assert self._lift is not None
-        before = self._lift.contents()
-        yield
-        for container, old, now in zip(self._walk.containers, before, self._lift.contents(), strict=True):
-            if len(now) != len(old) or any(a is not b for a, b in zip(now, old, strict=True)):
-                if eqn is not None and may_open(eqn):
-                    raise _WritesInside
-                inside = "what a hook itself compiles or repeats (by jax.jit, lax.scan and the like)"
-                where = inside if eqn is None else f"`{eqn.primitive}`"
-                raise Unsupported(
-                    f"a hook inside {where} writes Python state (`{container.path}`). State can be lifted "
-                    f"out of hooks at the top level of a compiled function; move the hooked value out of {where}, "
-                    "or carry the state through it as an array."
-                )
+    def _retrace(self, jaxpr: Any) -> Any:
+        return retrace(jaxpr, self._rule, self._stays)
 
     def _run_inner_hook(self, call: Callable[..., list[Any]], flat: Sequence[Any]) -> list[Any]:
         """Runs a hook that a running hook uses, as part of that one."""
+        assert self._lift is not None
         if _compat.staging() is self._staging:
             return call(*flat)
-        with self._no_writes():
-            return call(*flat)
+        before = self._lift.mark()
+        outs = call(*flat)
+        if changes := self._lift.changes(before):
+            raise Unsupported(
+                "a hook inside what a hook itself compiles or repeats (by jax.jit, lax.scan and the like) writes "
+                f"Python state (`{changes[0].container.path}`). Let the outer hook write what the inner one returns."
+            )
+        return outs
 
     def _run_hook(self, hook: HookFn, values: list[Any]) -> list[Any]:
-        answers, clean = len(self._session.answers), False
+        answers, clean, staging = len(self._session.answers), False, self._staging
+        self._staging = _compat.staging()
         try:
             with (
                 _compat.hook_traces(),
@@ -268,11 +255,17 @@ class _Inliner:
             ):
                 outs = hook.call(*values)
             clean = not (seen.nested or self._hides_state or len(self._session.answers) > answers)
+            if self._session.asked_too_early():
+                raise Unsupported(
+                    f"{describe_hook(hook.base)} asks for the value of a number that hooks in a branch or a loop wrote, "
+                    "which is known only once the graph ran. Keep it as an array, and use jnp.where on it."
+                )
         except JhopError:
             raise
         except Exception as error:
             raise Unsupported(explain(hook, error)) from error
         finally:
+            self._staging = staging
             # JAX keeps traces of what the hook jitted, such as `jnp.sum`. One of the user's own code may have read our
             # symbols, and one that was found by a number's value holds only for it: neither may be found again.
             if not clean:

@@ -50,7 +50,7 @@ class Session:
         answers: questions that were asked of numbers, with the answers.
         symbols: what stands for the numbers of lifted state and of the loops under way, by expression.
         arrays: arrays that numbers depend on, which are known once the graph ran.
-        varied: whether a question was asked of a number whose value is not the same each time.
+        varied: the loops by which a number changes of which a question was asked; `device`: it depends on the data.
     """
 
     def __init__(self, recorder: Recorder):
@@ -58,7 +58,7 @@ class Session:
         self.open = True
         self.symbols: dict[Expr, Scalar] = {}
         self.arrays: dict[Expr, Any] = {}
-        self.varied = False
+        self.varied: set[Any] = set()
         self._recorder = recorder
         self._scalars: list[Scalar] = []
         self._keys = itertools.count()
@@ -76,10 +76,14 @@ class Session:
     def guard(self, expr: Expr, answer: bool) -> None:
         if not self.open:  # JAX may keep a number as a cache key and ask it much later
             return
-        if any(part.op != "leaf" for part in free(expr)):
-            self.varied = True
-        else:
+        asked = [part for part in free(expr) if part.op != "leaf"]
+        self.varied.update("device" if part.op == "device" else part.args[0] for part in asked)
+        if not asked:
             self.answers.append((expr, answer))
+
+    def asked_too_early(self) -> bool:
+        """Whether a question was asked of a number that is known only once the graph ran."""
+        return "device" in self.varied
 
     def note_step(self, result: Scalar) -> None:
         self._recorder.add(result._twin)

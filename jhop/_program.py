@@ -10,11 +10,13 @@ from typing import Any
 
 import jax
 import jax.extend.core as jex_core
+import numpy as np
 
 from jhop import _compat
 from jhop._graph import GraphModule
 from jhop._interp import evaluate, symbols_in
-from jhop._scalar import I32_MAX, I32_MIN, scalar_p, step_code
+from jhop._replay import replay_p
+from jhop._scalar import CODE_NAMES, I32_MAX, I32_MIN, fill, scalar_p, step_code, to_code
 
 
 class DoesNotFit(Exception):
@@ -34,24 +36,35 @@ class Program:
         self._gm = gm
         numbers = [v for v, given in zip(jaxpr.invars, gm.inputs, strict=True) if given.number is not None]
         host = set(numbers)
-        host_eqns, device_eqns = [], []
+        host_eqns, device_eqns, late_eqns = [], [], []
         for eqn in jaxpr.eqns:
-            if eqn.primitive is scalar_p and host.issuperset(eqn.invars):
+            if eqn.primitive in _NUMBER and host.issuperset(eqn.invars):
                 host_eqns.append(eqn)
                 host.update(eqn.outvars)
-            else:
-                device_eqns.append(eqn)
+                continue
+            device_eqns.append(eqn)
+            if eqn.primitive in _NUMBER:
+                late_eqns.append(eqn)
         n_results = len(jaxpr.outvars) if gm.lifted is None else gm.lifted.n_outs
-        outs = [
-            (v, i >= n_results and not isinstance(v, jex_core.Literal) and v in host)
+        late = {v for eqn in late_eqns for v in eqn.outvars}
+        state = {v for v in jaxpr.outvars[n_results:] if not isinstance(v, jex_core.Literal)}
+        self._places = [
+            "device" if i < n_results or v not in state else "host" if v in host else "late" if v in late else "device"
             for i, v in enumerate(jaxpr.outvars)
         ]
-        self._on_host = [on_host for _, on_host in outs]
-        device_outs = [v for v, on_host in outs if not on_host]
-        atoms = [*(atom for eqn in device_eqns for atom in eqn.invars), *device_outs]
-        read = {atom for atom in atoms if not isinstance(atom, jex_core.Literal)}
+        device_outs = [v for v, place in zip(jaxpr.outvars, self._places, strict=True) if place == "device"]
+        late_outs = [v for v, place in zip(jaxpr.outvars, self._places, strict=True) if place == "late"]
+        late_eqns = _needed(late_eqns, late_outs)
+        inputs = dict.fromkeys(v for eqn in late_eqns for v in eqn.invars if v not in late)
+        kept, waits = [v for v in inputs if v in host], [v for v in inputs if v not in host]
+        self._n_waits = len(waits)
+        device_outs += waits
+        device_eqns = _needed(device_eqns, device_outs, always=lambda eqn: eqn.primitive not in _NUMBER)
+        read = {v for v in [*_variables(device_eqns), *device_outs] if not isinstance(v, jex_core.Literal)}
         feeds = [v for v in [*numbers, *(o for eqn in host_eqns for o in eqn.outvars)] if v in read]
-        self._host = _host_code(numbers, host_eqns, [v for v, on_host in outs if on_host], feeds)
+        host_outs = [v for v, place in zip(jaxpr.outvars, self._places, strict=True) if place == "host"]
+        self._host = _host_code(numbers, host_eqns, [host_outs, kept], feeds)
+        self._late = _host_code([*kept, *waits], late_eqns, [late_outs], None) if late_eqns else None
         arrays = [v for v in jaxpr.invars if v not in host]
         self._is_number = [v in host for v in jaxpr.invars]
         device = jaxpr.replace(
@@ -77,16 +90,16 @@ class Program:
         return run
 
     def __call__(self, *args: Any) -> list[Any]:
-        if not any(self._is_number):
+        if self._late is None and not any(self._is_number):
             return self.device(*self.consts, *args)
         numbers, arrays = self.split(args)
         return self.join(numbers, self.device(*self.consts, *arrays))
 
-    def split(self, values: Sequence[Any], start: int = 0) -> tuple[Sequence[Any], list[Any]]:
+    def split(self, values: Sequence[Any], start: int = 0) -> tuple[Any, list[Any]]:
         """Does the host's part for the inputs from the `start`th on, before which there are only arrays.
 
         Returns:
-            (outputs that stay on the host, inputs of the device's function).
+            (what `join` takes, inputs of the device's function).
 
         Raises:
             DoesNotFit: a number no longer has the type that it had.
@@ -95,19 +108,51 @@ class Program:
         arrays: list[Any] = []
         for value, number in zip(values, self._is_number[start:], strict=True):
             (numbers if number else arrays).append(value)
-        outs, feeds = self._host(*numbers)
-        return outs, arrays + feeds
+        outs, kept, feeds = self._host(*numbers)
+        return (outs, kept), arrays + feeds
 
-    def join(self, numbers: Sequence[Any], outs: Sequence[Any]) -> list[Any]:
-        """All outputs of the graph, from those of `split` and of the device."""
-        host, device = iter(numbers), iter(outs)
-        return [next(host) if on_host else next(device) for on_host in self._on_host]
+    def join(self, numbers: Any, outs: Sequence[Any]) -> list[Any]:
+        """All outputs of the graph, from what `split` returned and the device's outputs.
+
+        It waits for the device where numbers depend on what happened there, such as which branch was taken.
+        """
+        outs_of_host, kept = numbers
+        late: tuple[Any, ...] = ()
+        if self._late is not None:
+            count = len(outs) - self._n_waits
+            late = self._late(*kept, *(np.asarray(array).tolist() for array in outs[count:]))[0]
+            outs = outs[:count]
+        places = {"host": iter(outs_of_host), "late": iter(late), "device": iter(outs)}
+        return [next(places[place]) for place in self._places]
 
 
-def _host_code(numbers: list[Any], eqns: list[Any], outs: list[Any], feeds: list[Any]) -> Callable[..., Any]:
-    """A generated function of the lifted numbers: (outputs that are numbers, numbers as the device takes them)."""
-    given: dict[str, Any] = {"DoesNotFit": DoesNotFit, "feed": _feed}
-    names: dict[Any, str] = {v: f"n{i}" for i, v in enumerate(numbers)}
+_NUMBER = (scalar_p, replay_p)
+
+
+def _variables(eqns: list[Any]) -> list[Any]:
+    return [atom for eqn in eqns for atom in eqn.invars]
+
+
+def _needed(eqns: list[Any], outs: list[Any], always: Callable[[Any], bool] = lambda eqn: False) -> list[Any]:
+    """The equations that something in `outs` depends on, or an equation that is needed `always`."""
+    live, kept = {v for v in outs if not isinstance(v, jex_core.Literal)}, []
+    for eqn in reversed(eqns):
+        if always(eqn) or not live.isdisjoint(eqn.outvars):
+            kept.append(eqn)
+            live.update(v for v in eqn.invars if not isinstance(v, jex_core.Literal))
+    return kept[::-1]
+
+
+def _host_code(inputs: list[Any], eqns: list[Any], groups: list[list[Any]], feeds: list[Any] | None) -> Any:
+    """A generated function of numbers.
+
+    Args:
+        groups: the variables that it returns, as tuples.
+        feeds: variables that it returns after those, as a list, as the device takes them. Where it is None, the
+            function runs after the device, and an error is the hook's.
+    """
+    given: dict[str, Any] = {"DoesNotFit": DoesNotFit, "feed": _feed, **CODE_NAMES}
+    names: dict[Any, str] = {v: f"n{i}" for i, v in enumerate(inputs)}
 
     def name(value: Any) -> str:
         given[f"k{len(given)}"] = value
@@ -116,15 +161,21 @@ def _host_code(numbers: list[Any], eqns: list[Any], outs: list[Any], feeds: list
     lines = []
     for eqn in eqns:
         out = names[eqn.outvars[0]] = f"n{len(names)}"
-        read = iter(eqn.invars)
-        operands = [names[next(read)] if item is None else name(item) for item in eqn.params["template"]]
-        lines.append(f"        {out} = {step_code(eqn.params['op'], operands)}")
-        lines.append(f"        if type({out}) is not {name(eqn.params['python'])}: raise DoesNotFit")
-    source = f"def host({', '.join(names[v] for v in numbers)}):\n"
+        read = [names[v] for v in eqn.invars]
+        if eqn.primitive is replay_p:
+            code = to_code(eqn.params["expr"], read.__getitem__)
+        else:
+            code = step_code(eqn.params["op"], fill([i if i is None else name(i) for i in eqn.params["template"]], read))
+        lines.append(f"        {out} = {code}")
+        if feeds is not None:
+            lines.append(f"        if type({out}) is not {name(eqn.params['python'])}: raise DoesNotFit")
+    source = f"def host({', '.join(names[v] for v in inputs)}):\n"
     if lines:  # where a step fails, the hook would have met it: let it, in a new trace
-        source += "    try:\n" + "\n".join(lines) + "\n    except Exception:\n        raise DoesNotFit from None\n"
-    fed = ", ".join(f"feed({names[v]}, {name(v.aval)})" for v in feeds)
-    source += f"    return ({''.join(f'{names[v]}, ' for v in outs)}), [{fed}]\n"
+        failed = "DoesNotFit from None" if feeds is not None else ""
+        source += "    try:\n" + "\n".join(lines) + f"\n    except Exception:\n        raise {failed}\n"
+    outs = ", ".join(f"({''.join(f'{names[v]}, ' for v in group)})" for group in groups)
+    fed = ", ".join(f"feed({names[v]}, {name(v.aval)})" for v in feeds or ())
+    source += f"    return {outs}, [{fed}]\n"
     exec(source, given)
     return given["host"]
 

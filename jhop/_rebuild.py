@@ -51,25 +51,6 @@ def is_plain_call(eqn: Any) -> bool:
     )
 
 
-def may_open(eqn: Any) -> bool:
-    """Whether an equation's body may stand in its place, as it then runs once, and what else it says can be kept."""
-    return eqn.primitive.name in ("jit", "pjit") and all(
-        x is None for key in ("in_layouts", "out_layouts") for x in eqn.params[key]
-    )
-
-
-def open_up(eqn: Any, values: list[Any], run: Run) -> list[Any]:
-    """The body of a `jax.jit` in its place, sharded as it says. What it donates is what JAX ignores in an inner one."""
-
-    def constrain(values: list[Any], key: str) -> list[Any]:
-        pairs = zip(values, eqn.params[key], strict=True)
-        return [v if x is _compat.UNSPECIFIED else jax.lax.with_sharding_constraint(v, x) for v, x in pairs]
-
-    with _compat.in_place_of(eqn, scope=f"jit({eqn.params['name']})"):
-        outs = run(eqn.params["jaxpr"], constrain(values, "in_shardings"))
-        return constrain(outs, "out_shardings")
-
-
 def holds_constants(eqn: Any) -> bool:
     """Whether an array that a body makes may be a constant of the equation's jaxpr, and need not be an input."""
     return eqn.primitive.name not in (*_REMAT, "linear_call", "custom_partitioning")

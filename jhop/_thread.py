@@ -10,8 +10,9 @@ A `scan` whose hooks do more than that (Python control flow on what changes, new
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -102,23 +103,26 @@ class Threads:
         self._lift = lift
         self._session = session
         self._run = run
+        self._noted: list[Write] = []
 
-    def inline(self, eqn: Any, values: list[Any], ordinary: Callable[[Any, list[Any]], list[Any]]) -> list[Any]:
+    def inline(self, eqn: Any, values: list[Any], ordinary: Callable[..., list[Any]]) -> list[Any]:
         """Inlines the hooks inside an equation.
 
         Args:
-            ordinary: does it where the hooks write no state.
+            ordinary: `ordinary(eqn, values, apart)` does it where the hooks write no state.
 
         Raises:
             Unsupported: what they write cannot be threaded.
         """
-        start, answers = self._lift.mark(), len(self._session.answers)
+        start, answers, outer = self._lift.mark(), len(self._session.answers), self._noted
+        changes = self._noted = []
         try:
             with self._session.inner_trace():
-                trial = jax.make_jaxpr(lambda *args: ordinary(eqn, list(args)))(*map(jax.typeof, values))
-            changes = self._lift.changes(start)
+                trial = jax.make_jaxpr(lambda *args: ordinary(eqn, list(args), self._apart))(*map(jax.typeof, values))
+            changes += self._lift.changes(start)
         finally:
             self._lift.back_to(start)
+            self._noted = outer
         if not changes:
             return evaluate(trial, values)
         name = eqn.primitive.name
@@ -134,6 +138,15 @@ class Threads:
                 with _compat.in_place_of(eqn):
                     return rule(eqn, values)
         raise self._refused(eqn, changes[0])
+
+    def _apart(self, fn: Callable[..., Any], *args: Any) -> Any:
+        """Calls a function that runs hooks, and puts back what they wrote: it belongs to the trace of that call."""
+        start = self._lift.mark()
+        try:
+            return fn(*args)
+        finally:
+            self._noted += self._lift.changes(start)
+            self._lift.back_to(start)
 
     def _refused(self, eqn: Any, change: Write | _Slot, why: str = "") -> Unsupported:
         place = change.container.path if change.key is None else change.container.path_of(change.key)
@@ -158,25 +171,29 @@ class Threads:
         Raises:
             _DoesNotThread: hooks do something else to state than to give slots new numbers and arrays.
         """
-        start, found = self._lift.mark(), []
+        start = self._lift.mark()
 
-        def traced(*flat: Any) -> list[Any]:
-            with self._session.inner_trace():
-                try:
-                    symbols = self._put_symbols(slots, flat, loop)
-                    before = self._lift.mark()
-                    outs = self._run(jaxpr, [*consts, *flat[len(slots) :]])
-                    body, extra = self._ends(slots, symbols, self._lift.changes(before), start)
-                finally:
-                    self._lift.back_to(start)
-            found.append(body)
-            state, appended, device = extra
-            return [*state, *outs, *appended, *device]
+        def traced(*flat: Any) -> tuple[_Body, list[Any]]:
+            with self._putting_back(start):
+                symbols = self._put_symbols(slots, flat, loop)
+                before = self._lift.mark()
+                outs = self._run(jaxpr, [*consts, *flat[len(slots) :]])
+                body, (state, appended, device) = self._ends(slots, symbols, self._lift.changes(before), start)
+            return body, [*state, *outs, *appended, *device]
 
-        closed = jax.make_jaxpr(traced)(*(slot.aval for slot in slots), *avals)
+        closed, body = _traced(traced, [*(slot.aval for slot in slots), *avals])
         if loop in self._session.varied:
             raise _DoesNotThread("Python control flow depends on it")
-        return found[0]._replace(jaxpr=closed)
+        return body._replace(jaxpr=closed)
+
+    @contextlib.contextmanager
+    def _putting_back(self, start: list[Mark]) -> Iterator[None]:
+        """A trace of a body: afterwards, objects hold again what they did, and the session's numbers are let go of."""
+        with self._session.inner_trace():
+            try:
+                yield
+            finally:
+                self._lift.back_to(start)
 
     def _put_symbols(self, slots: list[_Slot], values: Sequence[Any], loop: int) -> list[Any]:
         symbols = []
@@ -357,9 +374,7 @@ class Threads:
         for closed, own, _ in ((closed, avals, parts) for (closed, _), avals, parts in bodies):
             made.append(_padded(closed, n_outs + n_arrays, shapes, done))
             done += len(own)
-        closed_over = [_compat.open_jaxpr(jaxpr)[1] for jaxpr in made]
         functions = [lambda *args, jaxpr=jaxpr: evaluate(jaxpr, list(args)) for jaxpr in made]
-        del closed_over
         outs = jax.lax.switch(index, functions, *operands)
         own, new, decisions = outs[:n_outs], iter(outs[n_outs : n_outs + n_arrays]), outs[n_outs + n_arrays :]
         keys = dict(zip(device, map(self._session.array, decisions), strict=True))
@@ -397,15 +412,12 @@ class Threads:
 
     def _trace_branch(self, branch: Any, avals: list[Any], slots: list[_Slot]) -> Any:
         """((jaxpr that returns results, new arrays, arrays of expressions; what numbers become), their avals, they)."""
-        start, found = self._lift.mark(), []
+        start, outside = self._lift.mark(), set(self._session.arrays)
 
-        def traced(*flat: Any) -> list[Any]:
-            with self._session.inner_trace():
-                try:
-                    outs = self._run(branch, list(flat))
-                    changed = {(id(c.container), c.key): c.value for c in self._lift.changes(start)}
-                finally:
-                    self._lift.back_to(start)
+        def traced(*flat: Any) -> tuple[Any, list[Any]]:
+            with self._putting_back(start):
+                outs = self._run(branch, list(flat))
+                changed = {(id(c.container), c.key): c.value for c in self._lift.changes(start)}
                 finals = [changed.get(slot.place, slot.init) for slot in slots]
                 for slot, final in zip(slots, finals, strict=True):
                     if slot.number is not None and _number_type(final) is not slot.number:
@@ -414,13 +426,10 @@ class Threads:
                 parts = list({p: None for expr in updates for p in free(expr) if p in self._session.arrays})
                 parts = [part for part in parts if part not in outside]
                 arrays = [self._session.arrays[part] for part in parts]
-                found.append((updates, list(map(jax.typeof, arrays)), parts))
                 new = [slot.on_device(final) for slot, final in zip(slots, finals, strict=True) if slot.number is None]
-                return [*outs, *new, *arrays]
+                return (updates, list(map(jax.typeof, arrays)), parts), [*outs, *new, *arrays]
 
-        outside = set(self._session.arrays)
-        closed = jax.make_jaxpr(traced)(*avals)
-        ((updates, shapes, parts),) = found
+        closed, (updates, shapes, parts) = _traced(traced, avals)
         return (closed, updates), shapes, parts
 
     def _once(self, eqn: Any, values: list[Any], changes: list[Write]) -> list[Any]:
@@ -429,13 +438,9 @@ class Threads:
         outside = set(self._session.arrays)
 
         def run(jaxpr: Any, args: list[Any]) -> list[Any]:
-            with self._session.inner_trace():
-                try:
-                    outs = self._run(jaxpr, args)
-                    written = self._lift.changes(start)
-                finally:
-                    self._lift.back_to(start)
-                found[:] = [_Written(written, self._session, outside)]
+            with self._putting_back(start):
+                outs = self._run(jaxpr, args)
+                found[:] = [_Written(self._lift.changes(start), self._session, outside)]
                 return [*outs, *found[0].take()]
 
         outs = rebuild(eqn, values, run, more=_count_arrays(changes))
@@ -445,6 +450,24 @@ class Threads:
                 raise self._refused(eqn, change, "whose entries are no longer the same")
             self._lift.put(*change)
         return outs[:n]
+
+
+def _traced(fn: Callable[..., tuple[Any, list[Any]]], avals: list[Any]) -> tuple[Any, Any]:
+    """(jaxpr, what else the function returned) for a function that returns that and the results."""
+    found: list[Any] = []
+
+    def run(*flat: Any) -> list[Any]:
+        try:
+            known, outs = fn(*flat)
+        except _DoesNotThread as error:  # raised in a trace, JAX would keep the trace's values
+            known, outs = error.with_traceback(None), []
+        found.append(known)
+        return outs
+
+    closed = jax.make_jaxpr(run)(*avals)
+    if isinstance(found[0], _DoesNotThread):
+        raise found[0]
+    return closed, found[0]
 
 
 class _Written:
@@ -586,10 +609,7 @@ def _less_what_nobody_reads(body: _Body) -> _Body:
         if now == kept:
             break
         kept = now
-    eqns = [
-        eqn for eqn in opened.eqns
-        if eqn.primitive not in (scalar_p, replay_p) or not live.isdisjoint(eqn.outvars)
-    ]  # fmt: skip
+    eqns = [eqn for eqn in opened.eqns if eqn.effects or not live.isdisjoint(eqn.outvars)]
     pick = [i for i, keep in enumerate(kept) if keep]
     jaxpr = opened.replace(
         invars=[*(opened.invars[i] for i in pick), *opened.invars[n:]],
