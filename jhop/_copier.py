@@ -293,7 +293,7 @@ class Copier:
 
     def _object(self, obj: Any, key: int) -> Make:
         """An object: itself as long as it is alive, and a copy that is kept from run to run afterwards."""
-        twin = bare(obj)
+        twin = bare(obj)()
         try:
             original: Callable[[], Any] = weakref.ref(obj)
         except TypeError:

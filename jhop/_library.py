@@ -69,10 +69,11 @@ def copied(obj: Any, make: Callable[[Any], Callable[[Any], Any]]) -> Callable[[A
         # Without the constants, where they are the jaxpr's own (from jax 0.12): what is made here outlives the trace.
         jaxpr, _ = _compat.open_jaxpr(jex_core.ClosedJaxpr(jaxpr, [None for _ in consts]))
         return lambda run, tell: tell(jex_core.ClosedJaxpr(jaxpr, [const(run) for const in makes]))
+    another = bare(obj)
     slots = [(part.kind, name, make(value)) for part in attributes_of(obj) for name, value in part.items()]
 
     def fill(run: Any, tell: Callable[[Any], None]) -> None:
-        made = bare(obj)
+        made = another()
         tell(made)
         for kind, name, value in slots:
             Container(made, kind, "").put(name, value(run))
@@ -80,11 +81,11 @@ def copied(obj: Any, make: Callable[[Any], Callable[[Any], Any]]) -> Callable[[A
     return fill
 
 
-def bare(obj: Any) -> Any:
-    """Another instance of an object's class, without anything in it; a number's or string's has the same value."""
+def bare(obj: Any) -> Callable[[], Any]:
+    """Makes other instances of an object's class with nothing in them; a number's or string's have the same value."""
     base = built_in(obj)
     arguments = base.__getnewargs__(obj) if hasattr(base, "__getnewargs__") else ()
-    return base.__new__(type(obj), *arguments)
+    return functools.partial(base.__new__, type(obj), *arguments)
 
 
 def built_in(obj: Any) -> Any:
