@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from jhop._container import MISSING, Container, contents_of
-from jhop._scalar import CODE_NAMES, Expr, leaves, to_code
+from jhop._expr import CODE_NAMES, Expr, leaves, to_code
 from jhop._walk import Fixed, Leaf, Walk
 
 _BY_VALUE = {str, bytes, complex, bool, int, float}

@@ -13,7 +13,7 @@ import functools
 import gc
 import types
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -28,12 +28,13 @@ from jhop._contract import HookFn
 from jhop._describe import Described, explain
 from jhop._effects import many_watches, watch
 from jhop._errors import JhopError, Unsupported
+from jhop._expr import Expr
 from jhop._graph import GraphModule, Info, Input, Operator, hooks_in
 from jhop._guards import Guards
 from jhop._interp import ClosesOverTracer, evaluate, inner_jaxprs, rewrite
 from jhop._lifted import Lifted, Session
 from jhop._rebuild import holds_constants, is_plain_call, is_sealed, rebuild
-from jhop._scalar import Expr, Scalar, device_kind, is_scalar, weak_aval
+from jhop._scalar import Scalar, device_kind, is_scalar, weak_aval
 from jhop._source import describe_hook, is_user_file, origin_of
 from jhop._splice import Splice, expand, retrace
 from jhop._template import Templates, map_outputs, plain
@@ -224,11 +225,10 @@ class _Inliner:
         if not is_sealed(eqn):
             constants = holds_constants(eqn)
             with contextlib.suppress(ClosesOverTracer):  # the hook reads lifted state
-                return rewrite(eqn, values, lambda jaxpr: apart(self._retrace, jaxpr), constants=constants)
+                return rewrite(
+                    eqn, values, lambda jaxpr: retrace(jaxpr, self._rule, self._stays, apart), constants=constants
+                )
         return rebuild(eqn, values, lambda jaxpr, args: apart(self._evaluate, jaxpr, args))
-
-    def _retrace(self, jaxpr: Any) -> Any:
-        return retrace(jaxpr, self._rule, self._stays)
 
     def _run_inner_hook(self, call: Callable[..., list[Any]], flat: Sequence[Any]) -> list[Any]:
         """Runs a hook that a running hook uses, as part of that one."""
@@ -257,8 +257,8 @@ class _Inliner:
             clean = not (seen.nested or self._hides_state or len(self._session.answers) > answers)
             if self._session.asked_too_early():
                 raise Unsupported(
-                    f"{describe_hook(hook.base)} asks for the value of a number that hooks in a branch or a loop wrote, "
-                    "which is known only once the graph ran. Keep it as an array, and use jnp.where on it."
+                    f"{describe_hook(hook.base)} asks for the value of a number that hooks in a branch or loop "
+                    "wrote, which is known only once the graph ran. Keep it as an array, and use jnp.where on it."
                 )
         except JhopError:
             raise

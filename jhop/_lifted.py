@@ -11,8 +11,9 @@ from typing import Any
 
 from jhop import _state
 from jhop._capture import Recorder
+from jhop._expr import Expr, free
 from jhop._guards import Guards
-from jhop._scalar import Expr, Scalar, free
+from jhop._scalar import Scalar
 from jhop._walk import Leaf
 from jhop._writeback import write_back
 

@@ -13,10 +13,11 @@ import jax.extend.core as jex_core
 import numpy as np
 
 from jhop import _compat
+from jhop._expr import CODE_NAMES, step_code, to_code
 from jhop._graph import GraphModule
 from jhop._interp import evaluate, symbols_in
 from jhop._replay import replay_p
-from jhop._scalar import CODE_NAMES, I32_MAX, I32_MIN, fill, scalar_p, step_code, to_code
+from jhop._scalar import I32_MAX, I32_MIN, fill, scalar_p
 
 
 class DoesNotFit(Exception):
@@ -165,7 +166,8 @@ def _host_code(inputs: list[Any], eqns: list[Any], groups: list[list[Any]], feed
         if eqn.primitive is replay_p:
             code = to_code(eqn.params["expr"], read.__getitem__)
         else:
-            code = step_code(eqn.params["op"], fill([i if i is None else name(i) for i in eqn.params["template"]], read))
+            template = tuple(part if part is None else name(part) for part in eqn.params["template"])
+            code = step_code(eqn.params["op"], fill(template, read))
         lines.append(f"        {out} = {code}")
         if feeds is not None:
             lines.append(f"        if type({out}) is not {name(eqn.params['python'])}: raise DoesNotFit")

@@ -38,7 +38,7 @@ def rebuild(eqn: Any, values: list[Any], run: Run, *, more: int = 0) -> list[Any
             "there. Pass what it reads to the function as an argument and close over that, or move the hooked value "
             "out."
         )
-    return list(maker(eqn, values, run, more) if more else maker(eqn, values, run))
+    return list(maker(eqn, values, run, *[more] * bool(more)))
 
 
 def is_plain_call(eqn: Any) -> bool:
@@ -208,7 +208,7 @@ def _rebuild_shard_map(eqn: Any, values: list[Any], run: Run, more: int = 0) -> 
 _REMAT = ("remat", "remat2", "checkpoint")
 _CALLS = ("closed_call", "eval_jaxpr", "compute_on", "xla_metadata_call")
 RUNS_ONCE = frozenset({*_REMAT, *_CALLS, "jit", "pjit", "shard_map"})  # whose body may return more than before
-RUNS_IN_PLACE = frozenset({"custom_jvp_call", "custom_vjp_call", "call_hi_primitive"})  # `rebuild` leaves the body alone
+RUNS_IN_PLACE = frozenset({"custom_jvp_call", "custom_vjp_call", "call_hi_primitive"})  # where `rebuild` runs the body
 _REBUILD = {
     "custom_jvp_call": _rebuild_custom, "custom_vjp_call": _rebuild_custom,
     "scan": _rebuild_scan, "while": _rebuild_while, "cond": _rebuild_cond, "custom_linear_solve": _rebuild_solve,

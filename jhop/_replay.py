@@ -16,20 +16,8 @@ import jax.extend.core as jex_core
 import jax.numpy as jnp
 
 from jhop import _compat
-from jhop._scalar import (
-    CODE_NAMES,
-    MAX_SIZE,
-    Expr,
-    Scalar,
-    apply_step,
-    device_kind,
-    free,
-    is_scalar,
-    step,
-    substitute,
-    to_code,
-    weak_aval,
-)
+from jhop._expr import CODE_NAMES, MAX_SIZE, Expr, cuts_of, free, substitute, to_code
+from jhop._scalar import Scalar, apply_step, device_kind, is_scalar, step, weak_aval
 
 replay_p = jex_core.Primitive("replay")
 
@@ -57,16 +45,22 @@ def host_function(expr: Expr, n: int) -> Callable[..., Any]:
     return eval(f"lambda {', '.join(f'n{i}' for i in range(n))}: {code}", dict(CODE_NAMES))
 
 
-def _on_device(expr: Expr, args: Sequence[Any], loops: dict[Any, Any]) -> Any:
-    """Evaluates an expression on arrays; `loops` has the values of the variables of the loops around it."""
+def _on_device(expr: Expr, args: Sequence[Any], known: dict[Any, Any]) -> Any:
+    """Evaluates an expression on arrays; `known` has the values of the variables of the loops around it."""
+    known = dict(known)
+    for part in cuts_of(expr):
+        known[Expr("cut", (part,))] = _part_on_device(part.expr, args, known)
+    return _part_on_device(expr, args, known)
 
+
+def _part_on_device(expr: Expr, args: Sequence[Any], known: dict[Any, Any]) -> Any:
     def value(part: Expr) -> Any:
-        return _on_device(part, args, loops)
+        return _part_on_device(part, args, known)
 
     if expr.op == "leaf":
         return args[expr.args[0]]
-    if expr.op in ("loop", "each"):
-        return loops[expr]
+    if expr.op in ("loop", "each", "cut"):
+        return known[expr]
     if expr.op == "const":
         return jnp.asarray(expr.args[0])
     if expr.op == "choose":
@@ -79,7 +73,7 @@ def _on_device(expr: Expr, args: Sequence[Any], loops: dict[Any, Any]) -> Any:
     arrays = [jnp.asarray(value(part)) for part in each]
 
     def body(i: Any, carry: list[Any]) -> list[Any]:
-        inner = dict(loops)
+        inner = dict(known)
         inner.update((Expr("loop", (loop, j)), item) for j, item in enumerate(carry))
         inner.update((Expr("each", (loop, j)), array[i]) for j, array in enumerate(arrays))
         new = [_on_device(part, args, inner) for part in updates]
@@ -99,28 +93,44 @@ def number_of(session: Any, expr: Expr) -> Any:
     Args:
         session: knows what stands for what the expression reads.
     """
+    for part in cuts_of(expr):
+        name = Expr("cut", (part,))
+        session.symbols.setdefault(name, _part_number(session, part.expr))
+    return _part_number(session, expr)
+
+
+def value_of(session: Any, expr: Expr) -> Any:
+    """The number that an expression gives for the present values; None where it depends on the device."""
+    read = list(free(expr))
+    if not all(part in session.symbols for part in read):
+        return None
+    places = {part: Expr("leaf", (i,)) for i, part in enumerate(read)}
+    values = [session.symbols[part]._value for part in read]
+    return host_function(substitute(expr, places.get), len(read))(*values)
+
+
+def _part_number(session: Any, expr: Expr) -> Any:
     if expr in session.symbols:
         return session.symbols[expr]
     if expr.op == "const":
         return expr.args[0]
     if expr.op not in ("repeat", "choose"):
-        operands = [number_of(session, part) for part in expr.args]
+        operands = [_part_number(session, part) for part in expr.args]
         return step(expr.op, *operands) if any(map(is_scalar, operands)) else apply_step(expr.op, operands)
     read = list(free(expr))
     operands = [session.symbols[part] if part in session.symbols else session.arrays[part] for part in read]
+    value = value_of(session, expr)
+    if not read:
+        return value
+    if value is None:
+        value = expr.args[0](1)  # not known yet; nobody may ask
     # The equation's expression reads its operands.
     places = {part: Expr("leaf", (i,)) for i, part in enumerate(read)}
     closed = substitute(expr, places.get)
-    if all(map(is_scalar, operands)):
-        value = host_function(closed, len(read))(*(item._value for item in operands))
-    else:
-        value = expr.args[0](1)  # not known yet; nobody may ask
-    if not read:
-        return value
     numbers = [item._twin for item in operands if is_scalar(item)]
     kind, twins = device_kind(value, numbers), [item._twin if is_scalar(item) else item for item in operands]
     twin = replay_p.bind(*twins, expr=closed, kind=kind, python=type(value))
     result = Scalar(session, expr, value, twin)
-    result._size = MAX_SIZE // 2
+    result._size = MAX_SIZE // 2  # a part of larger expressions
     session.note_step(result)
     return result

@@ -14,11 +14,10 @@ Each arithmetic step is also one `scalar` equation, so that the traced graph sho
 
 from __future__ import annotations
 
-import functools
 import math
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.extend.core as jex_core
@@ -26,113 +25,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jhop import _compat
+from jhop._expr import COMPARE, INFIX, MAX_SIZE, Expr, cut, folded
 
-INFIX = {
-    "add": "+", "sub": "-", "mul": "*", "truediv": "/", "floordiv": "//", "mod": "%", "pow": "**",
-    "and_": "&", "or_": "|", "xor": "^", "lshift": "<<", "rshift": ">>",
-}  # fmt: skip
-COMPARE = {"lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!="}
-PREFIX = {"neg": "-", "invert": "~"}
 NUMBERS = (bool, int, float)
-MAX_SIZE = 64  # operations in one expression
 I32_MIN, I32_MAX = -(2**31), 2**31 - 1
-
-
-class Expr(NamedTuple):
-    """A host expression.
-
-    `op` is one of:
-
-    - `leaf` (index,): a lifted value; `device` (key,): an array that is known once the graph ran;
-    - `const` (value,);
-    - `repeat` (type, loop, length, index, inits, updates, each): one of the values that are updated together `length`
-      times. The updates read them as `loop` (loop, index), and from each array in `each` its items in turn as `each`
-      (loop, index); where there are arrays, they have the length;
-    - `choose` (type, which, first, second, ...): one of several expressions;
-    - an operator over expressions.
-    """
-
-    op: str
-    args: tuple[Any, ...]
-
-
-def to_code(expr: Expr, leaf: Callable[[Any], str]) -> str:
-    """Python source of an expression; `leaf(i)` is the source of the i-th lifted value."""
-    if expr.op in ("leaf", "device"):
-        return leaf(expr.args[0])
-    if expr.op in ("loop", "each"):
-        return f"{'v' if expr.op == 'loop' else 'e'}{expr.args[0]}[{expr.args[1]}]"
-    if expr.op == "const":
-        value = expr.args[0]
-        if isinstance(value, float) and not math.isfinite(value):
-            return f"float({str(value)!r})"
-        return f"({value!r})"
-    if expr.op == "repeat":
-        _, loop, length, index, inits, updates, each = expr.args
-        start, after = (f"({''.join(f'{to_code(part, leaf)}, ' for part in parts)})" for parts in (inits, updates))
-        items = ", ".join(to_code(part, leaf) for part in each)
-        turns = f"zip({items})" if each else f"range({to_code(length, leaf)})"
-        return f"reduce(lambda v{loop}, e{loop}: {after}, {turns}, {start})[{index}]"
-    if expr.op == "choose":
-        which, *branches = (to_code(part, leaf) for part in expr.args[1:])
-        chosen = [f"{branch} if {which} == {i} else " for i, branch in enumerate(branches[:-1])]
-        return f"({''.join(chosen)}{branches[-1]})"
-    return step_code(expr.op, [to_code(arg, leaf) for arg in expr.args])
-
-
-CODE_NAMES = {"reduce": functools.reduce}  # what that source uses besides Python's own
-
-
-def step_code(op: str, args: Sequence[str]) -> str:
-    """Python source of one operation."""
-    if op in PREFIX:
-        return f"({PREFIX[op]}{args[0]})"
-    if op == "is_nan":
-        return f"({args[0]} != {args[0]})"
-    if op == "is_minus_zero":
-        return f"(str({args[0]}) == '-0.0')"
-    if len(args) == 1:
-        return f"{op}({args[0]})"  # abs, int, float: builtins under their own names
-    return f"({args[0]} {INFIX.get(op) or COMPARE[op]} {args[1]})"
-
-
-def free(expr: Expr) -> dict[Expr, None]:
-    """What an expression reads from around it, in order: leaves, arrays, and the variables of loops around it."""
-    if expr.op in ("leaf", "device", "loop", "each"):
-        return {expr: None}
-    if expr.op == "const":
-        return {}
-    found: dict[Expr, None] = {}
-    for part in parts_of(expr):
-        found.update(free(part))
-    if expr.op == "repeat":
-        return {part: None for part in found if part.op in ("leaf", "device") or part.args[0] != expr.args[1]}
-    return found
-
-
-def parts_of(expr: Expr) -> list[Expr]:
-    """The expressions that one consists of."""
-    if expr.op == "repeat":
-        _, _, length, _, inits, updates, each = expr.args
-        return [length, *inits, *updates, *each]
-    return [part for part in expr.args if isinstance(part, Expr)]
-
-
-def substitute(expr: Expr, change: Callable[[Expr], Expr | None]) -> Expr:
-    """An expression with `change(part)` in place of each part for which that is not None."""
-    new = change(expr)
-    if new is not None:
-        return new
-    if expr.op == "repeat":
-        python, loop, length, index, *groups = expr.args
-        changed = (tuple(substitute(part, change) for part in group) for group in groups)
-        return Expr("repeat", (python, loop, substitute(length, change), index, *changed))
-    return Expr(expr.op, tuple(substitute(a, change) if isinstance(a, Expr) else a for a in expr.args))
-
-
-def leaves(expr: Expr) -> set[int]:
-    """Indices of the lifted values that an expression reads."""
-    return {part.args[0] for part in free(expr) if part.op == "leaf"}
 
 
 # -- scalar_p: one step of host arithmetic, visible in the graph -------------------------------------------------------
@@ -306,16 +202,16 @@ def step(op: str, *operands: Any) -> Any:
             if is_scalar(item):
                 item._specialise()
         raise
-    size = 1 + sum(item._size for item in operands if is_scalar(item))
-    if size > MAX_SIZE:  # a guard on it would be as large
-        return apply_step(op, [item._specialise() if is_scalar(item) else item for item in operands])
     if not isinstance(value, NUMBERS):  # complex roots: not representable as a lifted number
         return apply_step(op, [item._specialise() if is_scalar(item) else item for item in operands])
-    exprs = tuple(item._expr if is_scalar(item) else Expr("const", (item,)) for item in operands)
+    exprs = [item._expr if is_scalar(item) else Expr("const", (item,)) for item in operands]
+    size = 1 + sum(item._size for item in operands if is_scalar(item))
+    if size > MAX_SIZE:
+        exprs, size = list(map(cut, exprs)), 1 + len(exprs)
     template = tuple(None if is_scalar(item) else item for item in operands)
     twins = [item._twin for item in operands if is_scalar(item)]
     twin = scalar_p.bind(*twins, op=op, template=template, kind=device_kind(value, twins), python=type(value))
-    result = Scalar(session, Expr(op, exprs), value, twin)
+    result = Scalar(session, folded(op, exprs), value, twin)
     result._size = size
     session.note_step(result)
     return result

@@ -124,10 +124,16 @@ def expand(jaxpr: Any) -> tuple[Any, list[Any]]:
     return jaxpr.replace(eqns=eqns), kept
 
 
-def retrace(jaxpr: Any, rule: Rule, stays: Callable[[Any], bool]) -> Any:
-    """Traces a jaxpr anew under `rule`, but for the equations that stay: the changed jaxpr, closed."""
+def retrace(
+    jaxpr: Any, rule: Rule, stays: Callable[[Any], bool], apart: Callable[..., Any] = lambda fn, *args: fn(*args)
+) -> Any:
+    """Traces a jaxpr anew under `rule`, but for the equations that stay: the changed jaxpr, closed.
+
+    Args:
+        apart: calls the function that evaluates it.
+    """
     opened, _ = _compat.open_jaxpr(jaxpr)
     splice = Splice(jaxpr, stays)
-    closed = jax.make_jaxpr(lambda *args: splice.evaluate(list(args), rule))(*(v.aval for v in opened.invars))
+    closed = jax.make_jaxpr(lambda *args: apart(splice.evaluate, list(args), rule))(*(v.aval for v in opened.invars))
     changed, consts = _compat.open_jaxpr(closed)
     return jex_core.ClosedJaxpr(expand(changed)[0], consts)

@@ -322,3 +322,209 @@ def test_list_that_is_appended_to(program):
 @named("program", LOOPS)
 def test_loop_is_unrolled_where_it_must(program, make):
     check(program, make, versions=None)
+
+
+# What is counted stays exact, and costs no further trace.
+
+
+def compiled(program, hook):
+    return jhop.jit(jax.grad(lambda x: program(JAX, lambda v: jhop.hook(v, hook), x)), fullgraph=True)
+
+
+@named("program", [*LOOPS, *CALLS, *BRANCHES])
+def test_large_ints_stay_exact(program):
+    boxes = Box(), Box()
+    for box in boxes:
+        box.n = 2**70
+    jax.grad(lambda x: program(PYTHON, lambda v: jhop.hook(v, counts(boxes[0])), x))(X)
+    compiled(program, counts(boxes[1]))(X)
+    assert boxes[1].n == boxes[0].n > 2**70
+
+
+@named("program", [in_scan, in_nested_scans, twice_in_scans])
+def test_int_that_grows_past_what_the_device_counts_to(program):
+    """The device has it as an int32 as long as that will do, and then as a float."""
+    boxes = Box(), Box()
+
+    def as_float(ct):  # JAX itself takes no int as large
+        boxes[0].n += 2
+        return ct * float(boxes[0].n) + boxes[0].rate
+
+    step = compiled(program, counts_and_uses(boxes[1]))
+    for start in (2**31 - 30, 2**31 - 20, 2**31 - 7, 2**31 - 1, 2**31 + 8, 5):
+        for box in boxes:
+            box.n = start
+        expected = jax.grad(lambda x: program(PYTHON, lambda v: jhop.hook(v, as_float), x))(X)
+        np.testing.assert_allclose(step(X), expected, rtol=1e-5)
+        assert boxes[1].n == boxes[0].n
+
+
+def test_floats_are_those_of_python():
+    boxes = Box(), Box()
+    step = compiled(in_nested_scans, decays(boxes[1]))
+    for _ in range(3):
+        step(X)
+        jax.grad(lambda x: in_nested_scans(PYTHON, lambda v: jhop.hook(v, decays(boxes[0])), x))(X)
+    assert boxes[1].rate == boxes[0].rate
+
+
+def test_long_scan_is_not_unrolled():
+    box = Box()
+
+    def of(x):
+        return lax.scan(lambda c, _: (jhop.hook(c * 0.999, counts(box)) * 0.5, None), x, None, length=5000)[0].sum()
+
+    step = jhop.jit(jax.grad(of), fullgraph=True)
+    step(X)
+    step(X)
+    assert (box.n, step.versions()) == (10003, 1)
+    assert len(jhop.inline(step.graph(X)).jaxpr.eqns) < 20
+
+
+@named("make", [counts, counts_and_uses, decays, averages])
+def test_nested_scans_are_not_unrolled(make):
+    def of(x, hook):
+        def outer(c, _):
+            return lax.scan(lambda d, _: (jhop.hook(d * 0.999, hook) * 0.5, None), c, None, length=100)[0], None
+
+        return lax.scan(outer, x, None, length=70)[0].sum()
+
+    step = jhop.jit(jax.grad(lambda x: of(x, make(Box()))), fullgraph=True)
+    assert len(jhop.inline(step.graph(X)).jaxpr.eqns) < 40
+
+
+def test_scan_of_no_iterations_writes_nothing():
+    box = Box()
+
+    def of(x):
+        c, _ = lax.scan(lambda c, _: (jhop.hook(c * 2, becomes_an_array(box)), None), x, None, length=0)
+        return (c * 3).sum()
+
+    assert jhop.jit(jax.grad(of), fullgraph=True)(X).tolist() == [3.0, 3.0, 3.0]
+    assert (box.rate, type(box.rate)) == (0.5, float)
+
+
+# While loops have no reverse mode: hooks run in one where it contains a backward pass of its own.
+
+
+def descent(point, steps):
+    """Gradient descent with a hook, as often as it takes."""
+
+    def goes_on(carry):
+        i, _ = carry
+        return i < steps
+
+    def body(carry):
+        i, x = carry
+        return i + 1, x - 0.1 * jax.grad(lambda x: (point(x) ** 2).sum())(x)
+
+    return lambda x: lax.while_loop(goes_on, body, (jnp.int32(0), x))[1]
+
+
+@named("make", THREADED)
+def test_in_a_while_loop(make):
+    eager, box = Box(), Box()
+    hook, own = make(box), make(eager)
+    run = jhop.jit(lambda x, n: descent(lambda v: jhop.hook(v, hook), n)(x), fullgraph=True)
+    for steps in (3, 1, 4):
+        expected = X
+        for _ in range(steps):
+            expected = expected - 0.1 * jax.grad(lambda x: (jhop.hook(x, own) ** 2).sum())(expected)
+        agree(run(X, jnp.int32(steps)), expected)
+        agree(box.state(), eager.state())
+    assert run.versions() <= (2 if make is becomes_an_array else 1)
+
+
+@named("make", [*UNROLLED, logs])
+def test_while_loop_says_what_it_cannot_do(make):
+    box = Box()
+    hook = make(box)
+    before = str(box.state())
+    with pytest.raises(jhop.Unsupported, match="inside a `while` loop"):
+        jhop.jit(lambda x: descent(lambda v: jhop.hook(v, hook), 3)(x), fullgraph=True)(X)
+    assert str(box.state()) == before
+
+
+def test_condition_that_writes_is_refused():
+    box = Box()
+
+    def goes_on(x):
+        return jhop.trace_wrapped(x.sum(), fn=counts(box)) > 1
+
+    with pytest.raises(jhop.Unsupported, match=r"inside `while` writes Python state .*, in the loop's condition"):
+        jhop.jit(lambda x: lax.while_loop(goes_on, lambda x: x * 0.5, x), fullgraph=True)(X)
+    assert box.n == 3
+
+
+# Branches.
+
+
+def test_number_of_a_branch_is_used_later():
+    """Outside of the branch that counts, in a hook's arithmetic and on the device."""
+
+    def program(flow, point, x):
+        x = point(x)
+        x = flow.cond(x[0] > 0, lambda x: point(jnp.sin(point(x))), lambda x: jnp.cos(point(x)), x)
+        return (point(x * 2) ** 2).sum()
+
+    for make in (counts_and_uses, decays, mixes):
+        check(program, make)
+
+
+def test_question_of_a_number_that_depends_on_the_data():
+    box = Box()
+
+    def asks(ct):
+        return ct * 2 if box.n > 5 else ct
+
+    def of(x):
+        x = jhop.hook(x, asks)
+        return lax.cond(x[0] > 0, lambda x: jhop.hook(x, counts(box)) ** 2, lambda x: x**2, x).sum()
+
+    with pytest.raises(jhop.Unsupported, match="`asks`|asks.*known only once the graph ran"):
+        jhop.jit(jax.grad(of), fullgraph=True)(X)
+    assert box.n == 3
+
+
+@named("make", [flags, notes_new_keys, logs])
+def test_branch_says_what_it_cannot_do(make):
+    box = Box()
+    hook = make(box)
+    before = str(box.state())
+    with pytest.raises(jhop.Unsupported, match="inside `cond`"):
+        compiled(in_cond, hook)(X)
+    assert str(box.state()) == before
+
+
+# All or nothing.
+
+
+@named("program", [in_scan, in_nested_scans, in_cond, in_checkpoint, in_cond_in_scan])
+def test_error_leaves_everything_as_it_was(program):
+    box, calls = Box(), []
+
+    def hook(ct):
+        box.n += 1
+        box.last = jnp.sum(ct)
+        box.log.append(jnp.sum(ct)) if program is not in_cond and program is not in_cond_in_scan else None
+        calls.append(1)
+        if len(calls) > 2:
+            raise KeyError("no")
+        return ct
+
+    box.calls = calls  # not reached by the hook's code through the box
+    before = str({key: value for key, value in box.state().items() if key != "calls"})
+    with pytest.raises((jhop.Unsupported, KeyError)):
+        compiled(program, hook)(X)
+    assert str({key: value for key, value in box.state().items() if key != "calls"}) == before
+
+
+@pytest.mark.leaks
+@named("program", [in_scan, in_nested_scans, in_cond_in_scan, in_checkpoint, in_jit])
+def test_nothing_leaks(program):
+    with jax.checking_leaks():
+        for make in (counts_and_uses, averages, accumulates):
+            check(program, make)
+    with jax.checking_leaks():
+        if program is in_scan:
+            check(program, every_other, versions=None)

@@ -9,8 +9,9 @@ from typing import Any
 import jax.extend.core as jex_core
 
 from jhop import _compat
+from jhop._expr import INFIX, PREFIX
 from jhop._graph import GraphModule
-from jhop._scalar import INFIX, PREFIX, fill
+from jhop._scalar import fill
 from jhop._source import Origin, eqn_name, origin_of, user_frames
 from jhop._text._jax_source import number
 from jhop._trace_wrapped import HookFn, trace_wrapped

@@ -8,8 +8,9 @@ from typing import Any
 import jax.extend.core as jex_core
 
 from jhop import _compat
+from jhop._expr import INFIX, PREFIX
 from jhop._graph import NO_INFO, GraphModule
-from jhop._scalar import INFIX, PREFIX, fill, scalar_p
+from jhop._scalar import fill, scalar_p
 from jhop._text._aten import aten_name, aten_target
 from jhop._text._namespace import Namespace
 from jhop._text._statements import Stmt, print_module

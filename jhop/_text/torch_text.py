@@ -16,8 +16,9 @@ import jax.extend.core as jex_core
 
 from jhop import _compat
 from jhop._boundary import accumulate_grad_p, aot_prologue_p, validate_outputs_p
+from jhop._expr import COMPARE, INFIX, PREFIX
 from jhop._graph import NO_INFO, GraphModule, Info
-from jhop._scalar import COMPARE, INFIX, PREFIX, apply_step, fill, scalar_p
+from jhop._scalar import apply_step, fill, scalar_p
 from jhop._text._analysis import needed_values, resolve, state_outputs, tangent_values
 from jhop._text._aten import ATEN, COMMUTATIVE, aten_name, aten_target
 from jhop._text._namespace import Namespace, snake_case

@@ -1,0 +1,329 @@
+"""Python state that hooks write in the bodies of loops: it becomes carries, and numbers that the host counts on.
+
+A `scan` whose hooks do more than that (Python control flow on what changes, new keys, flags) is unrolled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.extend.core as jex_core
+import jax.numpy as jnp
+
+from jhop import _compat
+from jhop._container import Container
+from jhop._errors import Unsupported
+from jhop._expr import Expr, folded, free, substitute
+from jhop._interp import evaluate
+from jhop._lifted import Session
+from jhop._replay import number_of, value_of
+from jhop._scalar import I32_MAX, I32_MIN, Scalar, device_kind, is_scalar, weak_aval
+from jhop._slots import ZERO, DoesNotThread, Slot, alike, arrays_of, expr_of, fitting, new_slot, refusal, traced_with
+from jhop._state import APPEND, Lift, Mark, Write
+from jhop._walk import is_number
+
+MAX_UNROLL = 64  # iterations
+_MAX_TRIES = 8  # traces of a body until the types of its state have settled
+
+Run = Callable[[Any, list[Any]], list[Any]]
+
+
+class Body(NamedTuple):
+    """A body that was traced.
+
+    Attributes:
+        jaxpr: closed. It takes the slots, then the body's own inputs; it returns the slots, the body's own results,
+            what was appended to lists, and the arrays of `device`.
+        slots: the slots, as they should be.
+        settled: whether these are the slots that it was traced with.
+        updates: what a number becomes, per slot.
+        appended: (list, how many items).
+        device: the arrays in `updates`.
+    """
+
+    jaxpr: Any
+    slots: list[Slot]
+    settled: bool
+    updates: list[Expr]
+    appended: list[tuple[Container, int]]
+    device: list[Expr]
+
+
+class Loops:
+    """Threads state through the loops of one graph.
+
+    Args:
+        run: evaluates a jaxpr and inlines the hooks in it.
+    """
+
+    def __init__(self, lift: Lift, session: Session, run: Run):
+        self._lift = lift
+        self._session = session
+        self._run = run
+
+    def trace_body(self, jaxpr: Any, consts: list[Any], avals: list[Any], slots: list[Slot], loop: int) -> Body:
+        """Traces a body once.
+
+        Args:
+            consts: the first inputs of the body, which may belong to traces around it.
+            avals: the avals of the others.
+            loop: what numbers in slots are called by.
+
+        Raises:
+            DoesNotThread: hooks do something else to state than to give slots new numbers and arrays.
+        """
+        start = self._lift.mark()
+
+        def traced(*flat: Any) -> tuple[Body, list[Any]]:
+            with self.putting_back(start):
+                symbols = self._put_symbols(slots, flat, loop)
+                before = self._lift.mark()
+                outs = self._run(jaxpr, [*consts, *flat[len(slots) :]])
+                body, (state, appended, device) = self._ends(slots, symbols, self._lift.changes(before), start)
+            return body, [*state, *outs, *appended, *device]
+
+        closed, body = traced_with(traced, [*(slot.aval for slot in slots), *avals])
+        if loop in self._session.varied:
+            raise DoesNotThread("Python control flow depends on it")
+        return body._replace(jaxpr=closed)
+
+    @contextlib.contextmanager
+    def putting_back(self, start: list[Mark]) -> Iterator[None]:
+        """A trace of a body: afterwards, objects hold again what they did, and the session's numbers are let go of."""
+        with self._session.inner_trace():
+            try:
+                yield
+            finally:
+                self._lift.back_to(start)
+
+    def _put_symbols(self, slots: list[Slot], values: Sequence[Any], loop: int) -> list[Any]:
+        symbols = []
+        for j, (slot, value) in enumerate(zip(slots, values, strict=False)):
+            symbol = value
+            if slot.number is not None:
+                expr = Expr("loop", (loop, j))
+                now = slot.init._value if is_scalar(slot.init) else slot.init
+                symbol = self._session.symbols[expr] = Scalar(self._session, expr, slot.number(now), value)
+                self._session.note_step(symbol)
+            self._lift.put(slot.container, slot.key, symbol)
+            symbols.append(symbol)
+        return symbols
+
+    def _ends(
+        self, slots: list[Slot], symbols: list[Any], changes: list[Write], start: list[Mark]
+    ) -> tuple[Body, tuple[list[Any], list[Any], list[Any]]]:
+        """What a body made of state: what is known of it, and (the slots' values, what was appended, other arrays)."""
+        changed = {(id(change.container), change.key): change for change in changes}
+        wanted, finals, updates = [], [], []
+        for slot, symbol in zip(slots, symbols, strict=True):
+            change = changed.pop(slot.place, None)
+            final = symbol if change is None else change.value
+            wanted.append(fitting(slot, final))
+            finals.append(final)
+            updates.append(final._expr if is_scalar(final) else Expr("const", (final if is_number(final) else 0,)))
+        appended, lists = [], []
+        for change in changed.values():
+            if change.key is APPEND:
+                if not all(isinstance(value, jax.Array) for value in change.value):
+                    raise DoesNotThread("where it appends what is no array to a list")
+                appended += change.value
+                lists.append((change.container, len(change.value)))
+            else:
+                wanted.append(new_slot(change, start))
+        settled = len(wanted) == len(slots) and all(map(alike, wanted, slots))
+        device = arrays_of(updates)
+        arrays = [self._session.arrays[part] for part in device]
+        state = [slot.on_device(final) for slot, final in zip(slots, finals, strict=True)] if settled else []
+        return Body(None, wanted, settled, updates, lists, device), (state, appended, arrays)
+
+    def _settled_body(
+        self, jaxpr: Any, consts: list[Any], avals: list[Any], length: Expr | None = None
+    ) -> tuple[Body, int]:
+        """The body of a loop, traced until the types of its slots stay the same; and what its numbers are called by.
+
+        Args:
+            length: how often the loop will run, if that is known.
+        """
+        slots: list[Slot] = []
+        for _ in range(_MAX_TRIES):
+            answers, loop = len(self._session.answers), self._session.new_key()
+            body = self.trace_body(jaxpr, consts, avals, slots, loop)
+            if body.settled:
+                body = _less_what_nobody_reads(body)
+                slots = body.slots if length is None else self._wide_enough(body, loop, length)
+                if slots == body.slots:
+                    return body, loop
+                slots = [slot for slot in slots if slot.aval is not None]
+                continue
+            del self._session.answers[answers:]
+            slots = body.slots
+        raise DoesNotThread("whose type changes at each iteration")
+
+    def _wide_enough(self, body: Body, loop: int, length: Expr) -> list[Slot]:
+        """The slots of a body, ints as floats where the device has them and they grow too large for its ints."""
+        slots = []
+        for j, slot in enumerate(body.slots):
+            counted = slot.number is int and slot.aval is not None and slot.aval.dtype == jnp.int32
+            if counted and not body.device:
+                final = _repeated(int, loop, length, j, _inits(body), tuple(body.updates), ())
+                value = value_of(self._session, final)
+                if all(part.op == "leaf" for part in free(final)):  # else the loop around this one looks at the same
+                    for bound, op in ((I32_MIN, "ge"), (I32_MAX, "le")):
+                        asked = Expr(op, (final, Expr("const", (bound,))))
+                        self._session.guard(asked, value >= bound if op == "ge" else value <= bound)
+                    if device_kind(value) is float:
+                        slot = dataclasses.replace(slot, aval=weak_aval(float))
+            slots.append(slot)
+        return slots
+
+    def scan(self, eqn: Any, values: list[Any]) -> list[Any]:
+        params = eqn.params
+        n_consts, n_carry = _compat.scan_split(params)
+        consts, carry, xs = values[:n_consts], values[n_consts : n_consts + n_carry], values[n_consts + n_carry :]
+        avals = [v.aval for v in _compat.open_jaxpr(params["jaxpr"])[0].invars[n_consts:]]
+        answers = len(self._session.answers)
+        try:
+            length = Expr("const", (params["length"],))
+            body, loop = self._settled_body(params["jaxpr"], consts, avals, length)
+        except DoesNotThread as error:
+            del self._session.answers[answers:]
+            if params["length"] > MAX_UNROLL:
+                raise Unsupported(
+                    f"a hook inside a `scan` of {params['length']} iterations writes Python state, and {error}: such a "
+                    f"scan is unrolled, up to {MAX_UNROLL} iterations. Keep what changes in numbers and arrays of one "
+                    "shape and dtype, and use jnp.where on them."
+                ) from None
+            return self._unrolled(params, consts, carry, xs)
+        carried = [slot for slot in body.slots if slot.aval is not None]
+        n_state, n_own = len(carried), len(eqn.outvars) - n_carry
+
+        def step(state_and_carry: Any, x: Any) -> Any:
+            outs = evaluate(body.jaxpr, [*state_and_carry[0], *state_and_carry[1], *x])
+            state, own = outs[:n_state], outs[n_state : n_state + n_carry]
+            return (state, own), outs[n_state + n_carry :]
+
+        options = {key: params[key] for key in ("length", "reverse", "unroll", "_split_transpose") if key in params}
+        start = [slot.on_device(slot.init) for slot in carried]
+        (state, carry), ys = jax.lax.scan(step, (start, carry), xs, **options)
+        appended, device = ys[n_own : len(ys) - len(body.device)], ys[len(ys) - len(body.device) :]
+        if params["reverse"]:
+            device = [jnp.flip(array, 0) for array in device]
+        self._leave_loop(body, loop, length, state, device)
+        turns = range(params["length"])
+        for i in reversed(turns) if params["reverse"] else turns:
+            rest = iter(appended)
+            for container, count in body.appended:
+                items = [jax.lax.index_in_dim(next(rest), i, keepdims=False) for _ in range(count)]
+                self._lift.put(container, APPEND, items)
+        return [*carry, *ys[:n_own]]
+
+    def _unrolled(self, params: Any, consts: list[Any], carry: list[Any], xs: list[Any]) -> list[Any]:
+        turns = range(params["length"])
+        rows: list[Any] = [None] * len(turns)
+        for i in reversed(turns) if params["reverse"] else turns:
+            x = [jax.lax.index_in_dim(array, i, keepdims=False) for array in xs]
+            outs = self._run(params["jaxpr"], [*consts, *carry, *x])
+            carry, rows[i] = outs[: len(carry)], outs[len(carry) :]
+        return [*carry, *(jnp.stack(column) for column in zip(*rows, strict=True))]
+
+    def while_(self, eqn: Any, values: list[Any]) -> list[Any]:
+        params = eqn.params
+        n_cond, n_body = params["cond_nconsts"], params["body_nconsts"]
+        cond, consts, init = values[:n_cond], values[n_cond : n_cond + n_body], values[n_cond + n_body :]
+        try:
+            # What hooks in the condition write is no state of the body: that is refused below.
+            body, loop = self._settled_body(params["body_jaxpr"], consts, [jax.typeof(value) for value in init])
+        except DoesNotThread as error:
+            raise Unsupported(
+                f"a hook inside a `while` loop writes Python state, and {error}. Keep what changes in numbers and "
+                "arrays of one shape and dtype, and use jnp.where on them."
+            ) from None
+        if body.appended or body.device:
+            raise Unsupported(
+                "a hook inside a `while` loop appends to a list, or counts in a branch: nobody knows how often the "
+                "loop will run. Write numbers and arrays there, or use lax.scan."
+            )
+        carried = [slot for slot in body.slots if slot.aval is not None]
+        n_state = len(carried)
+
+        def step(carry: Any) -> Any:
+            outs = evaluate(body.jaxpr, [*carry[1], *carry[2]])
+            return carry[0] + 1, outs[:n_state], outs[n_state:]
+
+        def goes_on(carry: Any) -> Any:
+            before = self._lift.mark()
+            (answer,) = self._run(params["cond_jaxpr"], [*cond, *carry[2]])
+            if changes := self._lift.changes(before):
+                self._lift.back_to(before)
+                raise refusal(eqn, changes[0], "in the loop's condition")
+            return answer
+
+        start = [slot.on_device(slot.init) for slot in carried]
+        count, state, outs = jax.lax.while_loop(goes_on, step, (jnp.int32(0), start, init))
+        self._leave_loop(body, loop, self._session.array(count), state, [])
+        return outs
+
+    def _leave_loop(self, body: Body, loop: int, length: Expr, state: list[Any], device: list[Any]) -> None:
+        """Writes what slots hold after a loop."""
+        keys = tuple(map(self._session.array, device))
+        places = {part: Expr("each", (loop, m)) for m, part in enumerate(body.device)}
+        updates = tuple(substitute(expr, places.get) for expr in body.updates)
+        inits = _inits(body)
+        arrays = iter(state)
+        finals: list[Any] = []
+        for j, slot in enumerate(body.slots):
+            value = next(arrays) if slot.aval is not None else None
+            if slot.number is not None:
+                expr = _repeated(slot.number, loop, length, j, inits, updates, keys)
+                value = number_of(self._session, expr)
+            finals.append(value)
+        for slot, value in zip(body.slots, finals, strict=True):
+            self._lift.put(slot.container, slot.key, value)
+
+
+def _inits(body: Body) -> tuple[Expr, ...]:
+    return tuple(ZERO if slot.number is None else expr_of(slot.init) for slot in body.slots)
+
+
+def _repeated(number: type, loop: int, length: Expr, j: int, inits: Any, updates: Any, each: Any) -> Expr:
+    """What the j-th of several numbers is after a loop."""
+    update, me = updates[j], Expr("loop", (loop, j))
+    if update == me:
+        return inits[j]
+    if number is int and length.op == "const" and update.op == "add" and update.args[0] == me:
+        if update.args[1].op == "const" and type(update.args[1].args[0]) is int:
+            return folded("add", [inits[j], Expr("const", (update.args[1].args[0] * length.args[0],))])
+    return Expr("repeat", (number, loop, length, j, inits, updates, each))
+
+
+def _less_what_nobody_reads(body: Body) -> Body:
+    """Numbers that nothing on the device depends on are left to the host: their slots get no aval."""
+    opened, consts = _compat.open_jaxpr(body.jaxpr)
+    n = len(body.slots)
+    live = {v for v in opened.outvars[n:] if not isinstance(v, jex_core.Literal)}
+    kept = [slot.number is None for slot in body.slots]
+    while True:
+        live.update(v for v, keep in zip(opened.outvars, kept, strict=False) if keep)
+        for eqn in reversed(opened.eqns):
+            if eqn.effects or not live.isdisjoint(eqn.outvars):
+                live.update(v for v in eqn.invars if not isinstance(v, jex_core.Literal))
+        now = [keep or v in live for v, keep in zip(opened.invars, kept, strict=False)]
+        if now == kept:
+            break
+        kept = now
+    eqns = [eqn for eqn in opened.eqns if eqn.effects or not live.isdisjoint(eqn.outvars)]
+    pick = [i for i, keep in enumerate(kept) if keep]
+    jaxpr = opened.replace(
+        invars=[*(opened.invars[i] for i in pick), *opened.invars[n:]],
+        outvars=[*(opened.outvars[i] for i in pick), *opened.outvars[n:]],
+        eqns=eqns,
+        debug_info=opened.debug_info._replace(arg_names=None, result_paths=None),
+    )
+    slots = [
+        slot if keep else dataclasses.replace(slot, aval=None) for slot, keep in zip(body.slots, kept, strict=True)
+    ]
+    return body._replace(jaxpr=jex_core.ClosedJaxpr(jaxpr, consts), slots=slots)

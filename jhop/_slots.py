@@ -1,0 +1,200 @@
+"""What hooks write inside the body of a loop, a branch or a call, and how it is told outside."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jhop import _compat
+from jhop._container import MISSING, Container
+from jhop._errors import Unsupported
+from jhop._expr import Expr, free, substitute
+from jhop._lifted import Session
+from jhop._replay import as_number, number_of
+from jhop._scalar import device_kind, is_scalar, weak_aval
+from jhop._state import APPEND, Mark, Write
+from jhop._walk import is_number
+
+
+class DoesNotThread(Exception):
+    """What a body does to state cannot be a carry of a loop."""
+
+
+@dataclasses.dataclass
+class Slot:
+    """A slot that a body writes.
+
+    Attributes:
+        init: what it holds before.
+        number: the Python type of a number; None for an array.
+        aval: of what stands for it in the body.
+    """
+
+    container: Container
+    key: Any
+    init: Any
+    number: type | None
+    aval: Any
+
+    @property
+    def place(self) -> tuple[int, Any]:
+        return id(self.container), self.key
+
+    def on_device(self, value: Any) -> Any:
+        """A value of the slot as the device has it."""
+        if self.number is not None:
+            twin = value._twin if is_scalar(value) else jnp.asarray(value)
+            return as_number(twin, float if jnp.issubdtype(self.aval.dtype, jnp.inexact) else int)
+        value = jnp.asarray(value._twin if is_scalar(value) else value)
+        value = _compat.with_weak_type(jax.lax.convert_element_type(value, self.aval.dtype), self.aval.weak_type)
+        return _compat.as_varying_as(value, self.aval)
+
+
+class Written:
+    """What a body wrote, and how it is told outside: arrays are results of the body, numbers are expressions."""
+
+    def __init__(self, changes: list[Write], session: Session, outside: set[Expr]):
+        self._changes = changes
+        self._session = session
+        self._tracers: list[Any] = []
+        numbers = [value._expr for change in changes for value in values_of(change) if is_scalar(value)]
+        self._parts = arrays_of(numbers, outside)
+        self._specs = [(c.container, c.key, self._spec(c)) for c in changes]
+        self._tracers += [session.arrays[part] for part in self._parts]
+
+    def _spec(self, change: Write) -> Any:
+        return [self._spec_of(value) for value in values_of(change)]
+
+    def _spec_of(self, value: Any) -> Any:
+        if is_scalar(value):
+            return ("number", value._expr)
+        if isinstance(value, _compat.Tracer):
+            self._tracers.append(value)
+            return ("array", len(self._tracers) - 1)
+        return ("const", value)
+
+    def take(self) -> list[Any]:
+        """The tracers, which are let go of."""
+        tracers, self._tracers = self._tracers, []
+        self._changes = []
+        return tracers
+
+    def filled(self, arrays: list[Any]) -> list[Write]:
+        """The changes, with values of the trace around the body."""
+        first = len(arrays) - len(self._parts)
+        keys = dict(zip(self._parts, map(self._session.array, arrays[first:]), strict=True))
+
+        def value(kind: str, content: Any) -> Any:
+            if kind == "number":
+                return number_of(self._session, substitute(content, keys.get))
+            return arrays[content] if kind == "array" else content
+
+        changes = []
+        for container, key, specs in self._specs:
+            values = [value(*spec) for spec in specs]
+            changes.append(Write(container, key, values if key is APPEND else values[0] if values else None))
+        return changes
+
+
+def values_of(change: Write) -> list[Any]:
+    if change.key is None:
+        return []
+    return list(change.value) if change.key is APPEND else [change.value]
+
+
+ZERO = Expr("const", (0,))
+
+
+def arrays_of(exprs: Iterable[Expr], outside: Collection[Expr] = ()) -> list[Expr]:
+    """What expressions read from the device, less what is known `outside`."""
+    parts = dict.fromkeys(part for expr in exprs for part in free(expr))
+    return [part for part in parts if part.op == "device" and part not in outside]
+
+
+def number_type(value: Any) -> type | None:
+    """The type of a number, lifted or not; None for anything else."""
+    if is_scalar(value):
+        return type(value._value)
+    return type(value) if is_number(value) else None
+
+
+def expr_of(number: Any) -> Expr:
+    return number._expr if is_scalar(number) else Expr("const", (number,))
+
+
+def new_slot(change: Write, start: list[Mark]) -> Slot:
+    """The slot for something that was found to be written."""
+    if change.key is None or change.value is MISSING:
+        raise DoesNotThread("what it holds gets other entries")
+    items = next(dict(mark.items) for mark in start if mark.container is change.container)
+    if change.key not in items:
+        raise DoesNotThread("what it holds gets other entries")
+    init = items[change.key]
+    number = number_type(init)
+    if number is None and not isinstance(init, (jax.Array, np.ndarray)):
+        raise DoesNotThread(f"it holds a {type(init).__name__}")
+    if number is not None:
+        aval = jax.typeof(init._twin) if is_scalar(init) else weak_aval(device_kind(init))
+    else:
+        aval = jax.typeof(init)
+    return fitting(Slot(change.container, change.key, init, number, aval), change.value)
+
+
+def fitting(slot: Slot, value: Any) -> Slot:
+    """A slot that can hold a value too which a body put there."""
+    number = number_type(value)
+    if slot.number is not None and number is not None:
+        kind = float if float in (slot.number, number) else int
+        return slot if kind is slot.number else dataclasses.replace(slot, number=kind, aval=weak_aval(kind))
+    if not isinstance(value, (jax.Array, np.ndarray)):
+        raise DoesNotThread(f"it holds a {type(value).__name__} then")
+    aval = jax.typeof(value)
+    if slot.number is not None:
+        if aval.shape:
+            raise DoesNotThread("a number becomes an array")
+        return dataclasses.replace(slot, number=None, aval=aval)
+    same_shape(slot, aval)
+    return slot if slot.aval == aval else dataclasses.replace(slot, aval=aval)
+
+
+def same_shape(slot: Slot, aval: Any) -> None:
+    if slot.aval.shape != aval.shape:
+        raise DoesNotThread(f"its shape changes from {slot.aval.shape} to {aval.shape}")
+
+
+def alike(one: Slot, other: Slot) -> bool:
+    return (one.place, one.number, one.aval) == (other.place, other.number, other.aval)
+
+
+def traced_with(fn: Callable[..., tuple[Any, list[Any]]], avals: list[Any]) -> tuple[Any, Any]:
+    """(jaxpr, what else the function returned) for a function that returns that and the results."""
+    found: list[Any] = []
+
+    def run(*flat: Any) -> list[Any]:
+        try:
+            known, outs = fn(*flat)
+        except DoesNotThread as error:  # raised in a trace, JAX would keep the trace's values
+            known, outs = error.with_traceback(None), []
+        found.append(known)
+        return outs
+
+    closed = jax.make_jaxpr(run)(*avals)
+    if isinstance(found[0], DoesNotThread):
+        raise found[0]
+    return closed, found[0]
+
+
+def refusal(eqn: Any, change: Write, why: str = "") -> Unsupported:
+    place = change.container.path if change.key is None else change.container.path_of(change.key)
+    if change.key is APPEND:
+        place = change.container.path
+    return Unsupported(
+        f"a hook inside `{eqn.primitive}` writes Python state (`{place}`){why and f', {why}'}. Keep there what "
+        "changes in numbers and arrays of one shape and dtype, move the hooked value out, or carry the state "
+        "through it as an array."
+    )
