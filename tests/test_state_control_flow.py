@@ -389,7 +389,8 @@ def test_nested_scans_are_not_unrolled(make):
 
         return lax.scan(outer, x, None, length=70)[0].sum()
 
-    step = jhop.jit(jax.grad(lambda x: of(x, make(Box()))), fullgraph=True)
+    hook = make(Box())
+    step = jhop.jit(jax.grad(lambda x: of(x, hook)), fullgraph=True)
     assert len(jhop.inline(step.graph(X)).jaxpr.eqns) < 40
 
 
