@@ -188,11 +188,11 @@ def bind_with_body(
         more: how many results the body has more than before; they are the same on every device.
     """
     jaxpr, _ = open_jaxpr(eqn.params["jaxpr"])
-    specs = (*eqn.params["out_specs"], *(jax.sharding.PartitionSpec(),) * more)
-    params = eqn.primitive.get_bind_params({**eqn.params, "out_specs": specs})
+    given = {**eqn.params, "out_specs": (*eqn.params["out_specs"], *(jax.sharding.PartitionSpec(),) * more)}
+    params = eqn.primitive.get_bind_params(given)
     # How results are packed for the primitive has no public name: a jaxpr that hands its inputs on does it.
     identity, _ = open_jaxpr(jax.make_jaxpr(lambda *values: values)(*(0 for _ in range(len(jaxpr.outvars) + more))))
-    (pack,) = eqn.primitive.get_bind_params({**eqn.params, "jaxpr": identity})["subfuns"]
+    (pack,) = eqn.primitive.get_bind_params({**given, "jaxpr": identity})["subfuns"]
     params["subfuns"] = (lambda *values: pack(*body(list(values))),)
     params["debug_info"] = jaxpr.debug_info._replace(result_paths=None)
     with eqn.ctx.manager:

@@ -109,7 +109,7 @@ def _code(expr: Expr, leaf: Callable[[Any], str], names: dict[Cut, str]) -> str:
         value = expr.args[0]
         if isinstance(value, float) and not math.isfinite(value):
             return f"float({str(value)!r})"
-        return f"({value!r})"
+        return repr(value) if str(value)[0].isdigit() else f"({value!r})"
     if expr.op == "repeat":
         _, loop, length, index, inits, updates, each = expr.args
         start = f"({''.join(f'{_code(part, leaf, names)}, ' for part in inits)})"
@@ -162,6 +162,15 @@ def parts_of(expr: Expr, *, updates: bool = True) -> list[Expr]:
         _, _, length, _, inits, repeated, each = expr.args
         return [length, *inits, *(repeated if updates else ()), *each]
     return [part for part in expr.args if isinstance(part, Expr)]
+
+
+def reads_device(expr: Expr) -> bool:
+    """Whether an expression asks which branch was taken, or goes through an array with a loop."""
+    if expr.op == "choose" or (expr.op == "repeat" and expr.args[-1]):
+        return True
+    return any(map(reads_device, (part for part in parts_of(expr)))) or any(
+        reads_device(part.expr) for part in _cuts_in(expr)
+    )
 
 
 def substitute(expr: Expr, change: Callable[[Expr], Expr | None]) -> Expr:

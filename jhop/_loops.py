@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.extend.core as jex_core
 import jax.numpy as jnp
 
 from jhop import _compat
@@ -22,7 +21,20 @@ from jhop._interp import evaluate
 from jhop._lifted import Session
 from jhop._replay import number_of, value_of
 from jhop._scalar import I32_MAX, I32_MIN, Scalar, device_kind, is_scalar, weak_aval
-from jhop._slots import ZERO, DoesNotThread, Slot, alike, arrays_of, expr_of, fitting, new_slot, refusal, traced_with
+from jhop._slots import (
+    ZERO,
+    DoesNotThread,
+    Slot,
+    alike,
+    arrays_of,
+    expr_of,
+    fitting,
+    less_dead,
+    new_slot,
+    refusal,
+    traced_with,
+    variables,
+)
 from jhop._state import APPEND, Lift, Mark, Write
 from jhop._walk import is_number
 
@@ -302,28 +314,21 @@ def _repeated(number: type, loop: int, length: Expr, j: int, inits: Any, updates
 
 def _less_what_nobody_reads(body: Body) -> Body:
     """Numbers that nothing on the device depends on are left to the host: their slots get no aval."""
-    opened, consts = _compat.open_jaxpr(body.jaxpr)
+    opened, _ = _compat.open_jaxpr(body.jaxpr)
     n = len(body.slots)
-    live = {v for v in opened.outvars[n:] if not isinstance(v, jex_core.Literal)}
+    live = variables(opened.outvars[n:])
     kept = [slot.number is None for slot in body.slots]
     while True:
-        live.update(v for v, keep in zip(opened.outvars, kept, strict=False) if keep)
+        live |= variables(v for v, keep in zip(opened.outvars, kept, strict=False) if keep)
         for eqn in reversed(opened.eqns):
             if eqn.effects or not live.isdisjoint(eqn.outvars):
-                live.update(v for v in eqn.invars if not isinstance(v, jex_core.Literal))
+                live |= variables(eqn.invars)
         now = [keep or v in live for v, keep in zip(opened.invars, kept, strict=False)]
         if now == kept:
             break
         kept = now
-    eqns = [eqn for eqn in opened.eqns if eqn.effects or not live.isdisjoint(eqn.outvars)]
-    pick = [i for i, keep in enumerate(kept) if keep]
-    jaxpr = opened.replace(
-        invars=[*(opened.invars[i] for i in pick), *opened.invars[n:]],
-        outvars=[*(opened.outvars[i] for i in pick), *opened.outvars[n:]],
-        eqns=eqns,
-        debug_info=opened.debug_info._replace(arg_names=None, result_paths=None),
-    )
     slots = [
         slot if keep else dataclasses.replace(slot, aval=None) for slot, keep in zip(body.slots, kept, strict=True)
     ]
-    return body._replace(jaxpr=jex_core.ClosedJaxpr(jaxpr, consts), slots=slots)
+    dead = [i for i, keep in enumerate(kept) if not keep]
+    return body._replace(jaxpr=less_dead(body.jaxpr, dead), slots=slots)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import jax
+import jax.extend.core as jex_core
 import jax.numpy as jnp
 import numpy as np
 
@@ -47,10 +48,11 @@ class Slot:
 
     def on_device(self, value: Any) -> Any:
         """A value of the slot as the device has it."""
-        if self.number is not None:
-            twin = value._twin if is_scalar(value) else jnp.asarray(value)
-            return as_number(twin, float if jnp.issubdtype(self.aval.dtype, jnp.inexact) else int)
         value = jnp.asarray(value._twin if is_scalar(value) else value)
+        if jax.typeof(value) == self.aval:
+            return value
+        if self.number is not None:
+            return as_number(value, float if jnp.issubdtype(self.aval.dtype, jnp.inexact) else int)
         value = _compat.with_weak_type(jax.lax.convert_element_type(value, self.aval.dtype), self.aval.weak_type)
         return _compat.as_varying_as(value, self.aval)
 
@@ -186,7 +188,36 @@ def traced_with(fn: Callable[..., tuple[Any, list[Any]]], avals: list[Any]) -> t
     closed = jax.make_jaxpr(run)(*avals)
     if isinstance(found[0], DoesNotThread):
         raise found[0]
-    return closed, found[0]
+    return less_dead(closed), found[0]
+
+
+def less_dead(closed: Any, dead: Collection[int] = ()) -> Any:
+    """A jaxpr less the equations and constants that no result depends on: numbers leave such steps behind.
+
+    Args:
+        dead: places of results, and inputs, that are left out too.
+    """
+    opened, consts = _compat.open_jaxpr(closed)
+    outs = [v for i, v in enumerate(opened.outvars) if i not in dead]
+    live, eqns = variables(outs), []
+    for eqn in reversed(opened.eqns):
+        if eqn.effects or not live.isdisjoint(eqn.outvars):
+            eqns.append(eqn)
+            live |= variables(eqn.invars)
+    kept = [(v, const) for v, const in zip(opened.constvars, consts, strict=True) if v in live]
+    jaxpr = opened.replace(
+        constvars=[v for v, _ in kept],
+        invars=[v for i, v in enumerate(opened.invars) if i not in dead],
+        outvars=outs,
+        eqns=eqns[::-1],
+        debug_info=opened.debug_info._replace(arg_names=None, result_paths=None),
+    )
+    return jex_core.ClosedJaxpr(jaxpr, [const for _, const in kept])
+
+
+def variables(atoms: Iterable[Any]) -> set[Any]:
+    """The atoms that are no literals."""
+    return {atom for atom in atoms if not isinstance(atom, jex_core.Literal)}
 
 
 def refusal(eqn: Any, change: Write, why: str = "") -> Unsupported:

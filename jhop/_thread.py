@@ -179,7 +179,10 @@ class Threads:
             with self._loops.putting_back(start):
                 outs = self._run(jaxpr, args)
                 found[:] = [Written(self._lift.changes(start), self._session, outside)]
-                return [*outs, *found[0].take()]
+                arrays = found[0].take()
+                if _compat.binds_axes(eqn):
+                    check_the_same_everywhere(eqn, arrays)
+                return [*outs, *arrays]
 
         outs = rebuild(eqn, values, run, more=more)
         n = len(eqn.outvars)
@@ -202,3 +205,18 @@ def _padded(closed: Any, n: int, avals: list[Any], first: int) -> Any:
         return [*outs[:n], *before, *own, *after]
 
     return jax.make_jaxpr(run)(*(v.aval for v in opened.invars))
+
+
+def check_the_same_everywhere(eqn: Any, arrays: list[Any]) -> None:
+    """Raises where hooks inside `shard_map` made arrays of state that may differ from device to device."""
+    varying = sorted({axis for array in arrays for axis in _compat.varying_axes(jax.typeof(array))})
+    if varying:
+        raise Unsupported(
+            f"a hook inside `shard_map` writes Python state that varies over the mesh axes {varying}: there is one such "
+            "object for all devices. Reduce what it keeps (jax.lax.psum, pmean) over them."
+        )
+    if arrays and not eqn.params["check_vma"]:
+        raise Unsupported(
+            "a hook inside `shard_map(..., check_vma=False)` writes an array to Python state, of which nobody knows "
+            "whether it is the same on all devices. Use check_vma=True, or keep numbers there."
+        )

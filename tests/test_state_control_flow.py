@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.sharding import PartitionSpec as P
+from under import make_mesh
 
 import jhop
 
@@ -494,6 +496,79 @@ def test_branch_says_what_it_cannot_do(make):
     before = str(box.state())
     with pytest.raises(jhop.Unsupported, match="inside `cond`"):
         compiled(in_cond, hook)(X)
+    assert str(box.state()) == before
+
+
+# Devices.
+
+
+def normalizes(box):
+    """What it keeps is the same on all devices."""
+
+    def hook(ct):
+        norm = jnp.sqrt(lax.psum(jnp.sum(ct * ct), "a"))
+        box.last = 0.9 * box.last + 0.1 * norm
+        box.n += 1
+        return ct / (box.n + norm)
+
+    return hook
+
+
+def whole(box):
+    """The same on one device, of all shards."""
+
+    def hook(ct):
+        norm = jnp.sqrt(jnp.sum(ct * ct))
+        box.last = 0.9 * box.last + 0.1 * norm
+        box.n += 1
+        return ct / (box.n + norm)
+
+    return hook
+
+
+def sharded(body, **options):
+    mesh = make_mesh((4,), ("a",))
+    return lambda x: jax.shard_map(body, mesh=mesh, in_specs=P("a"), out_specs=P("a"), **options)(x).sum()
+
+
+@named("scanned", [False, True], ids=["once", "in a scan"])
+def test_in_shard_map(scanned):
+    boxes = Box(), Box()
+
+    def program(flow, hook):
+        def once(x):
+            return jhop.hook(jnp.sin(x), hook) ** 2
+
+        return (lambda x: flow.scan(lambda c, _: (once(c), None), x, length=3)[0]) if scanned else once
+
+    x = jnp.arange(8, dtype=jnp.float32)
+    step = jhop.jit(jax.grad(sharded(program(JAX, normalizes(boxes[0])))), fullgraph=True)
+    for _ in range(2):
+        agree(step(x), jax.grad(lambda x: program(PYTHON, whole(boxes[1]))(x).sum())(x))
+        agree(boxes[0].state(), boxes[1].state())
+    assert step.versions() == 1
+
+
+@named("check_vma", [True, False])
+def test_number_in_shard_map_is_counted_once(check_vma):
+    box = Box()
+    of = sharded(lambda x: jhop.hook(jnp.sin(x), counts_and_uses(box)) ** 2, check_vma=check_vma)
+    step = jhop.jit(jax.grad(of), fullgraph=True)
+    x = jnp.arange(8, dtype=jnp.float32)
+    for n in (5, 7):
+        np.testing.assert_allclose(step(x), (2 * jnp.sin(x) * n + 0.5) * jnp.cos(x), rtol=1e-5)
+        assert box.n == n
+
+
+@named(("make", "check_vma", "said"), [(accumulates, True, r"varies over the mesh axes \['a'\]"),
+                                       (normalizes, False, "check_vma=False")])  # fmt: skip
+def test_state_that_may_differ_from_device_to_device(make, check_vma, said):
+    box = Box()
+    box.table["sum"] = jnp.float32(0)
+    before = str(box.state())
+    of = sharded(lambda x: jhop.hook(jnp.sin(x), lambda ct: make(box)(ct.sum()) + ct) ** 2, check_vma=check_vma)
+    with pytest.raises(jhop.Unsupported, match=said):
+        jhop.jit(jax.grad(of), fullgraph=True)(jnp.arange(8, dtype=jnp.float32))
     assert str(box.state()) == before
 
 

@@ -15,8 +15,10 @@ import numpy as np
 
 from jhop import _compat
 from jhop._boundary import accumulate_grad_p, aot_prologue_p, validate_outputs_p
+from jhop._expr import reads_device, to_code
 from jhop._graph import NO_INFO, Info
 from jhop._interp import inner_jaxprs
+from jhop._replay import replay_p
 from jhop._scalar import scalar_p
 from jhop._source import Origin, describe_hook, hook_name
 from jhop._text import _jax_higher as higher
@@ -186,6 +188,12 @@ class Writer:
             self.shared.numbers.update(eqn.outvars)
             kind = eqn.params["kind"].__name__
             self._assign(eqn, pieces.arithmetic(eqn, self.operands(eqn, plain=True)), None, local, type=kind)
+        elif primitive is replay_p and not reads_device(eqn.params["expr"]):
+            self.shared.numbers.update(eqn.outvars)
+            numbers = self.operands(eqn, plain=True)
+            self.shared.imports.add("from functools import reduce")
+            code = to_code(eqn.params["expr"], numbers.__getitem__)
+            self._assign(eqn, code, None, local, type=eqn.params["kind"].__name__)
         elif primitive is trace_wrapped_p:
             self._hook(eqn, texts, local)
         else:
