@@ -212,8 +212,8 @@ def check_the_same_everywhere(eqn: Any, arrays: list[Any]) -> None:
     varying = sorted({axis for array in arrays for axis in _compat.varying_axes(jax.typeof(array))})
     if varying:
         raise Unsupported(
-            f"a hook inside `shard_map` writes Python state that varies over the mesh axes {varying}: there is one such "
-            "object for all devices. Reduce what it keeps (jax.lax.psum, pmean) over them."
+            f"a hook inside `shard_map` writes Python state that varies over the mesh axes {varying}, and there is one "
+            "such object for all devices. Reduce what it keeps (jax.lax.psum, pmean) over them."
         )
     if arrays and not eqn.params["check_vma"]:
         raise Unsupported(
