@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import array
+import contextvars
+import ctypes
+import functools
 import sys
 import types
 from typing import Any
@@ -41,3 +45,22 @@ def is_user_class(cls: type) -> bool:
         return True
     filename = getattr(sys.modules.get(cls.__module__), "__file__", None)
     return filename is None or is_user_file(filename) or cls.__module__.split(".")[0] == "jhop"
+
+
+_UNLIFTABLE = (
+    bytearray, memoryview, array.array, functools._lru_cache_wrapper, contextvars.ContextVar, ctypes._SimpleCData,
+    ctypes.Structure, ctypes.Array,
+)  # fmt: skip
+_LOCKS = {"_thread", "threading", "queue", "_queue", "multiprocessing"}
+_NO_LOCKS = {"_local", "local", "Thread", "_MainThread"}
+
+
+def why_not_lifted(cls: type) -> str | None:
+    """Why the state of an instance cannot be lifted, and what to do; None where it can, or has none."""
+    if hasattr(cls, "__next__"):
+        return ": an iterator keeps a position that cannot be lifted into a graph. Keep a counter and index with it"
+    if issubclass(cls, _UNLIFTABLE):
+        return ", whose contents cannot be lifted into a graph. Use a list or an array"
+    if cls.__module__.partition(".")[0] in _LOCKS and cls.__qualname__ not in _NO_LOCKS:
+        return ": it would be asked once, when the hook is traced. Lock around the call of the compiled function"
+    return None

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -18,13 +17,15 @@ import jax.export
 import numpy as np
 
 from jhop import _compat, _state, backends
+from jhop._cut import reach_of
 from jhop._errors import JhopError, Unsupported
 from jhop._graph import GraphModule, hooks_in
-from jhop._inline import inline
-from jhop._program import DoesNotFit
-from jhop._source import describe_hook
+from jhop._inline import CannotRunOnHost, inline, refuse_under_vmap
+from jhop._program import DoesNotFit, Program
+from jhop._source import describe_hook, hook_name, warn
 from jhop._text._symbols import ShapeEnv
 from jhop._trace_wrapped import trace_wrapped_p
+from jhop._walk import Walk
 
 MAX_ENTRIES = 32  # versions of one graph; the oldest gives way
 _compiled: weakref.WeakSet[CompiledGraph] = weakref.WeakSet()
@@ -134,8 +135,7 @@ class CompiledGraph:
         except Unsupported as error:
             if self._fullgraph or not on_host:
                 raise
-            self._warn(error)
-            entry = _Entry(self.gm, backends.eager(self.gm, flat), _shapes_of(flat), error)
+            entry = self._cut(flat, error) or self._on_host(flat, error)
         else:
             example = [*flat, *(gm.lifted.read() if gm.lifted is not None else [])]
             run = backends.run_backend(self._backend, gm, example, self._where)
@@ -155,12 +155,10 @@ class CompiledGraph:
     def _warn_of_misses(self) -> None:
         if not self._warned:
             self._warned = True
-            warnings.warn(
+            warn(
                 f"`{self.gm.name}` was traced more than {MAX_ENTRIES} times, the last time because "
                 f"{self.misses[-1] if self.misses else 'a number changed its type'}. What changes at every call should "
-                "be a number or an array in an attribute, not something that Python control flow depends on.",
-                UserWarning,
-                stacklevel=6,
+                "be a number or an array in an attribute, not something that Python control flow depends on."
             )
 
     def _inline(self, flat: list[Any]) -> GraphModule:
@@ -198,18 +196,54 @@ class CompiledGraph:
             )
         return [jax.numpy.asarray(out) if isinstance(out, np.ndarray) else out for out in outs]
 
-    def _warn(self, error: Unsupported) -> None:
+    def _cut(self, flat: list[Any], refused: Unsupported) -> _Entry | None:
+        """A graph that is cut at the hooks that cannot be traced; None where that will not do."""
+        transform = backends.transform_of(self._backend)
+        found = [hook.base for hook, _ in hooks_in(self.gm.jaxpr)]
+        reasons: dict[int, str] = {}  # by place in `found`
+        error: Unsupported | None = refused
+        new: dict[int, str] = {}
+        while transform is not None:
+            if error is not None:
+                refusals = [(i, _refusal_of(hook, error)) for i, hook in enumerate(found)]
+                new = {i: str(refusal) for i, refusal in refusals if refusal is not None}
+            on_host = [found[i] for i in {**reasons, **new}]
+            if new.keys() <= reasons.keys():
+                return None
+            reasons |= {i: why for i, why in new.items() if i not in reasons}
+            try:
+                self.gm.check(flat)
+                gm, error = inline(self.gm, on_host=on_host), None
+            except CannotRunOnHost as another:
+                raise another from refused
+            except Unsupported as another:
+                error = another
+                continue
+            new = {i: f"it shares {path} with a hook that cannot" for i, path in _sharing(gm, found, on_host).items()}
+            if not new:
+                for i, reason in reasons.items():
+                    warn(
+                        f"{describe_hook(found[i])} runs on the host at each run. The compiled graph is cut in two "
+                        "there: the device waits for the hook, and nothing is fused across the cut. It cannot be "
+                        f"traced: {reason}"
+                    )
+                return _Entry(gm, Program(gm, transform), _shapes_of(flat), refused)
+        return None
+
+    def _on_host(self, flat: list[Any], error: Unsupported) -> _Entry:
+        """The whole graph, operation by operation."""
         jaxpr, _ = _compat.open_jaxpr(self.gm.jaxpr)
         found = [(hook, eqn) for hook, eqn in hooks_in(jaxpr) if eqn.primitive is trace_wrapped_p]
         if any(eqn not in jaxpr.eqns for _, eqn in found):
             raise error  # hooks inside loops and other inner functions: only tracing gets there
+        for hook, _ in found:
+            refuse_under_vmap(hook)
         names = ", ".join(describe_hook(hook.base) for hook, _ in found)
-        warnings.warn(
+        warn(
             f"The graph runs on the host, one operation at a time, with every hook called at each run ({names}), "
-            f"because one of them cannot be traced: {error}",
-            UserWarning,
-            stacklevel=5,
+            f"because one of them cannot be traced: {error}"
         )
+        return _Entry(self.gm, backends.eager(self.gm, flat), _shapes_of(flat), error)
 
     def entry(self, flat: list[Any]) -> _Entry:
         """The version for these inputs, traced if there is none. Inputs may be `jax.ShapeDtypeStruct`s.
@@ -237,6 +271,37 @@ class CompiledGraph:
             self._entries.clear()
             self.misses.clear()
         self._last = None
+
+
+def _refusal_of(hook: Any, error: Unsupported) -> Unsupported | None:
+    """Why a hook cannot be traced, if it is the one of an error, or if it has state that nobody can lift."""
+    if error.hook is not None:
+        return error if error.hook is hook else None
+    try:
+        Walk([(hook_name(hook), hook)])
+    except Unsupported as refused:
+        return refused
+    return None
+
+
+def _sharing(gm: GraphModule, hooks: list[Any], on_host: list[Any]) -> dict[int, str]:
+    """(place in `hooks`, path) of those in a graph whose lifted state hooks on the host can reach too."""
+    assert gm.lifted is not None
+    reached = {(id(c.obj), c.kind): c.names for c in reach_of(on_host).containers}
+    slots = [(slot.container, slot.key, slot.path) for slot in gm.lifted.slots]
+    slots += [(write.container, write.key, write.container.path_of(write.key)) for write in gm.lifted.writes]
+    shared: dict[tuple[int, str], str] = {}
+    for container, key, path in slots:
+        place = id(container.obj), container.kind
+        names: Any = reached.get(place, ())
+        if names is None or key in names or (names and not isinstance(key, str)):
+            shared[place] = f"`{path}`"
+    found = {}
+    for i, hook in enumerate(hooks):
+        if shared and not any(hook is other for other in on_host):
+            mine = [shared.get((id(c.obj), c.kind)) for c in reach_of([hook]).containers]
+            found.update({i: path for path in mine if path is not None})  # noqa: B035 (one of them will do)
+    return found
 
 
 def _shapes_of(flat: list[Any]) -> tuple[Any, ...]:

@@ -43,6 +43,14 @@ class HookFn:
         """A function derived from this one by a transformation; its state stays that of the same hook."""
         return HookFn(self._base, call, f"{rule}[{self.name}]", (rule, self.key, *key), self.kind)
 
+    def rules(self) -> set[str]:
+        """The transformations that it was derived by."""
+        found, key = set[str](), self.key
+        while key[0] in ("jvp", "transpose", "vmap"):
+            found.add(key[0])
+            key = key[1]
+        return found
+
     # JAX caches by parameters: equal keys mean that one trace may serve both.
     def __hash__(self) -> int:
         return hash(self.key)

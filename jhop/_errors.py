@@ -27,6 +27,9 @@ class Unsupported(JhopError):
     Raised before anything was printed, written or assigned. The message names the call, the hook and its
     source line, and what to use instead.
 
+    Attributes:
+        hook: the callable, where it is known which one it is.
+
     Example:
         >>> import jax, jhop
         >>> grad = jhop.jit(jax.grad(lambda x: jhop.hook(x, print) * 3.0), fullgraph=True)
@@ -36,3 +39,5 @@ class Unsupported(JhopError):
         ...     print("print" in str(error))
         True
     """
+
+    hook: object = None

@@ -45,13 +45,16 @@ from jhop._walk import Leaf, Walk, is_number
 _CAPTURED = Info(stage="captured")
 
 
-def inline(gm: GraphModule, *, avals: list[Any] | None = None, shapes: Any = ()) -> GraphModule:
+def inline(
+    gm: GraphModule, *, avals: list[Any] | None = None, shapes: Any = (), on_host: Sequence[Any] = ()
+) -> GraphModule:
     """Replaces every hook equation by the equations of the hook, and lifts the Python state that hooks touch.
 
     Args:
         gm: a captured graph; each hook is one `trace_wrapped` equation, at any depth.
         avals: other input avals to trace with, such as ones with symbolic dimensions.
         shapes: the symbols in `avals`, as `GraphModule.shapes`.
+        on_host: hooks that stay opaque, as they are to run on the host.
 
     Returns:
         A graph without `trace_wrapped`: its inputs grow by the state that is read, its outputs by the state that is
@@ -70,24 +73,39 @@ def inline(gm: GraphModule, *, avals: list[Any] | None = None, shapes: Any = ())
     if not isinstance(gm, GraphModule):
         raise JhopError(f"jhop.inline: expected a GraphModule, such as jhop.make_fx gives, got {type(gm).__name__}.")
     with _state.LOCK:
-        return _Inliner(gm, shapes).run(avals)
+        return _Inliner(gm, shapes, on_host).run(avals)
+
+
+class CannotRunOnHost(Unsupported):
+    """A hook that cannot be traced is where it cannot run on the host either."""
+
+
+def refuse_under_vmap(hook: HookFn) -> None:
+    """Raises where a hook that cannot be traced gets one example's cotangent."""
+    if "vmap" in hook.rules():
+        raise CannotRunOnHost(
+            f"{describe_hook(hook.base)} cannot be traced, and under jax.vmap it cannot run on the host: there is one "
+            "call for all examples. Hook a value outside of jax.vmap, or change the hook."
+        )
 
 
 class _Inliner:
-    def __init__(self, gm: GraphModule, shapes: Any):
+    def __init__(self, gm: GraphModule, shapes: Any, on_host: Sequence[Any]):
         self._gm = gm
+        self._on_host = on_host
         self._shapes = shapes
         self._jaxpr, _ = _compat.open_jaxpr(gm.jaxpr)
         self._recorder = Recorder()
         self._session = Session(self._recorder)
-        self._walk = Walk(_hook_roots(gm, self._jaxpr))
+        self._walk = Walk(_hook_roots(gm, self._jaxpr, on_host))
         self._hides_state = _runs_state_from_c(self._walk)
         self._hooked: dict[int, tuple[bool, Any]] = {}  # whether there are hooks in a jaxpr, by its id
         self._writes: list[_state.Write] = []
         self._state_outs: list[Any] = []
         self._lift: _state.Lift | None = None
         self._threads: Threads | None = None
-        self._staging: Any = None  # the trace of the hook that runs
+        self._top: Any = None  # the trace that makes the graph
+        self._staging: Any = None  # that of the hook which runs
         self._unread: list[Container] = []
         self._watched: list[Any] = []  # weak references to arrays that hooks saw or made
 
@@ -137,6 +155,7 @@ class _Inliner:
             if is_scalar(symbol):
                 self._session.symbols[symbol._expr] = symbol
                 self._session.note_step(symbol)
+        self._top = _compat.staging()
         with _state.Lift(self._walk, symbols) as lift:
             self._lift, self._threads = lift, Threads(lift, self._session, self._evaluate)
             reached = [container.obj for container in self._walk.containers]
@@ -144,7 +163,7 @@ class _Inliner:
                 outs = Splice(self._gm.jaxpr, self._stays).evaluate(list(flat[:n]), self._rule, self._carry)
             self._collect(lift)
             self._unread = lift.untouched()
-            self._lift = self._threads = None
+            self._lift = self._threads = self._top = None
         outs, self._state_outs = [*outs, *self._state_outs], []
         self._session.close()
         return outs
@@ -192,8 +211,11 @@ class _Inliner:
 
     def _rule(self, eqn: Any, values: list[Any]) -> list[Any] | None:
         if eqn.primitive is trace_wrapped_p:
+            hook = eqn.params["fn"]
+            if any(hook.base is other for other in self._on_host):
+                return self._leave(eqn, values)
             with _compat.in_place_of(eqn, source=False):  # its equations have their own source
-                return self._run_hook(eqn.params["fn"], values)
+                return self._run_hook(hook, values)
         return None if self._stays(eqn) else self._inline_inner(eqn, values)
 
     def _stays(self, eqn: Any) -> bool:
@@ -244,6 +266,18 @@ class _Inliner:
             )
         return outs
 
+    def _leave(self, eqn: Any, values: list[Any]) -> list[Any]:
+        """A hook that is to run on the host: the graph is cut there."""
+        hook = eqn.params["fn"]
+        if _compat.staging() is not self._top:
+            raise CannotRunOnHost(
+                f"{describe_hook(hook.base)} cannot be traced, and it is inside a loop, a branch or another function "
+                "of JAX's, where it cannot run on the host. Move the hooked value out of there, or change the hook."
+            )
+        refuse_under_vmap(hook)
+        with inlining(None):
+            return _compat.bind_eqn(eqn, values)
+
     def _run_hook(self, hook: HookFn, values: list[Any]) -> list[Any]:
         answers, clean, staging = len(self._session.answers), False, self._staging
         self._staging = _compat.staging()
@@ -260,10 +294,15 @@ class _Inliner:
                     f"{describe_hook(hook.base)} asks for the value of a number that hooks in a branch or loop "
                     "wrote, which is known only once the graph ran. Keep it as an array, and use jnp.where on it."
                 )
+        except Unsupported as error:
+            error.hook = hook.base
+            raise
         except JhopError:
             raise
         except Exception as error:
-            raise Unsupported(explain(hook, error)) from error
+            refused = Unsupported(explain(hook, error))
+            refused.hook = hook.base
+            raise refused from error
         finally:
             self._staging = staging
             # JAX keeps traces of what the hook jitted, such as `jnp.sum`. One of the user's own code may have read our
@@ -308,11 +347,12 @@ class _Inliner:
         return pruned, tuple(leaf for _, leaf in kept)
 
 
-def _hook_roots(gm: GraphModule, jaxpr: Any) -> list[tuple[str, Any]]:
-    """(path, callable) per hook equation, in the order in which they run."""
+def _hook_roots(gm: GraphModule, jaxpr: Any, on_host: Sequence[Any]) -> list[tuple[str, Any]]:
+    """(path, callable) per hook equation that is inlined, in the order in which they run."""
     hooks = [hook for hook, eqn in hooks_in(jaxpr) if eqn.primitive is trace_wrapped_p]
     places = gm.backward.hook_index if gm.backward is not None else range(len(hooks))
-    return [(f"L['hooks'][{place}]", hook.base) for place, hook in zip(places, hooks, strict=True)]
+    found = [(f"L['hooks'][{place}]", hook.base) for place, hook in zip(places, hooks, strict=True)]
+    return [(path, base) for path, base in found if not any(base is hook for hook in on_host)]
 
 
 def _runs_state_from_c(walk: Walk) -> bool:

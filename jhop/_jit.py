@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import inspect
 import types
-import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -26,7 +25,7 @@ from jhop._guards import Guards
 from jhop._lookups import Lookups
 from jhop._options import Options
 from jhop._program import DoesNotFit
-from jhop._source import hook_name
+from jhop._source import hook_name, warn
 from jhop._static import Static
 from jhop._step import OtherTypes, Signature, Step
 
@@ -196,12 +195,10 @@ class Jitted:
     def _warn_of_traces(self, reason: str | None) -> None:
         if not self._warned:
             self._warned = True
-            warnings.warn(
+            warn(
                 f"jhop.jit: `{hook_name(self._fn)}` was traced more than {WARN_AFTER} times for arguments of the same "
                 f"types, the last time because {reason}. What the function itself reads is part of what is compiled: "
-                "pass what changes as an argument.",
-                UserWarning,
-                stacklevel=4,
+                "pass what changes as an argument."
             )
 
     def _capture(self, args: Any, kwargs: Any, signature: Signature) -> _Version:
@@ -211,8 +208,10 @@ class Jitted:
             traced = jax.jit(_another(self._fn), **self._options.given).trace(*args, **kwargs)
         signature.out_tree = jax.tree.structure(traced.out_info)
         gm = self._graph_of(traced, args, kwargs)
+        backend: Any = functools.partial(Step, signature=signature)
+        backend.transform = jax.jit
         compiled = CompiledGraph(
-            gm, backend=functools.partial(Step, signature=signature), fullgraph=self._fullgraph, dynamic=False,
+            gm, backend=backend, fullgraph=self._fullgraph, dynamic=False,
             where="jhop.jit",
         )  # fmt: skip
         hooks = hooks_in(gm.jaxpr)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import types
-import warnings
 import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -23,7 +22,7 @@ from jhop._container import MISSING
 from jhop._guards import Guards
 from jhop._interp import inner_jaxprs
 from jhop._ran import note_code_that_runs
-from jhop._source import is_user_file
+from jhop._source import is_user_file, warn
 from jhop._walk import MAX_CONTAINERS, Walk
 
 
@@ -105,11 +104,9 @@ class Lookups:
                 keys = [key for key in keys if key not in now or old.get(key) is not None]
             changed += ((id(container), key) for key in keys)
         if walk.truncated:
-            warnings.warn(
+            warn(
                 f"jhop: `{self._roots[0][0]}` can reach more than {MAX_CONTAINERS} Python objects. A change in one "
-                "that was not looked at is not seen after the function was traced: pass it what it uses.",
-                UserWarning,
-                stacklevel=2,
+                "that was not looked at is not seen after the function was traced: pass it what it uses."
             )
         guards = Guards(walk, [], frozen=True, ignore_slots=changed, ignore_keys=grown)
         if inner := _inner_functions(self.walk, jaxprs):

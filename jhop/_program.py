@@ -13,6 +13,7 @@ import jax.extend.core as jex_core
 import numpy as np
 
 from jhop import _compat
+from jhop._cut import cut, is_cut
 from jhop._expr import CODE_NAMES, step_code, to_code
 from jhop._graph import GraphModule
 from jhop._interp import evaluate, symbols_in
@@ -29,7 +30,7 @@ class Program:
 
     Attributes:
         consts: arrays that the graph closes over; they are the first inputs of the device's function.
-        device: `transform` of the function of arrays.
+        device: `transform` of the function of arrays; where hooks run on the host, of each piece between them.
     """
 
     def __init__(self, gm: GraphModule, transform: Callable[..., Any]):
@@ -75,7 +76,10 @@ class Program:
             eqns=device_eqns,
             debug_info=jaxpr.debug_info._replace(arg_names=None, result_paths=None),
         )
-        self.device = transform(self._make_device(device))
+        if is_cut(device):
+            self.device = cut(device, lambda piece: transform(self._make_device(piece)))
+        else:
+            self.device = transform(self._make_device(device))
 
     def _make_device(self, device: Any) -> Callable[..., list[Any]]:
         symbolic = bool(self._gm.shapes) and bool(symbols_in([v.aval for v in device.invars]))

@@ -24,6 +24,7 @@ import linecache
 import os
 import sys
 import sysconfig
+import warnings
 from collections.abc import Iterable
 from types import CodeType, MethodType
 from typing import Any, Final
@@ -143,6 +144,14 @@ def file_kind(filename: str) -> FileKind:
 def is_user_file(filename: str) -> bool:
     """True unless the file belongs to JAX or what it is built on, to the standard library or to jhop."""
     return file_kind(filename) is FileKind.USER
+
+
+def warn(message: str) -> None:
+    """Warns, in the name of the line of the user's code that called jhop."""
+    frame, level = sys._getframe(1), 2
+    while frame is not None and not is_user_file(frame.f_code.co_filename):
+        frame, level = frame.f_back, level + 1  # type: ignore[assignment]
+    warnings.warn(message, UserWarning, stacklevel=level)
 
 
 # Equations: where do they come from?

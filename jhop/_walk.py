@@ -11,11 +11,8 @@ names occur in reachable code, and containers. Each place that holds a value is 
 from __future__ import annotations
 
 import abc
-import array
 import builtins
 import collections
-import contextvars
-import ctypes
 import functools
 import gc
 import operator
@@ -29,7 +26,7 @@ import jax
 import numpy as np
 
 from jhop import _compat
-from jhop._classes import OPAQUE_ROOTS, is_generated, is_opaque, is_user_class
+from jhop._classes import OPAQUE_ROOTS, is_generated, is_opaque, is_user_class, why_not_lifted
 from jhop._container import Container, builtin_kind
 from jhop._errors import Unsupported
 from jhop._library import FUNCTIONS, cells_of, held, inside
@@ -43,10 +40,6 @@ _IMMUTABLE = {str, bytes, bool, complex, range, type(None), type(Ellipsis), type
 _VIEWS: tuple[type, ...] = (types.MappingProxyType, type({}.keys()), type({}.values()), type({}.items()))
 # Their instances hold no Python state that a hook could read past JAX.
 _STANDARD_CONTAINERS = {"collections", "types", "argparse", "weakref", "_weakrefset", "functools"}
-_UNLIFTABLE = (
-    bytearray, memoryview, array.array, functools._lru_cache_wrapper, contextvars.ContextVar, ctypes._SimpleCData,
-    ctypes.Structure, ctypes.Array,
-)  # fmt: skip
 _BUILTINS = frozenset(dir(builtins))  # those that Python comes with are taken for granted
 _NEVER = ("__dict__", "__weakref__", "__doc__", "__module__", "__slots__", "__qualname__")
 T = TypeVar("T")
@@ -354,17 +347,8 @@ class Walk:
 
     def _visit_instance(self, value: Any, path: str) -> None:
         cls = type(value)
-        if hasattr(cls, "__next__"):
-            self._refuse(
-                f"a hook reads `{path}`, a {cls.__name__}: an iterator keeps a position that cannot be lifted into a "
-                "graph. Keep a counter and index with it, or use fullgraph=False."
-            )
-            return
-        if isinstance(value, _UNLIFTABLE):
-            self._refuse(
-                f"a hook reads `{path}`, a {cls.__name__}, whose contents cannot be lifted into a graph. Use a list or "
-                "an array, or fullgraph=False."
-            )
+        if (reason := why_not_lifted(cls)) is not None:
+            self._refuse(f"a hook reads `{path}`, a {cls.__name__}{reason}, or use fullgraph=False.")
             return
         if isinstance(value, np.ndarray):
             self._refuse(

@@ -69,6 +69,15 @@ def xla_program(gm: GraphModule) -> Callable[..., list[Any]]:
 NAMED: dict[str, Backend] = {"eager": eager, "aot_eager": aot_eager, "xla": xla, "inductor": xla}
 
 
+def transform_of(backend: Any) -> Callable[..., Any] | None:
+    """What a backend does to a function of arrays; None for one of the user's, which takes whole graphs only."""
+    return getattr(backend, "transform", {eager: _as_it_is, aot_eager: _as_it_is, xla: jax.jit}.get(backend))
+
+
+def _as_it_is(function: Any) -> Any:
+    return function
+
+
 def find(backend: Any, where: str) -> Backend:
     """The backend function for a name or a callable.
 

@@ -41,6 +41,7 @@ LAYERS = (
     "_splice",
     "_rebuild",
     "_graph",
+    "_cut",
     "_program",
     "_capture",
     "_guards",

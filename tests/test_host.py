@@ -1,0 +1,297 @@
+"""Hooks that cannot be traced, without `fullgraph=True`: they run on the host at each run, the rest stays compiled."""
+
+import threading
+import types
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jhop
+
+X = jnp.array([0.5, -1.0, 2.0], jnp.float32)
+
+
+def compiled(program, *hooks, **options):
+    """Calls `jhop.jit` of the gradient, and collects the warnings of the first call in `.warnings`."""
+    step = jhop.jit(jax.grad(lambda x: program(x, *hooks)), **options)
+
+    def call(*args):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            out = step(*args)
+        call.warnings += [str(warning.message) for warning in caught]
+        call.places += [warning.filename for warning in caught]
+        return out
+
+    call.warnings, call.places, call.step = [], [], step
+    return call
+
+
+def chain(x, *hooks):
+    for i, hook in enumerate(hooks):
+        x = jhop.hook(jnp.sin(x) * (1.5 + i), hook)
+    return (x**2).sum()
+
+
+def agree(got, expected):
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+
+class Prints:
+    """Prints, and looks at values."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, ct):
+        self.calls += 1
+        print(f"call {self.calls}: {float(ct[0]):.3f}")
+        return ct * (2.0 if ct.sum() > 0 else 3.0)
+
+
+def test_hook_runs_at_each_run_and_the_rest_is_compiled(capsys):
+    traced, box = [], types.SimpleNamespace(n=0)
+
+    def counts(ct):
+        box.n += 1
+        traced.append(jnp.shape(ct))
+        return ct * 1.25
+
+    def clips(ct):
+        return ct.clip(-2.0, 2.0)
+
+    own, theirs = Prints(), Prints()
+    step = compiled(chain, counts, own, clips, counts)
+    for i in range(3):
+        x = X * (i + 1)
+        got = step(x)
+        printed = capsys.readouterr().out
+        n = len(traced)
+        agree(got, jax.grad(lambda x: chain(x, counts, theirs, clips, counts))(x))
+        assert printed == capsys.readouterr().out != ""
+        del traced[n:]
+    assert (own.calls, box.n) == (3, 12)
+    assert len(step.warnings) == 1
+    assert step.warnings[0].startswith("hook `Prints` (test_host.py:") and "it reads the value" in step.warnings[0]
+    assert step.places == [__file__]
+
+
+def test_each_such_hook_is_warned_of_once():
+    def first(ct):
+        print("first", end="")
+        return ct * 2
+
+    def second(ct):
+        return ct * float(ct.max())
+
+    step = compiled(chain, first, lambda ct: ct * 3, second)
+    for _ in range(3):
+        step(X)
+    assert [warning.split("`")[1].rpartition(".")[2] for warning in step.warnings] == ["second", "first"]
+    agree(step(X), jax.grad(lambda x: chain(x, first, lambda ct: ct * 3, second))(X))
+
+
+def test_order_is_that_of_eager():
+    def program(make):
+        order = []
+
+        def hook(name):
+            def on_host(ct):
+                order.append((name, float(ct[0])))
+                return ct * 2
+
+            return on_host
+
+        fn = make(jax.grad(lambda x: chain(x, hook("a"), lambda ct: ct * 3, hook("b"), hook("c"))))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            out = fn(X)
+        return out, order
+
+    (got, ours), (expected, theirs) = program(jhop.jit), program(lambda fn: fn)
+    agree(got, expected)
+    assert [name for name, _ in ours] == [name for name, _ in theirs] == ["c", "b", "a"]
+    agree([value for _, value in ours], [value for _, value in theirs])
+
+
+def sharing(box):
+    """One hook that can be traced, and one that cannot; each sees what the other did."""
+
+    def counts(ct):
+        box.n += 1
+        return ct * box.n
+
+    def tells(ct):
+        box.n *= 10
+        print(box.n, end=" ")
+        return ct + box.n
+
+    return counts, tells, counts
+
+
+def test_hooks_that_share_state_go_to_the_host_together(capsys):
+    boxes = types.SimpleNamespace(n=1), types.SimpleNamespace(n=1)
+    step = compiled(chain, *sharing(boxes[0]))
+    for _ in range(3):
+        got = step(X)
+        ours = capsys.readouterr().out
+        agree(got, jax.grad(lambda x: chain(x, *sharing(boxes[1])))(X))
+        assert (boxes[0].n, ours) == (boxes[1].n, capsys.readouterr().out)
+    assert any("it shares" in warning and ".n`" in warning for warning in step.warnings)
+
+
+def test_error_is_the_hook_s_own_and_nothing_was_written():
+    box, log = types.SimpleNamespace(n=0), types.SimpleNamespace(calls=0, seen=[])
+
+    def counts(ct):
+        box.n += 1
+        return ct * 2
+
+    def fails(ct):
+        log.calls += 1
+        log.seen.append(float(ct[0]))
+        if log.calls == 2:
+            raise ZeroDivisionError("as it happens")
+        return ct * 3
+
+    step = compiled(chain, fails, counts)
+    first = step(X)
+    with pytest.raises(ZeroDivisionError, match="as it happens"):
+        step(X)
+    assert (box.n, log.calls, len(log.seen)) == (1, 1, 1)
+    log.calls = 7
+    agree(step(X), first)
+    assert (box.n, log.calls, len(log.seen)) == (2, 8, 2)
+
+
+def test_state_that_nobody_can_lift():
+    box = types.SimpleNamespace(lock=threading.Lock(), n=0)
+
+    def locks(ct):
+        with box.lock:
+            box.n += 1
+        return ct * 2
+
+    step = compiled(chain, locks, lambda ct: ct * 3)
+    for _ in range(2):
+        agree(step(X), jax.grad(lambda x: chain(x, lambda ct: ct * 2, lambda ct: ct * 3))(X))
+    assert box.n == 2
+    assert len(step.warnings) == 1 and "locks" in step.warnings[0]
+
+
+def test_hook_in_an_inner_jit_and_with_a_tracer():
+    """What it closes over is there as a value."""
+
+    def program(x, seen, jit):
+        scale = x[2] * 2
+
+        def hook(ct):
+            seen.append(float(scale))
+            return ct * scale
+
+        return (jit(lambda x: jhop.hook(jnp.sin(x), hook) * 3)(x) ** 2).sum()
+
+    seen = [], []
+    step = compiled(program, seen[0], jax.jit)
+    for x in (X, X * 2):
+        agree(step(x), jax.grad(lambda x: program(x, seen[1], lambda fn: fn))(x))
+    assert seen[0] == seen[1] == [4.0, 8.0]
+
+
+def test_arguments_results_and_static_arguments():
+    def hook(ct):
+        print(end="")
+        return jax.tree.map(lambda leaf: leaf * 2, ct)
+
+    def loss(params, x, *, power, scale):
+        params = jhop.hook(params, hook)
+        return (scale * params["w"] * x + params["b"][0]).sum() ** power, {"aux": x + 1}
+
+    def of(fn):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return fn({"w": X, "b": [X * 3]}, X, power=2, scale=jnp.float32(1.5))
+
+    grad = jax.value_and_grad(loss, has_aux=True)
+    jax.tree.map(agree, of(jhop.jit(grad, static_argnames="power")), of(grad))
+
+
+def test_not_in_a_loop_and_not_under_vmap():
+    def hook(ct):
+        print("never", end="")
+        return ct
+
+    def scanned(x, hook):
+        return jax.lax.scan(lambda c, _: (jhop.hook(c * 2, hook), None), x, length=3)[0].sum()
+
+    with pytest.raises(jhop.Unsupported, match="inside a loop") as caught:
+        compiled(scanned, hook)(X)
+    assert "print" in str(caught.value.__cause__)
+    mapped = jhop.jit(jax.vmap(jax.grad(lambda x: jhop.hook(jnp.sin(x), hook) ** 2)))
+    with pytest.raises(jhop.Unsupported, match=r"under jax\.vmap it cannot run on the host"):
+        mapped(X)
+
+
+def test_ahead_of_time_there_is_no_host():
+    def hook(ct):
+        print("never", end="")
+        return ct
+
+    step = jhop.jit(jax.grad(lambda x: chain(x, hook)))
+    with pytest.raises(jhop.Unsupported, match="print"):
+        step.lower(X)
+
+
+@pytest.mark.parametrize("backend", ["xla", "eager", "aot_eager"])
+def test_compiled_functions_of_tensors(backend, capsys):
+    box = types.SimpleNamespace(n=0)
+
+    def counts(ct):
+        box.n += 1
+        return ct * 2
+
+    def prints(ct):
+        print(f"{float(ct[0]):.1f}", end=" ")
+        return ct + 1
+
+    def loss(x):
+        y = x * 3.0
+        y.register_hook(prints)
+        z = y * y
+        z.register_hook(counts)
+        return z.sum()
+
+    results = []
+    for fn in (loss, jhop.compile(loss, backend=backend)):
+        x = jhop.tensor([1.0, 2.0], requires_grad=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            fn(x).backward()
+        results.append((x.grad.tolist(), capsys.readouterr().out))
+    assert results[0] == results[1]
+    assert box.n == 2
+
+
+def test_backend_of_the_user_gets_no_part_of_a_graph(capsys):
+    graphs = []
+
+    def backend(gm, example_inputs):
+        graphs.append(gm)
+        return gm
+
+    def hook(ct):
+        print("hook", end="")
+        return ct * 2
+
+    def loss(x):
+        y = x * 3.0
+        y.register_hook(hook)
+        return (y * y).sum()
+
+    x = jhop.tensor([1.0, 2.0], requires_grad=True)
+    with pytest.warns(UserWarning, match="one operation at a time"):
+        jhop.compile(loss, backend=backend)(x).backward()
+    assert (x.grad.tolist(), capsys.readouterr().out) == ([36.0, 72.0], "hook")
