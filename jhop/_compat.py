@@ -323,6 +323,11 @@ def varying_axes(aval: Any) -> frozenset[str]:
     return frozenset(getattr(aval, "vma", ()))
 
 
+def in_shard_map() -> bool:
+    """Whether what is traced in this thread runs on each device of a mesh by itself."""
+    return bool(jax.sharding.get_abstract_mesh().manual_axes)
+
+
 def as_varying_as(value: Any, aval: Any) -> Any:
     """A value as one that may differ over the manual mesh axes over which an aval's may."""
     missing = varying_axes(aval) - varying_axes(jax.typeof(value))

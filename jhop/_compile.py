@@ -17,10 +17,10 @@ import jax.export
 import numpy as np
 
 from jhop import _compat, _state, backends
-from jhop._cut import reach_of
+from jhop._cut import CannotRunOnHost, on_host, reach_of, refuse_under_vmap
 from jhop._errors import JhopError, Unsupported
 from jhop._graph import GraphModule, hooks_in
-from jhop._inline import CannotRunOnHost, inline, refuse_under_vmap
+from jhop._inline import inline
 from jhop._program import DoesNotFit, Program
 from jhop._source import describe_hook, hook_name, warn
 from jhop._text._symbols import ShapeEnv
@@ -89,7 +89,8 @@ class CompiledGraph:
             if not (same_types and entry is not None and entry.holds()):
                 entry = self._find(flat)
             state = entry.read()
-            if entry.writes():  # what is read must be what is written over
+            # What is read must be what is written over; but a hook that is called back may be on another thread.
+            if entry.writes() and not entry.gm.callbacks:
                 try:
                     return self._run(entry, flat, state)
                 except DoesNotFit:
@@ -199,7 +200,7 @@ class CompiledGraph:
     def _cut(self, flat: list[Any], refused: Unsupported) -> _Entry | None:
         """A graph that is cut at the hooks that cannot be traced; None where that will not do."""
         transform = backends.transform_of(self._backend)
-        found = [hook.base for hook, _ in hooks_in(self.gm.jaxpr)]
+        found = list({id(hook.base): hook.base for hook, _ in hooks_in(self.gm.jaxpr)}.values())
         reasons: dict[int, str] = {}  # by place in `found`
         error: Unsupported | None = refused
         new: dict[int, str] = {}
@@ -207,27 +208,29 @@ class CompiledGraph:
             if error is not None:
                 refusals = [(i, _refusal_of(hook, error)) for i, hook in enumerate(found)]
                 new = {i: str(refusal) for i, refusal in refusals if refusal is not None}
-            on_host = [found[i] for i in {**reasons, **new}]
+            there = [found[i] for i in {**reasons, **new}]
             if new.keys() <= reasons.keys():
                 return None
             reasons |= {i: why for i, why in new.items() if i not in reasons}
             try:
                 self.gm.check(flat)
-                gm, error = inline(self.gm, on_host=on_host), None
+                gm, error = inline(self.gm, on_host=there), None
             except CannotRunOnHost as another:
                 raise another from refused
             except Unsupported as another:
                 error = another
                 continue
-            new = {i: f"it shares {path} with a hook that cannot" for i, path in _sharing(gm, found, on_host).items()}
+            new = {i: f"it shares {path} with a hook that cannot" for i, path in _sharing(gm, found, there).items()}
             if not new:
                 for i, reason in reasons.items():
                     warn(
                         f"{describe_hook(found[i])} runs on the host at each run. The compiled graph is cut in two "
-                        "there: the device waits for the hook, and nothing is fused across the cut. It cannot be "
-                        f"traced: {reason}"
+                        "there, and inside a loop or a branch it calls back: the device waits for the hook, and "
+                        f"nothing is fused across it. It cannot be traced: {reason}"
                     )
-                return _Entry(gm, Program(gm, transform), _shapes_of(flat), refused)
+                hooks = [found[i] for i in reasons]
+                run = on_host(Program(gm, transform), hooks, gm.callbacks)
+                return _Entry(gm, run, _shapes_of(flat), refused)
         return None
 
     def _on_host(self, flat: list[Any], error: Unsupported) -> _Entry:
@@ -284,10 +287,10 @@ def _refusal_of(hook: Any, error: Unsupported) -> Unsupported | None:
     return None
 
 
-def _sharing(gm: GraphModule, hooks: list[Any], on_host: list[Any]) -> dict[int, str]:
+def _sharing(gm: GraphModule, hooks: list[Any], there: list[Any]) -> dict[int, str]:
     """(place in `hooks`, path) of those in a graph whose lifted state hooks on the host can reach too."""
     assert gm.lifted is not None
-    reached = {(id(c.obj), c.kind): c.names for c in reach_of(on_host).containers}
+    reached = {(id(c.obj), c.kind): c.names for c in reach_of(there).containers}
     slots = [(slot.container, slot.key, slot.path) for slot in gm.lifted.slots]
     slots += [(write.container, write.key, write.container.path_of(write.key)) for write in gm.lifted.writes]
     shared: dict[tuple[int, str], str] = {}
@@ -298,7 +301,7 @@ def _sharing(gm: GraphModule, hooks: list[Any], on_host: list[Any]) -> dict[int,
             shared[place] = f"`{path}`"
     found = {}
     for i, hook in enumerate(hooks):
-        if shared and not any(hook is other for other in on_host):
+        if shared and not any(hook is other for other in there):
             mine = [shared.get((id(c.obj), c.kind)) for c in reach_of([hook]).containers]
             found.update({i: path for path in mine if path is not None})  # noqa: B035 (one of them will do)
     return found

@@ -1,18 +1,23 @@
-"""Graphs with hooks that cannot be traced: cut at each of them, so that the rest stays compiled.
+"""Graphs with hooks that cannot be traced: these run on the host at every run, with real values, in their turn.
 
-Such a hook runs on the host at every run, with real values, when its turn comes.
+At the top level the graph is cut there, so that the rest stays compiled. Inside loops and branches the compiled program
+calls the hook back, in order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
+import jax.experimental
 import jax.extend.core as jex_core
 
+from jhop import _compat
 from jhop._contract import HookFn
-from jhop._source import hook_name
-from jhop._trace_wrapped import trace_wrapped_p
+from jhop._errors import Unsupported
+from jhop._source import describe_hook, hook_name
+from jhop._trace_wrapped import inlining, trace_wrapped_p
 from jhop._walk import Walk
 
 
@@ -41,8 +46,6 @@ def cut(jaxpr: Any, compiled: Callable[[Any], Callable[..., Any]]) -> Callable[.
     Args:
         jaxpr: without constants; each `trace_wrapped` equation at its top level is a hook that runs on the host.
         compiled: makes a function of a jaxpr without hooks.
-
-    The function puts the Python state that those hooks can reach back to what it was if anything raises.
     """
     groups: list[list[Any]] = [[]]
     for eqn in jaxpr.eqns:
@@ -56,7 +59,6 @@ def cut(jaxpr: Any, compiled: Callable[[Any], Callable[..., Any]]) -> Callable[.
         atoms = jaxpr.outvars if group is None else [atom for eqn in group for atom in eqn.invars]
         last.update((atom, index) for atom in atoms if not isinstance(atom, jex_core.Literal))
     pieces = [_piece(jaxpr, group, index, last, compiled) for index, group in enumerate(groups)]
-    hooks = [eqn.params["fn"] for eqn in jaxpr.eqns if eqn.primitive is trace_wrapped_p]
 
     def run(*flat: Any) -> list[Any]:
         env = dict(zip(jaxpr.invars, flat, strict=True))
@@ -64,21 +66,104 @@ def cut(jaxpr: Any, compiled: Callable[[Any], Callable[..., Any]]) -> Callable[.
         def read(atom: Any) -> Any:
             return atom.val if isinstance(atom, jex_core.Literal) else env[atom]
 
-        containers = reach_of(hook.base for hook in hooks).containers
-        before = [(container, container.items()) for container in containers]
-        try:
-            for piece in pieces:
-                outs = piece.run(*map(read, piece.ins))
-                env.update(zip(piece.outs, outs, strict=True))
-                for variable in piece.done:
-                    env.pop(variable, None)
-        except BaseException:
-            for container, items in before:
-                container.restore(items)
-            raise
+        for piece in pieces:
+            outs = piece.run(*map(read, piece.ins))
+            env.update(zip(piece.outs, outs, strict=True))
+            for variable in piece.done:
+                env.pop(variable, None)
         return [read(atom) for atom in jaxpr.outvars]
 
     return run
+
+
+class Callback:
+    """A hook that a compiled program calls back."""
+
+    def __init__(self, hook: HookFn):
+        self.hook = hook
+        self.error: BaseException | None = None
+
+    def bind(self, values: list[Any], avals: Any) -> list[Any]:
+        """Puts the call into the jaxpr that is being made. What the program does in order stays in order."""
+        shapes = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals]
+        outs = jax.experimental.io_callback(self, shapes, *values, ordered=True)
+        return [_compat.with_weak_type(out, aval.weak_type) for out, aval in zip(outs, avals, strict=True)]
+
+    def __call__(self, *values: Any) -> list[Any]:
+        try:
+            return self.hook.call(*values)
+        except BaseException as error:
+            self.error = error  # JAX makes one of its own of it
+            raise
+
+
+class CannotRunOnHost(Unsupported):
+    """A hook that cannot be traced is where it cannot run on the host either."""
+
+
+def refuse_under_vmap(hook: HookFn) -> None:
+    """Raises where a hook that cannot be traced gets one example's cotangent."""
+    if "vmap" in hook.rules():
+        raise CannotRunOnHost(
+            f"{describe_hook(hook.base)} cannot be traced, and under jax.vmap it cannot run on the host: there is one "
+            "call for all examples. Hook a value outside of jax.vmap, or change the hook."
+        )
+
+
+def leave(eqn: Any, values: list[Any], top: Any, callbacks: list[Callback]) -> list[Any]:
+    """Leaves a hook to run on the host: the graph will be cut there, or the compiled program calls it back.
+
+    Args:
+        eqn: the hook's, in a jaxpr that is being inlined.
+        top: the trace that makes the graph.
+        callbacks: gets the callback.
+
+    Raises:
+        CannotRunOnHost: under vmap and in shard_map.
+    """
+    hook = eqn.params["fn"]
+    refuse_under_vmap(hook)
+    if _compat.staging() is top:
+        with inlining(None):
+            return _compat.bind_eqn(eqn, values)
+    if _compat.in_shard_map():
+        raise CannotRunOnHost(
+            f"{describe_hook(hook.base)} cannot be traced, and inside shard_map it cannot run on the host: each device "
+            "would call it. Hook a value outside of shard_map, or change the hook."
+        )
+    callback = Callback(hook)
+    callbacks.append(callback)
+    with _compat.in_place_of(eqn):
+        return callback.bind(values, eqn.params["out_avals"])
+
+
+def on_host(run: Callable[..., list[Any]], hooks: list[Any], callbacks: Sequence[Callback]) -> Callable[..., list[Any]]:
+    """A run of a graph with hooks on the host: if anything raises, the Python state that they reach is as before.
+
+    Args:
+        hooks: the hooks.
+        callbacks: those that the program calls back; their errors come out as they are.
+    """
+
+    def call(*flat: Any) -> list[Any]:
+        before = [(container, container.items()) for container in reach_of(hooks).containers]
+        for callback in callbacks:
+            callback.error = None
+        try:
+            outs = run(*flat)
+            if callbacks:
+                jax.block_until_ready(outs)
+                jax.effects_barrier()
+            return outs
+        except BaseException:
+            for container, items in before:
+                container.restore(items)
+            error = next((callback.error for callback in callbacks if callback.error is not None), None)
+            if error is not None:
+                raise error from None
+            raise
+
+    return call
 
 
 def reach_of(hooks: Any) -> Walk:

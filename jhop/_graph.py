@@ -91,6 +91,7 @@ class GraphModule:
         in_tree, out_tree: structure of arguments and results; None where both are flat.
         backward: what is known of the backward pass that this is, if it is one (`jhop._capture.Backward`).
         lifted: the Python state that is lifted, if any (`jhop._inline.Lifted`).
+        callbacks: hooks that the graph calls back inside loops, as they cannot be traced (`jhop._cut.Callback`).
         shapes: symbols of symbolic dimensions, as (symbol, input index, axis); found in the jaxpr where not given.
 
     Example:
@@ -109,6 +110,7 @@ class GraphModule:
     out_tree: Any = None
     backward: Any = None
     lifted: Any = None
+    callbacks: tuple[Any, ...] = ()
     shapes: tuple[tuple[str, int, int], ...] = ()
 
     def __post_init__(self) -> None:

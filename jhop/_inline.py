@@ -25,6 +25,7 @@ from jhop._capture import Recorder, trace
 from jhop._close import kept_apart
 from jhop._container import MISSING, Container
 from jhop._contract import HookFn
+from jhop._cut import Callback, leave
 from jhop._describe import Described, explain
 from jhop._effects import many_watches, watch
 from jhop._errors import JhopError, Unsupported
@@ -76,23 +77,11 @@ def inline(
         return _Inliner(gm, shapes, on_host).run(avals)
 
 
-class CannotRunOnHost(Unsupported):
-    """A hook that cannot be traced is where it cannot run on the host either."""
-
-
-def refuse_under_vmap(hook: HookFn) -> None:
-    """Raises where a hook that cannot be traced gets one example's cotangent."""
-    if "vmap" in hook.rules():
-        raise CannotRunOnHost(
-            f"{describe_hook(hook.base)} cannot be traced, and under jax.vmap it cannot run on the host: there is one "
-            "call for all examples. Hook a value outside of jax.vmap, or change the hook."
-        )
-
-
 class _Inliner:
     def __init__(self, gm: GraphModule, shapes: Any, on_host: Sequence[Any]):
         self._gm = gm
         self._on_host = on_host
+        self._callbacks: list[Callback] = []
         self._shapes = shapes
         self._jaxpr, _ = _compat.open_jaxpr(gm.jaxpr)
         self._recorder = Recorder()
@@ -142,6 +131,7 @@ class _Inliner:
             in_tree=self._gm.in_tree if not slots and not lifted.writes else None,
             out_tree=self._gm.out_tree if not slots and not lifted.writes else None,
             lifted=lifted,
+            callbacks=tuple(self._callbacks),
             shapes=tuple(self._shapes),
         )
 
@@ -213,7 +203,7 @@ class _Inliner:
         if eqn.primitive is trace_wrapped_p:
             hook = eqn.params["fn"]
             if any(hook.base is other for other in self._on_host):
-                return self._leave(eqn, values)
+                return leave(eqn, values, self._top, self._callbacks)
             with _compat.in_place_of(eqn, source=False):  # its equations have their own source
                 return self._run_hook(hook, values)
         return None if self._stays(eqn) else self._inline_inner(eqn, values)
@@ -265,18 +255,6 @@ class _Inliner:
                 f"Python state (`{changes[0].container.path}`). Let the outer hook write what the inner one returns."
             )
         return outs
-
-    def _leave(self, eqn: Any, values: list[Any]) -> list[Any]:
-        """A hook that is to run on the host: the graph is cut there."""
-        hook = eqn.params["fn"]
-        if _compat.staging() is not self._top:
-            raise CannotRunOnHost(
-                f"{describe_hook(hook.base)} cannot be traced, and it is inside a loop, a branch or another function "
-                "of JAX's, where it cannot run on the host. Move the hooked value out of there, or change the hook."
-            )
-        refuse_under_vmap(hook)
-        with inlining(None):
-            return _compat.bind_eqn(eqn, values)
 
     def _run_hook(self, hook: HookFn, values: list[Any]) -> list[Any]:
         answers, clean, staging = len(self._session.answers), False, self._staging

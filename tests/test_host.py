@@ -8,6 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
+from test_state_control_flow import JAX, PYTHON
+from under import make_mesh
 
 import jhop
 
@@ -219,20 +222,114 @@ def test_arguments_results_and_static_arguments():
     jax.tree.map(agree, of(jhop.jit(grad, static_argnames="power")), of(grad))
 
 
-def test_not_in_a_loop_and_not_under_vmap():
+# Inside loops and branches the compiled program calls the hook back.
+
+
+def in_scan(flow, point, x):
+    def body(c, s):
+        c = point(jnp.sin(c) * s)
+        return c, c.sum()
+
+    c, ys = flow.scan(body, x, jnp.array([1.5, 0.5, 2.0]))
+    return (c**2).sum() + ys.sum()
+
+
+def in_cond_in_scan(flow, point, x):
+    def body(c, s):
+        return flow.cond(s > 1, lambda c: point(c * s), lambda c: c * s, c), None
+
+    return (flow.scan(body, x, jnp.array([1.5, 0.5, 2.0, 0.25]))[0] ** 2).sum()
+
+
+def in_checkpoint(flow, point, x):
+    return (flow.checkpoint(lambda x: jnp.sin(point(jnp.sin(x) * 3)))(x) ** 2).sum()
+
+
+def in_checkpoint_in_scan(flow, point, x):
+    body = flow.checkpoint(lambda c, s: (point(jnp.sin(c) * s), None))
+    return (flow.scan(body, point(x), jnp.array([1.5, 0.5, 2.0]))[0] ** 2).sum()
+
+
+INSIDE = [in_scan, in_cond_in_scan, in_checkpoint, in_checkpoint_in_scan]
+
+
+def shouting(box, own):
+    """Prints what it saw, and counts; beside it, a hook that can be traced counts on its own."""
+
+    def shouts(ct):
+        box.calls += 1
+        print(f"{box.calls}: {float(ct.sum()):.4f}")
+        return ct * (2.0 if box.calls % 2 else 0.5)
+
+    def counts(ct):
+        own.n += 1
+        return ct * 1.25
+
+    def point(value):
+        return jhop.hook(jhop.hook(value, shouts), counts)
+
+    return point
+
+
+class Counter:
+    def __init__(self):
+        self.calls = self.n = 0
+
+
+@pytest.mark.parametrize("program", INSIDE)
+def test_inside_a_loop_or_a_branch(program, capsys):
+    ours, theirs = (Counter(), Counter()), (Counter(), Counter())
+    points = shouting(*ours), shouting(*theirs)
+    step = compiled(lambda x: program(JAX, points[0], x))
+    for i in range(3):
+        got = step(X * (1 + i))
+        printed = capsys.readouterr().out
+        agree(got, jax.grad(lambda x: program(PYTHON, points[1], x))(X * (1 + i)))
+        assert printed == capsys.readouterr().out != ""
+        assert [vars(box) for box in ours] == [vars(box) for box in theirs]
+    assert len(step.warnings) == 1 and "calls back" in step.warnings[0]
+
+
+@pytest.mark.parametrize("program", INSIDE)
+def test_error_inside_is_the_hook_s_own_and_nothing_was_written(program):
+    box = types.SimpleNamespace(calls=0, fails=-1, n=0)
+
+    def fails(ct):
+        box.calls += 1
+        print(end="")
+        if box.calls == box.fails:
+            raise LookupError("as it happens")
+        return ct * 2
+
+    def counts(ct):
+        own.n += 1
+        return ct
+
+    own = types.SimpleNamespace(n=0)
+    step = compiled(lambda x: program(JAX, lambda v: jhop.hook(jhop.hook(v, counts), fails), x))
+    first, calls, n = step(X), box.calls, own.n
+    box.fails = 2 * calls
+    with pytest.raises(LookupError, match="as it happens"):
+        step(X)
+    assert (box.calls, own.n) == (calls, n)
+    box.fails = -1
+    agree(step(X), first)
+    assert (box.calls, own.n) == (2 * calls, 2 * n)
+
+
+def test_not_under_vmap_and_not_in_shard_map():
     def hook(ct):
         print("never", end="")
         return ct
 
-    def scanned(x, hook):
-        return jax.lax.scan(lambda c, _: (jhop.hook(c * 2, hook), None), x, length=3)[0].sum()
-
-    with pytest.raises(jhop.Unsupported, match="inside a loop") as caught:
-        compiled(scanned, hook)(X)
-    assert "print" in str(caught.value.__cause__)
     mapped = jhop.jit(jax.vmap(jax.grad(lambda x: jhop.hook(jnp.sin(x), hook) ** 2)))
-    with pytest.raises(jhop.Unsupported, match=r"under jax\.vmap it cannot run on the host"):
+    with pytest.raises(jhop.Unsupported, match=r"under jax\.vmap it cannot run on the host") as caught:
         mapped(X)
+    assert "print" in str(caught.value.__cause__)
+    mesh = make_mesh((4,), ("a",))
+    sharded = jax.shard_map(lambda x: jhop.hook(jnp.sin(x), hook) ** 2, mesh=mesh, in_specs=P("a"), out_specs=P("a"))
+    with pytest.raises(jhop.Unsupported, match=r"inside shard_map it cannot run on the host"):
+        jhop.jit(jax.grad(lambda x: sharded(x).sum()))(jnp.arange(8.0))
 
 
 def test_ahead_of_time_there_is_no_host():
