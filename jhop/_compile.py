@@ -60,7 +60,7 @@ class CompiledGraph:
     Args:
         gm: a graph with opaque hooks.
         backend: a function `(gm, example_inputs) -> callable`.
-        fullgraph: whether a hook that cannot be traced is an error; otherwise such a graph runs on the host.
+        fullgraph: whether a hook that cannot be traced is an error; otherwise it runs on the host.
         dynamic: whether sizes are symbols in the graph, so that one trace serves all of them.
         where: the public function that made it, for messages.
     """

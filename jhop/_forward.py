@@ -202,8 +202,8 @@ def compile(
             `GraphModule`, such as compiled autograd hands out.
         backend: "eager", "aot_eager", "xla" (or "inductor", the same), or a function
             `(gm, example_inputs) -> callable` on flat lists.
-        fullgraph: whether a hook that cannot be traced is an error. Otherwise the graph it is in runs on the host, with
-            a warning.
+        fullgraph: whether a hook that cannot be traced is an error. Otherwise it runs on the host at each run, with a
+            warning, and the rest of the graph stays compiled; with a backend of your own, the whole graph runs there.
         dynamic: for a graph, whether sizes are symbols in it, so that one trace serves all sizes.
 
     Returns:

@@ -39,8 +39,8 @@ def jit(fn: Callable[..., Any] = _OPTIONS_ONLY, *, fullgraph: bool = False, **ja
     Args:
         fn: a function of arrays and pytrees that JAX can trace; hooks sit on values inside it (`jhop.hook`). Left out,
             a decorator with these options is returned.
-        fullgraph: whether a hook that cannot be traced is an error. Otherwise the function then runs operation by
-            operation, with its hooks on the host, and a warning says so.
+        fullgraph: whether a hook that cannot be traced is an error. Otherwise it runs on the host at each run, with a
+            warning: the compiled graph is cut there, and inside loops and branches it calls the hook back.
         **jax_jit_kwargs: options of `jax.jit`: static_argnums, static_argnames, donate_argnums, donate_argnames,
             in_shardings, out_shardings, keep_unused, inline, compiler_options ...
 
