@@ -145,8 +145,13 @@ def on_host(run: Callable[..., list[Any]], hooks: list[Any], callbacks: Sequence
         callbacks: those that the program calls back; their errors come out as they are.
     """
 
+    walk = reach_of(hooks)
+
     def call(*flat: Any) -> list[Any]:
-        before = [(container, container.items()) for container in reach_of(hooks).containers]
+        nonlocal walk
+        if any(slot.container.get(slot.key) is not slot.value for slot in walk.fixed):
+            walk = reach_of(hooks)  # they may lead elsewhere now
+        before = [(container, container.items()) for container in walk.containers]
         for callback in callbacks:
             callback.error = None
         try:
