@@ -22,14 +22,17 @@ from jhop import backends
 from jhop._capture import parameter_names
 from jhop._compile import MAX_ENTRIES, CompiledGraph
 from jhop._errors import JhopError
+from jhop._explain import Explains, Report, graph_report, hooks_of
 from jhop._graph import GraphModule
 from jhop._guards import Guards
+from jhop._history import History, Trace
 from jhop._joint import BoundHook, Joint, Tracing, is_dynamic, value_of
 from jhop._lookups import Lookups
 from jhop._node import Node, freed, grad_enabled
 from jhop._source import hook_name
 from jhop._static import Static
 from jhop._tensor import Tensor
+from jhop._wording import in_words
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -43,6 +46,7 @@ class _Compiled:
         diff: indices of the differentiated inputs.
         captured: Tensors that the function reaches by itself, which are inputs after its arguments.
         guards: what the function takes for granted.
+        trace: why it was traced; `static`: static arguments, in words.
     """
 
     joint: Joint
@@ -52,6 +56,15 @@ class _Compiled:
     diff: tuple[int, ...]
     captured: tuple[Tensor, ...]
     guards: Guards
+    trace: Trace
+    static: tuple[str, ...]
+
+    @property
+    def gm(self) -> GraphModule:
+        """The graph that runs at a call."""
+        return self.joint.forward
+
+    refused = None  # a forward has no state, so its hooks are compiled or an error
 
 
 class CompiledNode(Node):
@@ -81,7 +94,7 @@ class CompiledNode(Node):
         self._saved = None
 
 
-class CompiledFunction:
+class CompiledFunction(Explains):
     """What `jhop.compile(fn)` returns: `fn`, traced once per structure, shapes and dtypes of its arguments."""
 
     def __init__(self, fn: Callable[..., Any], backend: Any, fullgraph: bool):
@@ -91,6 +104,7 @@ class CompiledFunction:
         self._backend = backends.find(backend, "jhop.compile")
         self._fullgraph = fullgraph
         self._cache: dict[Any, list[_Compiled]] = {}
+        self._history = History()
         _functions.add(self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -104,7 +118,7 @@ class CompiledFunction:
         known = self._cache.setdefault(key, [])
         compiled = next((c for c in reversed(known) if c.guards.hold()), None)
         if compiled is None:
-            compiled = self._trace(args, kwargs, leaves, tree, recording)
+            compiled = self._trace(args, kwargs, leaves, tree, recording, self._reason(key, known))
             known.append(compiled)
             del known[:-MAX_ENTRIES]
         return self._run(compiled, leaves)
@@ -115,6 +129,26 @@ class CompiledFunction:
     def reset(self) -> None:
         """Forgets what was traced."""
         self._cache.clear()
+        self._history.clear()
+
+    def _reason(self, key: Any, known: list[_Compiled]) -> str:
+        """Why the function has to be traced, where there are these versions for arguments of this kind."""
+        if known:
+            return known[-1].guards.broken() or "what it looks up has changed"
+        before = next((k for k, versions in reversed(self._cache.items()) if versions), None)
+        if before is None:
+            return self._history.first()
+        if before[0] != key[0]:
+            return "arguments of another structure"
+        return "gradients are recorded or not" if before[1] != key[1] else "other types of arguments"
+
+    def _report(self) -> Report:
+        graphs = []
+        for compiled in [compiled for known in list(self._cache.values()) for compiled in list(known)]:
+            graphs.append(graph_report(compiled, hooks_of(compiled.gm), compiled.guards))
+            graphs += [] if compiled.backward is None else compiled.backward.reports()
+        note = 'backend="eager" compiles nothing.' if self._backend is backends.eager else ""
+        return Report.of("jhop.compile", hook_name(self._fn), graphs, self._history, note)
 
     def _run(self, compiled: _Compiled, leaves: list[Any]) -> Any:
         joint = compiled.joint
@@ -139,7 +173,9 @@ class CompiledFunction:
                 results[i] = Tensor(outs[i], requires_grad=True, node=node, slot=slot)
         return jax.tree.unflatten(joint.out_tree, results)
 
-    def _trace(self, args: Any, kwargs: Any, leaves: list[Any], tree: Any, recording: bool) -> _Compiled:
+    def _trace(
+        self, args: Any, kwargs: Any, leaves: list[Any], tree: Any, recording: bool, reason: str
+    ) -> _Compiled:
         aot_id = backends.take_aot_id()
         static = [(f"argument{i}", leaf) for i, leaf in enumerate(leaves) if not is_dynamic(leaf)]
         lookups = Lookups([(hook_name(self._fn), self._fn), *static])
@@ -155,8 +191,10 @@ class CompiledFunction:
         backward = None
         if joint.backward is not None:
             backward = CompiledGraph(
-                joint.backward, backend=self._callable, fullgraph=self._fullgraph, dynamic=False, where="jhop.compile"
-            )
+                joint.backward, backend=self._callable, fullgraph=self._fullgraph, dynamic=False, where="jhop.compile",
+                history=self._history, first="first backward pass",
+            )  # fmt: skip
+        words = tuple(f"{name} = {in_words(value)}" for name, value in static)
         return _Compiled(
             joint=joint,
             forward=self._callable(joint.forward, [value_of(leaf) for leaf in dynamic]),
@@ -165,6 +203,8 @@ class CompiledFunction:
             diff=tuple(diff),
             captured=captured,
             guards=lookups.guards(joint.hooks(), *(gm.jaxpr for gm in joint.graphs())),
+            trace=self._history.add(hook_name(self._fn), joint.forward, reason, words),
+            static=words,
         )
 
     def _callable(self, gm: GraphModule, example: list[Any]) -> Callable[..., list[Any]]:

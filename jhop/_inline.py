@@ -80,7 +80,7 @@ class _Inliner:
         self._jaxpr, _ = _compat.open_jaxpr(gm.jaxpr)
         self._recorder = Recorder()
         self._session = Session(self._recorder)
-        self._walk = Walk(_hook_roots(gm, self._jaxpr))
+        self._walk = Walk(hook_roots(gm))
         self._hides_state = _runs_state_from_c(self._walk)
         self._hooked: dict[int, tuple[bool, Any]] = {}  # whether there are hooks in a jaxpr, by its id
         self._writes: list[_state.Write] = []
@@ -308,9 +308,9 @@ class _Inliner:
         return pruned, tuple(leaf for _, leaf in kept)
 
 
-def _hook_roots(gm: GraphModule, jaxpr: Any) -> list[tuple[str, Any]]:
+def hook_roots(gm: GraphModule) -> list[tuple[str, Any]]:
     """(path, callable) per hook equation, in the order in which they run."""
-    hooks = [hook for hook, eqn in hooks_in(jaxpr) if eqn.primitive is trace_wrapped_p]
+    hooks = [hook for hook, eqn in hooks_in(gm.jaxpr) if eqn.primitive is trace_wrapped_p]
     places = gm.backward.hook_index if gm.backward is not None else range(len(hooks))
     return [(f"L['hooks'][{place}]", hook.base) for place, hook in zip(places, hooks, strict=True)]
 
