@@ -10,9 +10,10 @@ from typing import Any
 
 from jhop import _state
 from jhop._errors import JhopError, Unsupported
-from jhop._explain import Explains, Hook, Report, graph_report
+from jhop._explain import Explains, graph_report
 from jhop._guards import Guards
 from jhop._program import DoesNotFit
+from jhop._report import Hook, Report
 from jhop._step import Step
 
 

@@ -19,12 +19,13 @@ import numpy as np
 
 from jhop import _compat, _state, backends
 from jhop._errors import JhopError, Unsupported
-from jhop._explain import Explains, GraphReport, Report, graph_report, hooks_of
+from jhop._explain import Explains, graph_report, hooks_of
 from jhop._graph import GraphModule, hooks_in
 from jhop._guards import Guards
 from jhop._history import History, Trace
 from jhop._inline import inline
 from jhop._program import DoesNotFit
+from jhop._report import GraphReport, Report
 from jhop._source import describe_hook
 from jhop._text._symbols import ShapeEnv
 from jhop._trace_wrapped import trace_wrapped_p

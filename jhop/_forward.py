@@ -22,13 +22,14 @@ from jhop import backends
 from jhop._capture import parameter_names
 from jhop._compile import MAX_ENTRIES, CompiledGraph
 from jhop._errors import JhopError
-from jhop._explain import Explains, Report, graph_report, hooks_of
+from jhop._explain import Explains, graph_report, hooks_of
 from jhop._graph import GraphModule
 from jhop._guards import Guards
 from jhop._history import History, Trace
 from jhop._joint import BoundHook, Joint, Tracing, is_dynamic, value_of
 from jhop._lookups import Lookups
 from jhop._node import Node, freed, grad_enabled
+from jhop._report import Report
 from jhop._source import hook_name
 from jhop._static import Static
 from jhop._tensor import Tensor
@@ -138,9 +139,7 @@ class CompiledFunction(Explains):
         before = next((k for k, versions in reversed(self._cache.items()) if versions), None)
         if before is None:
             return self._history.first()
-        if before[0] != key[0]:
-            return "arguments of another structure"
-        return "gradients are recorded or not" if before[1] != key[1] else "other types of arguments"
+        return _difference(before, key)
 
     def _report(self) -> Report:
         graphs = []
@@ -220,6 +219,27 @@ _functions: weakref.WeakSet[CompiledFunction] = weakref.WeakSet()
 
 def _wants_grad(tensor: Tensor) -> bool:
     return tensor.requires_grad and tensor._trace is None
+
+
+def _difference(before: Any, now: Any) -> str:
+    """What differs between the keys of two kinds of arguments."""
+    if before[0] != now[0]:
+        return "arguments of another structure"
+    if before[1] != now[1]:
+        return f"gradients are {'' if now[1] else 'not '}recorded"
+    pairs = enumerate(zip(before[2:], now[2:], strict=True))
+    index, old, new = next((index, old, new) for index, (old, new) in pairs if old != new)
+    if isinstance(old, Static) and isinstance(new, Static):
+        words = f"was {in_words(old.value)} and is {in_words(new.value)}"
+        return f"another static argument: argument{index} {words}"
+    old, new = (in_words(key.value) if isinstance(key, Static) else _type_of(*key) for key in (old, new))
+    how = f"was {old} and is {new}" if old != new else "is weakly typed in another way"
+    return f"other types of arguments: argument{index} {how}"
+
+
+def _type_of(is_tensor: bool, requires_grad: bool, aval: Any) -> str:
+    grad = " that requires grad" if requires_grad else ""
+    return f"{'a Tensor' if is_tensor else 'an array'}{grad}, {aval.str_short()}"
 
 
 def _leaf_key(leaf: Any) -> Any:

@@ -108,7 +108,8 @@ class Guards:
         found += [Guard("type", leaf.path, type_in_words(leaf.value)) for leaf, _ in self._leaves]
         for container, keys in self._keys:
             if container.names is None and container.kind != "cell":
-                found.append(Guard("entries", container.path, f"{len(keys)} entries"))
+                count = "1 entry" if len(keys) == 1 else f"{len(keys)} entries"
+                found.append(Guard("entries", container.path, count))
             elif absent := sorted(map(str, (container.names or set()).difference(keys))):  # what is there, is read
                 found.append(Guard("absent", container.path, f"no {', '.join(map(repr, absent))}"))
         for obj, name, value in self._attributes:
@@ -123,11 +124,11 @@ class Guards:
     def broken(self) -> str | None:
         """The first thing that changed, in words, or None."""
         for obj, name, value in self._attributes:
-            if getattr(obj, name) is not value:
+            if getattr(obj, name, MISSING) is not value:
                 return f"`{name}` of {in_words(obj)} was replaced"
         for reference, alive in self._alive:
             if (reference() is not None) is not alive:
-                return f"{reference!r} lost what it refers to"
+                return "a weak reference lost what it refers to"
         for container, key, value in self._fixed:
             now = container.get(key)
             if now is not value and not (_is_by_value(value) and _equal(now, value)):

@@ -30,8 +30,12 @@ class Trace:
     arguments: tuple[str, ...]
     reason: str
 
+    def what(self) -> str:
+        """What was traced."""
+        return f"`{self.graph}` for {', '.join(self.arguments) or 'no arguments'}"
+
     def __str__(self) -> str:
-        return f"{self.number}. `{self.graph}` for {', '.join(self.arguments) or 'no arguments'}: {self.reason}"
+        return f"{self.number}. {self.what()}: {self.reason}"
 
 
 class History:

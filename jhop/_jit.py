@@ -21,13 +21,14 @@ from jhop._capture import parameter_names
 from jhop._close import closes_over_tracer
 from jhop._compile import MAX_ENTRIES, CompiledGraph
 from jhop._errors import JhopError
-from jhop._explain import Explains, Report, hooks_of
+from jhop._explain import Explains, hooks_of
 from jhop._graph import GraphModule, Input, hooks_in
 from jhop._guards import Guards
 from jhop._history import History
 from jhop._lookups import Lookups
 from jhop._options import Options
 from jhop._program import DoesNotFit
+from jhop._report import Report
 from jhop._source import hook_name
 from jhop._static import Static
 from jhop._step import OtherTypes, Signature, Step
@@ -50,7 +51,8 @@ def jit(fn: Callable[..., Any] = _OPTIONS_ONLY, *, fullgraph: bool = False, **ja
 
     Returns:
         A function of the same arguments. After each call, what hooks wrote is in the Python objects: ints are ints.
-        Its methods `trace`, `lower` and `eval_shape` are those of `jax.jit`'s, with hooks inlined; `graph` shows it.
+        Its methods `trace`, `lower` and `eval_shape` are those of `jax.jit`'s, with hooks inlined; `graph` shows it,
+        `explain` says what was lifted, what is guarded and why it was traced.
         Where anything changed that a hook closes over, or that the function itself looked up, the next call knows.
 
     Raises:

@@ -55,6 +55,7 @@ LAYERS = (
     "_inline",
     "backends",
     "_history",
+    "_report",
     "_explain",
     "_text._namespace",
     "_text._symbols",
