@@ -46,10 +46,8 @@ def explain(fn: Any) -> Report:
         JhopError: `fn` is not such a function.
 
     Example:
-        >>> import jax, jhop
-        >>> class Counter:
-        ...     n = 0
-        >>> counter = Counter()
+        >>> import jax, jhop, types
+        >>> counter = types.SimpleNamespace(n=0)
         >>> def count(ct):
         ...     counter.n += 1
         >>> step = jhop.jit(jax.grad(lambda x: (jhop.hook(x, count) ** 2).sum()))
@@ -57,7 +55,7 @@ def explain(fn: Any) -> Report:
         ...     _ = step(jax.numpy.ones(size))
         >>> report = jhop.explain(step)
         >>> [str(state) for state in report.graphs[0].state]
-        ["G['Counter'].n: int, read", "G['counter'].n: int, written"]
+        ["G['counter'].n: int, read and written"]
         >>> [trace.reason for trace in report.traces]
         ['first call', 'other types of arguments: `x` was float32[2] and is float32[3]']
     """

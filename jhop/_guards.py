@@ -116,7 +116,9 @@ class Guards:
             kind, what = ("code", "") if name == "__code__" else ("attribute", f"`{name}` of ")
             found.append(Guard(kind, f"{what}{in_words(obj)}", "the same" if kind == "code" else in_words(value)))
         found += [Guard("contents", f"what is in {in_words(value)}", "the same") for value, _ in self._contents]
-        found += [Guard("reference", in_words(ref()), "there" if there else "gone") for ref, there in self._alive]
+        for reference, there in self._alive:
+            to = f" ({in_words(reference())})" if there else ""
+            found.append(Guard("reference", f"what a weak reference is to{to}", "there" if there else "gone"))
         if self._abc_token is not None:
             found.append(Guard("classes", "what is registered with abstract base classes", "the same"))
         return tuple(dict.fromkeys(found))

@@ -99,7 +99,7 @@ class GraphReport:
         shown = {state.path for state in self.state}
         return {
             "on the host because": (self.on_host or "").splitlines(),
-            "of no use to the next call, because": [] if self.broken is None else [self.broken],
+            "does not fit now, because": [] if self.broken is None else [self.broken],
             "hooks": [str(hook) for hook in self.hooks],
             "lifted Python state": [str(state) for state in self.state],
             "guarded for the hooks": _guard_lines(self.guards, shown),

@@ -3,6 +3,7 @@
 import functools
 import gc
 import threading
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +67,7 @@ METER = """\
 Graph 1: `scaled` for x: float32[3], y: float32[]
   {equations} equations
   traced because: first call
-  of no use to the next call, because:
+  does not fit now, because:
     `(L['hooks'][0].__self__.steps + 1) % 3 == 0` was False and is True
   hooks:
     L['hooks'][0] is `Meter.clip` (test_explain.py:{clip})
@@ -156,6 +157,12 @@ def test_no_hooks_and_no_arguments():
     assert (graph.hooks, graph.state, graph.guards, graph.arguments, graph.broken) == ((), (), (), (), None)
     assert "`<lambda>` for no arguments\n  1 equation\n" in str(graph)
     assert "hooks" not in str(graph).replace("guarded for", "")
+
+
+def test_equations_of_loops_count_once():
+    step = jhop.jit(lambda x: lax.scan(lambda c, _: (jnp.sin(jnp.cos(c)), None), x, None, length=3)[0])
+    step(X)
+    assert jhop.explain(step).graphs[0].equations == 3
 
 
 def test_long_parts_are_cut_in_the_text_alone():
@@ -673,3 +680,23 @@ def test_a_hook_may_ask():
     for n in range(2, 6):
         np.testing.assert_allclose(step(X), 2 * X * n)
     assert box.n == 5 and len(jhop.explain(step).graphs) == 2
+
+
+def test_weak_references():
+    owner = Box(n=2)
+    reference = weakref.ref(owner)
+
+    def hook(ct):
+        kept = reference()
+        return ct * (7 if kept is None else kept.n)
+
+    step = jhop.jit(gradient(hook))
+    step(X)
+    assert guards_of(step, "reference") == {"what a weak reference is to (a Kept)": "there"}
+    del owner
+    gc.collect()
+    np.testing.assert_allclose(step(X), X * 14)
+    first, second = jhop.explain(step).graphs
+    assert first.broken == second.trace.reason == "a weak reference lost what it refers to"
+    assert [state.type for state in first.state] == ["nothing"]
+    assert [guard.then for guard in second.guards if guard.kind == "reference"] == ["gone"]
