@@ -18,6 +18,7 @@ from jhop._capture import make_fx as make_fx
 from jhop._errors import HookError as HookError
 from jhop._errors import JhopError as JhopError
 from jhop._errors import Unsupported as Unsupported
+from jhop._explain import explain as explain
 from jhop._forward import compile as compile
 from jhop._graph import GraphModule as GraphModule
 from jhop._hook import RemovableHandle as RemovableHandle

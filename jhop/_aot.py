@@ -10,19 +10,22 @@ from typing import Any
 
 from jhop import _state
 from jhop._errors import JhopError, Unsupported
+from jhop._explain import Explains, graph_report
 from jhop._guards import Guards
 from jhop._program import DoesNotFit
+from jhop._report import Hook, Report
 from jhop._step import Step
 
 
-class _Stage:
+class _Stage(Explains):
     """A stage of JAX's, with what jhop knows of the function."""
 
-    def __init__(self, stage: Any, name: str, guards: Guards, entry: Any):
+    def __init__(self, stage: Any, name: str, guards: Guards, entry: Any, hooks: tuple[Hook, ...]):
         self._stage = stage
         self._name = name
         self._guards = guards
         self._entry = entry
+        self._hooks = hooks
 
     def __getattr__(self, name: str) -> Any:
         if name in ("_stage", "_entry"):  # not set yet: a copy is being made
@@ -30,7 +33,11 @@ class _Stage:
         return getattr(self._stage, name)
 
     def _next(self, cls: Any, stage: Any) -> Any:
-        return cls(stage, self._name, self._guards, self._entry)
+        return cls(stage, self._name, self._guards, self._entry, self._hooks)
+
+    def _report(self) -> Report:
+        graph = graph_report(self._entry, self._hooks, self._guards)
+        return Report("jhop.jit", self._name, (graph,), (graph.trace,), 0, "")
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self._name} of jhop.jit>"
@@ -43,8 +50,8 @@ class Traced(_Stage):
     after the results. `jax.export` has its present values as constants, as it has what a function closes over.
     """
 
-    def __init__(self, stage: Any, name: str, guards: Guards, entry: Any, arguments: Any):
-        super().__init__(stage, name, guards, entry)
+    def __init__(self, stage: Any, name: str, guards: Guards, entry: Any, hooks: tuple[Hook, ...], arguments: Any):
+        super().__init__(stage, name, guards, entry, hooks)
         self._arguments = arguments
 
     def lower(self, *, lowering_platforms: tuple[str, ...] | None = None, _private_parameters: Any = None) -> Any:
@@ -104,8 +111,8 @@ class Compiled(_Stage):
         )
 
 
-def trace(name: str, guards: Guards, entry: Any, args: Any, kwargs: Any) -> Traced:
+def trace(name: str, guards: Guards, entry: Any, hooks: tuple[Hook, ...], args: Any, kwargs: Any) -> Traced:
     """The first stage, of one version of a function."""
     step: Step = entry.run
     with _state.LOCK:
-        return Traced(step.trace(args, kwargs), name, guards, entry, (args, kwargs))
+        return Traced(step.trace(args, kwargs), name, guards, entry, hooks, (args, kwargs))

@@ -17,6 +17,7 @@ import jax.export
 import jax.extend.core as jex_core
 from jax._src import config as _config  # what JAX itself puts into the keys of its caches
 from jax._src import core as _core  # the current trace has no public name
+from jax._src import dispatch as _dispatch
 from jax._src import pjit as _pjit
 from jax._src.interpreters import ad as _ad
 from jax._src.lax import lax as _lax
@@ -321,6 +322,11 @@ def varying_axes(aval: Any) -> frozenset[str]:
     if axes is not None:
         return frozenset(axes.varying)
     return frozenset(getattr(aval, "vma", ()))
+
+
+def forget_failed_effects() -> None:
+    """Lets ordered effects go on after one of them raised: on a GPU each later one would raise the same again."""
+    _dispatch.runtime_tokens.clear()  # without a public name
 
 
 def in_shard_map() -> bool:

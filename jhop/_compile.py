@@ -19,9 +19,13 @@ import numpy as np
 from jhop import _compat, _state, backends
 from jhop._cut import CannotRunOnHost, on_host, reach_of, refuse_under_vmap
 from jhop._errors import JhopError, Unsupported
+from jhop._explain import Explains, graph_report, hooks_of
 from jhop._graph import GraphModule, hooks_in
+from jhop._guards import Guards
+from jhop._history import History, Trace
 from jhop._inline import inline
 from jhop._program import DoesNotFit, Program
+from jhop._report import GraphReport, Report
 from jhop._source import describe_hook, hook_name, warn
 from jhop._text._symbols import ShapeEnv
 from jhop._trace_wrapped import trace_wrapped_p
@@ -38,6 +42,8 @@ class _Entry:
     gm: GraphModule
     run: Callable[..., list[Any]]
     shapes: tuple[Any, ...]
+    trace: Trace
+    static: tuple[str, ...]
     refused: Unsupported | None = None  # why it runs on the host
 
     def holds(self) -> bool:
@@ -54,7 +60,7 @@ class _Entry:
         return [] if self.gm.lifted is None else self.gm.lifted.read()
 
 
-class CompiledGraph:
+class CompiledGraph(Explains):
     """A captured graph, compiled at first use and whenever what it depends on has changed.
 
     Args:
@@ -63,9 +69,15 @@ class CompiledGraph:
         fullgraph: whether a hook that cannot be traced is an error; otherwise it runs on the host.
         dynamic: whether sizes are symbols in the graph, so that one trace serves all of them.
         where: the public function that made it, for messages.
+        history: where traces are noted; by default its own.
+        first: why the first trace is made.
+        static: static arguments of the function that it is the graph of, in words.
     """
 
-    def __init__(self, gm: GraphModule, *, backend: Any, fullgraph: bool, dynamic: bool, where: str):
+    def __init__(
+        self, gm: GraphModule, *, backend: Any, fullgraph: bool, dynamic: bool, where: str,
+        history: History | None = None, first: str | None = None, static: tuple[str, ...] = (),
+    ):  # fmt: skip
         self.gm = gm
         self._backend = backends.find(backend, where)
         self._fullgraph = fullgraph
@@ -75,7 +87,9 @@ class CompiledGraph:
         self._lock = threading.Lock()
         self._last: _Entry | None = None
         self._warned = False
-        self.misses: list[str] = []  # why each trace after the first was made
+        self.history = history or History()
+        self._first = first
+        self._static = static
         _compiled.add(self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -94,24 +108,22 @@ class CompiledGraph:
                 try:
                     return self._run(entry, flat, state)
                 except DoesNotFit:
-                    entry = self._add(flat)
+                    entry = self._add(flat, reason="a number of the state has another type, or outgrew 32 bits")
                     return self._run(entry, flat, entry.read())
         return self._run(entry, flat, state)
 
     def _find(self, flat: list[Any], *, on_host: bool = True) -> _Entry:
         shapes = _shapes_of(flat)
-        reason = ""
+        reason = None
         for entry in reversed(self._entries):
             if self._matches(entry, flat, shapes):
                 if entry.holds():
                     self._last = entry
                     return entry
-                reason = entry.gm.lifted.guards.broken() or ""
-            else:
-                reason = "the inputs have other shapes or dtypes"
+                reason = reason or entry.gm.lifted.guards.broken() or "what its hooks depend on has changed"
         if self._entries:
-            self.misses.append(reason)
-        return self._add(flat, on_host=on_host)
+            reason = reason or "the inputs have other shapes or dtypes"
+        return self._add(flat, reason=reason, on_host=on_host)
 
     def _matches(self, entry: _Entry, flat: list[Any], shapes: tuple[Any, ...]) -> bool:
         if not entry.gm.shapes:
@@ -129,18 +141,18 @@ class CompiledGraph:
                     return False
         return True
 
-    def _add(self, flat: list[Any], *, on_host: bool = True) -> _Entry:
+    def _add(self, flat: list[Any], *, reason: str | None, on_host: bool = True) -> _Entry:
         before = backends.aot_ids()
         try:
             gm = self._inline(flat)
         except Unsupported as error:
             if self._fullgraph or not on_host:
                 raise
-            entry = self._cut(flat, error) or self._on_host(flat, error)
+            entry = self._cut(flat, error, reason) or self._on_host(flat, error, reason)
         else:
             example = [*flat, *(gm.lifted.read() if gm.lifted is not None else [])]
             run = backends.run_backend(self._backend, gm, example, self._where)
-            entry = _Entry(gm, run, _shapes_of(flat))
+            entry = _Entry(gm, run, _shapes_of(flat), self._note(gm, reason), self._static)
             # PyTorch traces a graph with a Python float among its inputs twice, and numbers both attempts.
             floats = any(item.number is float for item in gm.inputs)
             if backends.aot_ids() != before and (floats or getattr(gm.backward, "number_inputs", False)):
@@ -149,17 +161,20 @@ class CompiledGraph:
             self._entries.append(entry)
             if len(self._entries) > MAX_ENTRIES:
                 del self._entries[0]
-                self._warn_of_misses()
+                self._warn_of_traces(entry.trace.reason)
         self._last = entry
         return entry
 
-    def _warn_of_misses(self) -> None:
+    def _note(self, gm: GraphModule, reason: str | None) -> Trace:
+        return self.history.add(self.gm.name, gm, reason or self._first, self._static)
+
+    def _warn_of_traces(self, reason: str) -> None:
         if not self._warned:
             self._warned = True
             warn(
                 f"`{self.gm.name}` was traced more than {MAX_ENTRIES} times, the last time because "
-                f"{self.misses[-1] if self.misses else 'a number changed its type'}. What changes at every call should "
-                "be a number or an array in an attribute, not something that Python control flow depends on."
+                f"{reason}. What changes at every call should be a number or an array in an attribute, not something "
+                "that Python control flow depends on."
             )
 
     def _inline(self, flat: list[Any]) -> GraphModule:
@@ -197,7 +212,7 @@ class CompiledGraph:
             )
         return [jax.numpy.asarray(out) if isinstance(out, np.ndarray) else out for out in outs]
 
-    def _cut(self, flat: list[Any], refused: Unsupported) -> _Entry | None:
+    def _cut(self, flat: list[Any], refused: Unsupported, reason: str | None) -> _Entry | None:
         """A graph that is cut at the hooks that cannot be traced; None where that will not do."""
         transform = backends.transform_of(self._backend)
         found = list({id(hook.base): hook.base for hook, _ in hooks_in(self.gm.jaxpr)}.values())
@@ -222,18 +237,18 @@ class CompiledGraph:
                 continue
             new = {i: f"it shares {path} with a hook that cannot" for i, path in _sharing(gm, found, there).items()}
             if not new:
-                for i, reason in reasons.items():
+                for i, why in reasons.items():
                     warn(
                         f"{describe_hook(found[i])} runs on the host at each run. The compiled graph is cut in two "
                         "there, and inside a loop or a branch it calls back: the device waits for the hook, and "
-                        f"nothing is fused across it. It cannot be traced: {reason}"
+                        f"nothing is fused across it. It cannot be traced: {why}"
                     )
                 hooks = [found[i] for i in reasons]
                 run = on_host(Program(gm, transform), hooks, gm.callbacks)
-                return _Entry(gm, run, _shapes_of(flat), refused)
+                return _Entry(gm, run, _shapes_of(flat), self._note(gm, reason), self._static, refused)
         return None
 
-    def _on_host(self, flat: list[Any], error: Unsupported) -> _Entry:
+    def _on_host(self, flat: list[Any], error: Unsupported, reason: str | None) -> _Entry:
         """The whole graph, operation by operation."""
         jaxpr, _ = _compat.open_jaxpr(self.gm.jaxpr)
         found = [(hook, eqn) for hook, eqn in hooks_in(jaxpr) if eqn.primitive is trace_wrapped_p]
@@ -246,7 +261,8 @@ class CompiledGraph:
             f"The graph runs on the host, one operation at a time, with every hook called at each run ({names}), "
             f"because one of them cannot be traced: {error}"
         )
-        return _Entry(self.gm, backends.eager(self.gm, flat), _shapes_of(flat), error)
+        run = backends.eager(self.gm, flat)
+        return _Entry(self.gm, run, _shapes_of(flat), self._note(self.gm, reason), self._static, error)
 
     def entry(self, flat: list[Any]) -> _Entry:
         """The version for these inputs, traced if there is none. Inputs may be `jax.ShapeDtypeStruct`s.
@@ -264,6 +280,14 @@ class CompiledGraph:
         """How many versions there are."""
         return len(self._entries)
 
+    def reports(self, guards: Guards | None = None) -> list[GraphReport]:
+        """What there is to say of each version; `guards` are those of the function that it is the graph of."""
+        hooks = hooks_of(self.gm)
+        return [graph_report(entry, hooks, guards) for entry in list(self._entries)]
+
+    def _report(self) -> Report:
+        return Report.of(self._where, self.gm.name, self.reports(), self.history)
+
     def last_entry(self) -> _Entry | None:
         """The version that ran last."""
         return self._last
@@ -272,7 +296,7 @@ class CompiledGraph:
         """Forgets what was compiled."""
         with self._lock:
             self._entries.clear()
-            self.misses.clear()
+            self.history.clear()
         self._last = None
 
 

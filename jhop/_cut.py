@@ -163,6 +163,8 @@ def on_host(run: Callable[..., list[Any]], hooks: list[Any], callbacks: Sequence
         except BaseException:
             for container, items in before:
                 container.restore(items)
+            if callbacks:
+                _compat.forget_failed_effects()
             error = next((callback.error for callback in callbacks if callback.error is not None), None)
             if error is not None:
                 raise error from None

@@ -22,14 +22,18 @@ from jhop import backends
 from jhop._capture import parameter_names
 from jhop._compile import MAX_ENTRIES, CompiledGraph
 from jhop._errors import JhopError
+from jhop._explain import Explains, graph_report, hooks_of
 from jhop._graph import GraphModule
 from jhop._guards import Guards
+from jhop._history import History, Trace
 from jhop._joint import BoundHook, Joint, Tracing, is_dynamic, value_of
 from jhop._lookups import Lookups
 from jhop._node import Node, freed, grad_enabled
+from jhop._report import Report
 from jhop._source import hook_name
 from jhop._static import Static
 from jhop._tensor import Tensor
+from jhop._wording import in_words
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -43,6 +47,7 @@ class _Compiled:
         diff: indices of the differentiated inputs.
         captured: Tensors that the function reaches by itself, which are inputs after its arguments.
         guards: what the function takes for granted.
+        trace: why it was traced; `static`: static arguments, in words.
     """
 
     joint: Joint
@@ -52,6 +57,15 @@ class _Compiled:
     diff: tuple[int, ...]
     captured: tuple[Tensor, ...]
     guards: Guards
+    trace: Trace
+    static: tuple[str, ...]
+
+    @property
+    def gm(self) -> GraphModule:
+        """The graph that runs at a call."""
+        return self.joint.forward
+
+    refused = None  # a forward has no state, so its hooks are compiled or an error
 
 
 class CompiledNode(Node):
@@ -81,7 +95,7 @@ class CompiledNode(Node):
         self._saved = None
 
 
-class CompiledFunction:
+class CompiledFunction(Explains):
     """What `jhop.compile(fn)` returns: `fn`, traced once per structure, shapes and dtypes of its arguments."""
 
     def __init__(self, fn: Callable[..., Any], backend: Any, fullgraph: bool):
@@ -91,6 +105,7 @@ class CompiledFunction:
         self._backend = backends.find(backend, "jhop.compile")
         self._fullgraph = fullgraph
         self._cache: dict[Any, list[_Compiled]] = {}
+        self._history = History()
         _functions.add(self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -104,7 +119,7 @@ class CompiledFunction:
         known = self._cache.setdefault(key, [])
         compiled = next((c for c in reversed(known) if c.guards.hold()), None)
         if compiled is None:
-            compiled = self._trace(args, kwargs, leaves, tree, recording)
+            compiled = self._trace(args, kwargs, leaves, tree, recording, self._reason(key, known))
             known.append(compiled)
             del known[:-MAX_ENTRIES]
         return self._run(compiled, leaves)
@@ -115,6 +130,24 @@ class CompiledFunction:
     def reset(self) -> None:
         """Forgets what was traced."""
         self._cache.clear()
+        self._history.clear()
+
+    def _reason(self, key: Any, known: list[_Compiled]) -> str:
+        """Why the function has to be traced, where there are these versions for arguments of this kind."""
+        if known:
+            return known[-1].guards.broken() or "what it looks up has changed"
+        before = next((k for k, versions in reversed(self._cache.items()) if versions), None)
+        if before is None:
+            return self._history.first()
+        return _difference(before, key)
+
+    def _report(self) -> Report:
+        graphs = []
+        for compiled in [compiled for known in list(self._cache.values()) for compiled in list(known)]:
+            graphs.append(graph_report(compiled, hooks_of(compiled.gm), compiled.guards))
+            graphs += [] if compiled.backward is None else compiled.backward.reports()
+        note = 'backend="eager" compiles nothing.' if self._backend is backends.eager else ""
+        return Report.of("jhop.compile", hook_name(self._fn), graphs, self._history, note)
 
     def _run(self, compiled: _Compiled, leaves: list[Any]) -> Any:
         joint = compiled.joint
@@ -139,7 +172,9 @@ class CompiledFunction:
                 results[i] = Tensor(outs[i], requires_grad=True, node=node, slot=slot)
         return jax.tree.unflatten(joint.out_tree, results)
 
-    def _trace(self, args: Any, kwargs: Any, leaves: list[Any], tree: Any, recording: bool) -> _Compiled:
+    def _trace(
+        self, args: Any, kwargs: Any, leaves: list[Any], tree: Any, recording: bool, reason: str
+    ) -> _Compiled:
         aot_id = backends.take_aot_id()
         static = [(f"argument{i}", leaf) for i, leaf in enumerate(leaves) if not is_dynamic(leaf)]
         lookups = Lookups([(hook_name(self._fn), self._fn), *static])
@@ -155,8 +190,10 @@ class CompiledFunction:
         backward = None
         if joint.backward is not None:
             backward = CompiledGraph(
-                joint.backward, backend=self._callable, fullgraph=self._fullgraph, dynamic=False, where="jhop.compile"
-            )
+                joint.backward, backend=self._callable, fullgraph=self._fullgraph, dynamic=False, where="jhop.compile",
+                history=self._history, first="first backward pass",
+            )  # fmt: skip
+        words = tuple(f"{name} = {in_words(value)}" for name, value in static)
         return _Compiled(
             joint=joint,
             forward=self._callable(joint.forward, [value_of(leaf) for leaf in dynamic]),
@@ -165,6 +202,8 @@ class CompiledFunction:
             diff=tuple(diff),
             captured=captured,
             guards=lookups.guards(joint.hooks(), *(gm.jaxpr for gm in joint.graphs())),
+            trace=self._history.add(hook_name(self._fn), joint.forward, reason, words),
+            static=words,
         )
 
     def _callable(self, gm: GraphModule, example: list[Any]) -> Callable[..., list[Any]]:
@@ -180,6 +219,27 @@ _functions: weakref.WeakSet[CompiledFunction] = weakref.WeakSet()
 
 def _wants_grad(tensor: Tensor) -> bool:
     return tensor.requires_grad and tensor._trace is None
+
+
+def _difference(before: Any, now: Any) -> str:
+    """What differs between the keys of two kinds of arguments."""
+    if before[0] != now[0]:
+        return "arguments of another structure"
+    if before[1] != now[1]:
+        return f"gradients are {'' if now[1] else 'not '}recorded"
+    pairs = enumerate(zip(before[2:], now[2:], strict=True))
+    index, old, new = next((index, old, new) for index, (old, new) in pairs if old != new)
+    if isinstance(old, Static) and isinstance(new, Static):
+        words = f"was {in_words(old.value)} and is {in_words(new.value)}"
+        return f"another static argument: argument{index} {words}"
+    old, new = (in_words(key.value) if isinstance(key, Static) else _type_of(*key) for key in (old, new))
+    how = f"was {old} and is {new}" if old != new else "is weakly typed in another way"
+    return f"other types of arguments: argument{index} {how}"
+
+
+def _type_of(is_tensor: bool, requires_grad: bool, aval: Any) -> str:
+    grad = " that requires grad" if requires_grad else ""
+    return f"{'a Tensor' if is_tensor else 'an array'}{grad}, {aval.str_short()}"
 
 
 def _leaf_key(leaf: Any) -> Any:

@@ -8,7 +8,9 @@ quick enough to be called before every run. Where it says no, `Guards.broken` lo
 from __future__ import annotations
 
 import abc
+import ast
 import collections
+import dataclasses
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -18,8 +20,33 @@ import numpy as np
 from jhop._container import MISSING, Container, contents_of
 from jhop._expr import CODE_NAMES, Expr, leaves, to_code
 from jhop._walk import Fixed, Leaf, Walk
+from jhop._wording import in_words, is_plain, type_in_words
 
 _BY_VALUE = {str, bytes, complex, bool, int, float}
+
+
+@dataclasses.dataclass(frozen=True)
+class Guard:
+    """One thing that a traced graph takes for granted, in words.
+
+    Attributes:
+        kind: "value" (a place holds an equal value), "object" (the same object), "type" (a value of that type),
+            "entries" (a container has as many, and the same), "absent" (it has none of these names), "answer" (of
+            Python control flow), "code" (of a function), "attribute" (the class of an object and the like), "contents"
+            (of an array), "reference" (a weak one) or "classes" (registered with abstract base classes).
+        what: Python source that reaches the place from the hooks, or of the question; else a description.
+        then: what was found there.
+    """
+
+    kind: str
+    what: str
+    then: str
+
+    def __str__(self) -> str:
+        return f"{self.what} {_VERBS.get(self.kind, 'is')} {self.then}"
+
+
+_VERBS = {"entries": "has", "absent": "has", "answer": "was"}
 
 
 class Guards:
@@ -72,18 +99,42 @@ class Guards:
             self._contents,
         )  # fmt: skip
 
+    def described(self) -> tuple[Guard, ...]:
+        """All that counts, in words. Values are not asked for anything: no code of the user's runs."""
+        found = [Guard("answer", f"`{answer.in_words()}`", str(answer.then)) for answer in self._answers]
+        for container, key, value in self._fixed:
+            kind = "value" if is_plain(value) else "object"
+            found.append(Guard(kind, container.path_of(key), in_words(value)))
+        found += [Guard("type", leaf.path, type_in_words(leaf.value)) for leaf, _ in self._leaves]
+        for container, keys in self._keys:
+            if container.names is None and container.kind != "cell":
+                count = "1 entry" if len(keys) == 1 else f"{len(keys)} entries"
+                found.append(Guard("entries", container.path, count))
+            elif absent := sorted(map(str, (container.names or set()).difference(keys))):  # what is there, is read
+                found.append(Guard("absent", container.path, f"no {', '.join(map(repr, absent))}"))
+        for obj, name, value in self._attributes:
+            kind, what = ("code", "") if name == "__code__" else ("attribute", f"`{name}` of ")
+            found.append(Guard(kind, f"{what}{in_words(obj)}", "the same" if kind == "code" else in_words(value)))
+        found += [Guard("contents", f"what is in {in_words(value)}", "the same") for value, _ in self._contents]
+        for reference, there in self._alive:
+            to = f" ({in_words(reference())})" if there else ""
+            found.append(Guard("reference", f"what a weak reference is to{to}", "there" if there else "gone"))
+        if self._abc_token is not None:
+            found.append(Guard("classes", "what is registered with abstract base classes", "the same"))
+        return tuple(dict.fromkeys(found))
+
     def broken(self) -> str | None:
         """The first thing that changed, in words, or None."""
         for obj, name, value in self._attributes:
-            if getattr(obj, name) is not value:
-                return f"`{name}` of {_short(obj)} was replaced"
+            if getattr(obj, name, MISSING) is not value:
+                return f"`{name}` of {in_words(obj)} was replaced"
         for reference, alive in self._alive:
             if (reference() is not None) is not alive:
-                return f"{reference!r} lost what it refers to"
+                return "a weak reference lost what it refers to"
         for container, key, value in self._fixed:
             now = container.get(key)
             if now is not value and not (_is_by_value(value) and _equal(now, value)):
-                return f"`{container.path_of(key)}` changed from {_short(value)} to {_short(now)}"
+                return _changed(container.path_of(key), in_words(value), in_words(now))
         for value, then in self._contents:
             if contents_of(value) != then:
                 return f"what is in a {type(value).__name__} changed"
@@ -93,10 +144,14 @@ class Guards:
         for leaf, kind in self._leaves:
             now = leaf.container.get(leaf.key)
             if _kind(now) != kind:
-                return f"`{leaf.path}` changed from {_short(leaf.value)} to {_short(now)}"
+                return _changed(leaf.path, in_words(leaf.value), in_words(now))
         for answer in self._answers:
-            if answer.now() is not answer.then:
-                return f"`{answer.text}` was {answer.then} and is {not answer.then}"
+            try:
+                now = answer.now()
+            except Exception as error:  # such as a division by what has become zero
+                return f"`{answer.in_words()}` was {answer.then} and raises {type(error).__name__}"
+            if now is not answer.then:
+                return f"`{answer.in_words()}` was {answer.then} and is {now}"
         if self._abc_token not in (None, abc.get_cache_token()):
             return "a class was registered with an abstract base class"
         return None
@@ -113,6 +168,13 @@ class _Answer:
         code = to_code(expr, lambda i: f"v{i}")
         names = {"__builtins__": {"abs": abs, "int": int, "float": float, "str": str, "range": range}, **CODE_NAMES}
         self._check = eval(f"lambda {', '.join(f'v{i}' for i in used)}: {code}", names)
+
+    def in_words(self) -> str:
+        """The question as Python source, with no more brackets than it needs."""
+        try:
+            return ast.unparse(ast.parse(self.text, mode="eval"))
+        except SyntaxError:  # a path through what has no name in Python, such as `<lambda>`
+            return self.text
 
     def now(self) -> bool:
         return bool(self._check(*(slot.container.get(slot.key) for slot in self._slots)))
@@ -223,13 +285,7 @@ def _kind(value: Any) -> Any:
     return type(value)
 
 
-def _short(value: Any) -> str:
-    if value is MISSING:
-        return "nothing"
-    if isinstance(value, (jax.Array, np.ndarray)):
-        return f"{value.dtype}{list(value.shape)}"
-    try:
-        text = repr(value)
-    except Exception:  # an object may raise whatever one asks of it
-        text = f"a {type(value).__name__}"
-    return text if len(text) <= 60 else f"{text[:57]}..."
+def _changed(path: str, then: str, now: str) -> str:
+    if then == now:
+        return f"`{path}` is another object than before ({now})"
+    return f"`{path}` changed from {then} to {now}"

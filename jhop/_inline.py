@@ -86,7 +86,7 @@ class _Inliner:
         self._jaxpr, _ = _compat.open_jaxpr(gm.jaxpr)
         self._recorder = Recorder()
         self._session = Session(self._recorder)
-        self._walk = Walk(_hook_roots(gm, self._jaxpr, on_host))
+        self._walk = Walk(hook_roots(gm, on_host))
         self._hides_state = _runs_state_from_c(self._walk)
         self._hooked: dict[int, tuple[bool, Any]] = {}  # whether there are hooks in a jaxpr, by its id
         self._writes: list[_state.Write] = []
@@ -325,9 +325,9 @@ class _Inliner:
         return pruned, tuple(leaf for _, leaf in kept)
 
 
-def _hook_roots(gm: GraphModule, jaxpr: Any, on_host: Sequence[Any]) -> list[tuple[str, Any]]:
+def hook_roots(gm: GraphModule, on_host: Sequence[Any] = ()) -> list[tuple[str, Any]]:
     """(path, callable) per hook equation that is inlined, in the order in which they run."""
-    hooks = [hook for hook, eqn in hooks_in(jaxpr) if eqn.primitive is trace_wrapped_p]
+    hooks = [hook for hook, eqn in hooks_in(gm.jaxpr) if eqn.primitive is trace_wrapped_p]
     places = gm.backward.hook_index if gm.backward is not None else range(len(hooks))
     found = [(f"L['hooks'][{place}]", hook.base) for place, hook in zip(places, hooks, strict=True)]
     return [(path, base) for path, base in found if not any(base is hook for hook in on_host)]

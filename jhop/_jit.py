@@ -20,14 +20,18 @@ from jhop._capture import parameter_names
 from jhop._close import closes_over_tracer
 from jhop._compile import MAX_ENTRIES, CompiledGraph
 from jhop._errors import JhopError
+from jhop._explain import Explains, hooks_of
 from jhop._graph import GraphModule, Input, hooks_in
 from jhop._guards import Guards
+from jhop._history import History
 from jhop._lookups import Lookups
 from jhop._options import Options
 from jhop._program import DoesNotFit
+from jhop._report import Report
 from jhop._source import hook_name, warn
 from jhop._static import Static
 from jhop._step import OtherTypes, Signature, Step
+from jhop._wording import in_words
 
 _OPTIONS_ONLY: Any = object()  # `@jhop.jit(fullgraph=True)`
 WARN_AFTER = 8  # traces of a function for one kind of arguments
@@ -46,7 +50,8 @@ def jit(fn: Callable[..., Any] = _OPTIONS_ONLY, *, fullgraph: bool = False, **ja
 
     Returns:
         A function of the same arguments. After each call, what hooks wrote is in the Python objects: ints are ints.
-        Its methods `trace`, `lower` and `eval_shape` are those of `jax.jit`'s, with hooks inlined; `graph` shows it.
+        Its methods `trace`, `lower` and `eval_shape` are those of `jax.jit`'s, with hooks inlined; `graph` shows it,
+        `explain` says what was lifted, what is guarded and why it was traced.
         Where anything changed that a hook closes over, or that the function itself looked up, the next call knows.
 
     Raises:
@@ -99,7 +104,7 @@ class _Direct(NamedTuple):
     context: Any
 
 
-class Jitted:
+class Jitted(Explains):
     """What `jhop.jit` returns."""
 
     def __init__(self, fn: Callable[..., Any], fullgraph: bool, options: dict[str, Any]):
@@ -109,6 +114,7 @@ class Jitted:
         self._options = Options(fn, options)
         self._jitted = jax.jit(fn, **self._options.given)
         self._cache: dict[Any, list[_Version]] = {}
+        self._history = History()
         self._direct: _Direct | None = None
         self._inside: tuple[Guards, object] | None = None
         self._may_be_direct = not (self._options.static.nums or self._options.static.names)
@@ -184,15 +190,26 @@ class Jitted:
             known = self._cache.setdefault(key, [])
             version = next((version for version in reversed(known) if version.guards.hold()), None)
             if version is None:
+                reason = self._reason(key, known)
                 if len(known) >= WARN_AFTER:
-                    self._warn_of_traces(known[-1].guards.broken())
+                    self._warn_of_traces(reason)
                 signature = Signature(self._fn, tree, len(args), list(dynamic[1]), self._options)
-                version = self._capture(args, kwargs, signature)
+                version = self._capture(args, kwargs, signature, reason)
                 known.append(version)
                 del known[:-MAX_ENTRIES]
         return version, flat
 
-    def _warn_of_traces(self, reason: str | None) -> None:
+    def _reason(self, key: Any, known: list[_Version]) -> str:
+        """Why a version for arguments of this kind has to be traced, where there are these."""
+        if known:
+            return known[-1].guards.broken() or "what it looks up has changed"
+        before, versions = next(((k, v) for k, v in reversed(self._cache.items()) if v), (None, []))
+        if before is None:
+            return self._history.first()
+        names = [given.name for given in versions[-1].compiled.gm.inputs]
+        return _difference(before, key, names)
+
+    def _warn_of_traces(self, reason: str) -> None:
         if not self._warned:
             self._warned = True
             warn(
@@ -201,8 +218,9 @@ class Jitted:
                 "pass what changes as an argument."
             )
 
-    def _capture(self, args: Any, kwargs: Any, signature: Signature) -> _Version:
-        lookups = Lookups([(hook_name(self._fn), self._fn), *_named_statics(self._options.split(args, kwargs)[0])])
+    def _capture(self, args: Any, kwargs: Any, signature: Signature, reason: str) -> _Version:
+        static = _named_statics(self._options.split(args, kwargs)[0])
+        lookups = Lookups([(hook_name(self._fn), self._fn), *static])
         with lookups.tracing():
             # As another function object, whose trace JAX does not know yet.
             traced = jax.jit(_another(self._fn), **self._options.given).trace(*args, **kwargs)
@@ -212,7 +230,8 @@ class Jitted:
         backend.transform = jax.jit
         compiled = CompiledGraph(
             gm, backend=backend, fullgraph=self._fullgraph, dynamic=False,
-            where="jhop.jit",
+            where="jhop.jit", history=self._history, first=reason,
+            static=tuple(f"{name} = {in_words(value)}" for name, value in static),
         )  # fmt: skip
         hooks = hooks_in(gm.jaxpr)
         guards = lookups.guards([hook.base for hook, _ in hooks], gm.jaxpr)
@@ -240,7 +259,8 @@ class Jitted:
         """
         version, flat = self._version(args, kwargs)
         _, *dynamic = self._options.split(args, kwargs)
-        return _aot.trace(hook_name(self._fn), version.guards, version.compiled.entry(flat), *dynamic)
+        entry, hooks = version.compiled.entry(flat), hooks_of(version.compiled.gm)
+        return _aot.trace(hook_name(self._fn), version.guards, entry, hooks, *dynamic)
 
     def lower(self, /, *args: Any, **kwargs: Any) -> _aot.Lowered:
         """As `jax.jit(fn).lower`, with hooks inlined: `lower(...).compile()` runs. Arguments and errors as for `trace`.
@@ -256,6 +276,11 @@ class Jitted:
     def eval_shape(self, /, *args: Any, **kwargs: Any) -> Any:
         """Shapes and dtypes of the results, as `jax.ShapeDtypeStruct`s. Nothing is compiled, no hook runs."""
         return self._version(args, kwargs)[0].out_info
+
+    def _report(self) -> Report:
+        versions = [version for known in list(self._cache.values()) for version in list(known)]
+        graphs = [graph for version in versions for graph in version.compiled.reports(version.guards)]
+        return Report.of("jhop.jit", hook_name(self._fn), graphs, self._history)
 
     def versions(self) -> int:
         """How many programs were compiled so far, for all types of arguments and states of what is looked up."""
@@ -276,6 +301,7 @@ class Jitted:
     def reset(self) -> None:
         """Forgets what was compiled."""
         self._cache.clear()
+        self._history.clear()
         self._direct = self._inside = None
 
 
@@ -298,6 +324,26 @@ def _another(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 def _named_statics(static: list[tuple[Any, Any]]) -> list[tuple[str, Any]]:
     return [(place if isinstance(place, str) else f"argument{place}", value) for place, value in static]
+
+
+def _difference(before: Any, now: Any, names: list[str]) -> str:
+    """What differs between the keys of two kinds of arguments."""
+    if before[0] != now[0] or before[2] != now[2]:
+        return "arguments of another structure"
+    if before[1] != now[1]:
+        changed = [
+            f"{place if isinstance(place, str) else f'argument{place}'} was {in_words(old.value)} and is "
+            f"{in_words(new.value)}"
+            for (place, old), (_, new) in zip(before[1], now[1], strict=False)
+            if old != new
+        ]
+        return f"another static argument: {changed[0]}" if changed else "other static arguments"
+    if before[3] != now[3]:
+        return "JAX is set up in another way (x64, precision, mesh ...)"
+    pairs = zip(names, before[4:], now[4:], strict=True)
+    name, old, new = next((name, old.str_short(), new.str_short()) for name, old, new in pairs if old != new)
+    how = f"was {old} and is {new}" if old != new else "is weakly typed or sharded in another way"
+    return f"other types of arguments: `{name}` {how}"
 
 
 def _aval_key(leaf: Any) -> Any:
