@@ -101,6 +101,10 @@ class Guards:
             return "a class was registered with an abstract base class"
         return None
 
+    def questions(self) -> list[tuple[str, list[Leaf]]]:
+        """(Python source, the slots that it reads) for what was asked of lifted numbers."""
+        return [(answer.text, answer.slots) for answer in self._answers]
+
 
 class _Answer:
     """A question that was asked of lifted numbers, and its answer then."""
@@ -109,13 +113,13 @@ class _Answer:
         used = sorted(leaves(expr))
         self.then = then
         self.text = to_code(expr, lambda i: slots[i].path)
-        self._slots = [slots[i] for i in used]
+        self.slots = [slots[i] for i in used]
         code = to_code(expr, lambda i: f"v{i}")
         names = {"__builtins__": {"abs": abs, "int": int, "float": float, "str": str, "range": range}, **CODE_NAMES}
         self._check = eval(f"lambda {', '.join(f'v{i}' for i in used)}: {code}", names)
 
     def now(self) -> bool:
-        return bool(self._check(*(slot.container.get(slot.key) for slot in self._slots)))
+        return bool(self._check(*(slot.container.get(slot.key) for slot in self.slots)))
 
 
 def _generate(
