@@ -86,9 +86,16 @@ def _unlike(leaf: Leaf, taken: dict[str, int]) -> str:
 
 
 class NewState:
-    """The state after a step: what was given, with what hooks wrote over it."""
+    """The state after a step: what was given, with what hooks wrote over it.
 
-    def __init__(self, entries: Sequence[Entry], given: Sequence[Any]):
+    Args:
+        entries: the places.
+        given: a value for each.
+        known: containers as the function reaches them, by id of the object and kind, for messages.
+    """
+
+    def __init__(self, entries: Sequence[Entry], given: Sequence[Any], known: dict[tuple[int, str], Container]):
+        self._known = known
         self._entries = {entry.place: entry for entry in entries}
         self._given = {entry.place: value for entry, value in zip(entries, given, strict=True)}
         self._written: dict[Place, Any] = {}
@@ -105,26 +112,36 @@ class NewState:
             Unsupported: a write changes what there is, or is to a place without an entry.
         """
         for container, key, template in writes:
+            named = self._known.get((id(container.obj), container.kind), container)
             if key is APPEND:
-                raise _refusal(container.path, "appends to it")
-            for at, part in [(key, template)] if key is not None else _parts(container, template):
+                raise _refusal(named.path, "appends to a list")
+            if template is MISSING:  # also where it comes back: in another order
+                raise _refusal(named.path_of(key), "takes away what was there")
+            for at, part in _parts(named, template) if container.whole else [(key, template)]:
                 place = id(container.obj), container.kind, at
-                self._written[place], self._paths[place] = part, container.path_of(at)
+                self._written[place], self._paths[place] = part, named.path_of(at)
         for place, template in self._written.items():
             self._written[place] = self._fitting(place, self._paths[place], template, outs)
 
     def _fitting(self, place: Place, path: str, template: Any, outs: Sequence[Any]) -> Any:
         entry = self._entries.get(place)
-        if template is MISSING:
-            raise _refusal(path, "deletes it")
         kind, content = template[0], template[1]
         if entry is None:
-            what = "something new" if kind not in ("number", "array", "numpy") else "a number or an array"
-            raise _refusal(path, f"puts {what} there")
+            if self._is_setting(place):
+                raise _refusal(
+                    path, "changes a number of which jhop saw no code that stores it, and took for a setting (an array "
+                    "there would be state)"
+                )  # fmt: skip
+            what = type(content).__name__ if kind in ("const", "copy") else kind
+            raise _refusal(path, f"puts a {what} where there was none")
         value = content if kind == "const" else outs[content] if kind in ("number", "array", "numpy") else template
         if not is_number(value) and not isinstance(value, (jax.Array, np.ndarray, np.generic)):
             raise _refusal(path, f"puts a {type(value).__name__ if value is not template else kind} there")
         return _like(entry, value, self._given[place])
+
+    def _is_setting(self, place: Place) -> bool:
+        container = self._known.get(place[:2])
+        return container is not None and is_number(container.get(place[2]))
 
     def values(self) -> dict[str, Any]:
         """The new state."""
@@ -136,14 +153,13 @@ class NewState:
 def _parts(container: Container, template: Any) -> list[tuple[int, Any]]:
     """(index, template) for the items of a list that is written as a whole, and that differ from what is there."""
     now = [item for _, item in container.items()]
-    if template is MISSING or template[0] == "const" or container.kind == "set":
-        raise _refusal(container.path, "changes what is in it")
+    if container.kind == "set":
+        raise _refusal(container.path, f"changes what is in a {container.kind}")
     parts = template[1]
     if len(parts) != len(now):
-        raise _refusal(container.path, f"makes it {len(parts)} long, from {len(now)}")
-    return [
-        (i, part) for i, (part, old) in enumerate(zip(parts, now, strict=True)) if part[0] != "const" or part[1] is not old
-    ]
+        raise _refusal(container.path, f"makes {len(parts)} items of {len(now)}")
+    pairs = enumerate(zip(parts, now, strict=True))
+    return [(i, part) for i, (part, old) in pairs if part[0] != "const" or part[1] is not old]
 
 
 def _like(entry: Entry, value: Any, given: Any) -> Any:
@@ -184,7 +200,7 @@ def _array_kind(value: Any) -> str:
 
 def _refusal(path: str, what: str) -> Unsupported:
     return Unsupported(
-        f"jhop.functionalize: a hook writes `{path}` so that it is no entry of the state any more: it {what}. A state "
-        "has the same entries after each step, numbers and arrays of one shape and dtype: before functionalize is "
-        "called, put there what will be there (jnp.zeros(shape, dtype) for an array), and keep flags as ints."
+        f"jhop.functionalize: a hook changes what state there is: at `{path}` it {what}. A state has the same entries "
+        "after each step, numbers and arrays of one shape and dtype. Before functionalize is called, put there what "
+        "will be there (jnp.zeros(shape, dtype) for an array), keep flags as ints, and logs in an array of fixed size."
     )

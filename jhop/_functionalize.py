@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -42,10 +43,11 @@ from jhop._errors import JhopError, Unsupported
 from jhop._graph import GraphModule, Input
 from jhop._inline import inline
 from jhop._program import DoesNotFit, Program
+from jhop._questions import listed, refuse_questions
 from jhop._replay import as_number
 from jhop._scalar import I32_MAX, I32_MIN, weak_aval
 from jhop._source import hook_name
-from jhop._walk import Walk
+from jhop._walk import MAX_CONTAINERS, Walk
 
 _READS_VALUES = (
     jax.errors.ConcretizationTypeError,
@@ -70,10 +72,12 @@ def functionalize(fn: Callable[..., Any]) -> tuple[Callable[..., Any], dict[str,
         value: copies of the arrays that `fn` can reach, and the ints and floats in places that code may write. Numbers
         that nothing writes are settings and stay in their objects. It is empty where there is no state.
 
-        pure_fn: `pure_fn(state, *args, **kwargs) -> (out, new_state)`, in which new_state has the keys of state. Numbers
-        may be Python numbers or scalar arrays; each entry comes back with the shape, dtype and weak type that it was
-        given with. Python ints come back as exact Python ints, if nothing is traced; as arrays they are int32 (int64
-        with x64) and wrap. Python objects are never written to. It may be jitted, differentiated, mapped and scanned.
+        pure_fn: `pure_fn(state, *args, **kwargs) -> (out, new_state)`; new_state has the keys of state. Numbers may be
+        Python numbers or scalar arrays; each entry comes back with the shape, dtype and weak type that it was
+        given with. Python numbers stay exact Python numbers as long as nothing else is given. In arrays they are JAX's:
+        ints are int32 (int64 with x64) and wrap, floats are float32, and dividing by zero raises nothing; hooks cannot
+        branch on them under jax.jit. Python objects are never written to. pure_fn may be jitted, differentiated,
+        mapped and scanned; by itself it traces at each call.
 
     Raises:
         JhopError: `fn` is not callable. At a call: the state has other keys, shapes or dtypes than state0, or what
@@ -152,7 +156,16 @@ class _Pure:
     def __init__(self, fn: Callable[..., Any]):
         self._fn = fn
         self._name = hook_name(fn)
-        self.entries = entries_of(self._walk())
+        walk = self._walk()
+        self.entries = entries_of(walk)
+        if walk.truncated:
+            warnings.warn(
+                f"jhop.functionalize: `{self._name}` can reach more than {MAX_CONTAINERS} Python objects. State in those "
+                "that were not looked at has no entry: hand the function the small objects that it needs.",
+                UserWarning,
+                stacklevel=3,
+            )
+        self._known = {(id(container.obj), container.kind): container for container in walk.containers}
 
     def _walk(self) -> Walk:
         return Walk([("fn", self._fn)], strict=False)
@@ -177,15 +190,16 @@ class _Pure:
         _, consts = _compat.open_jaxpr(gm.jaxpr)
         traced = any(isinstance(value, _compat.Tracer) for value in [*inputs, *consts])
         try:
-            outs = Program(gm, lambda device: device, waits=not traced)(*inputs)
+            outs = Program(gm, lambda device: device, wait=not traced)(*inputs)
         except DoesNotFit:
             raise JhopError(
                 f"jhop.functionalize: a number in the state of `{self._name}` does not fit into 32 bits, in which the "
                 "device has to take it. Turn x64 on (JAX_ENABLE_X64=1), or keep it as a float."
             ) from None
         lifted: Any = gm.lifted
-        new = NewState(self.entries, [item.value for item in given])
-        new.write(lifted.writes, outs)
+        new = NewState(self.entries, [item.value for item in given], self._known)
+        with _state.LOCK:
+            new.write(lifted.writes, outs)
         return jax.tree.unflatten(out_tree, outs[: lifted.n_outs]), new.values()
 
     def _values(self, state: Any) -> list[tuple[Entry, Any]]:
@@ -196,9 +210,9 @@ class _Pure:
         expected = {entry.path for entry in self.entries}
         missing, extra = sorted(expected - state.keys()), sorted(map(str, state.keys() - expected))
         if missing or extra:
-            parts = [f"lacks {_listed(missing)}"] * bool(missing) + [f"has no use for {_listed(extra)}"] * bool(extra)
+            parts = [f"lacks {listed(missing)}"] * bool(missing) + [f"has no use for {listed(extra)}"] * bool(extra)
             raise JhopError(
-                f"{what} {' and '.join(parts)}. Its keys are those of state0, {_listed(sorted(expected))}: begin with "
+                f"{what} {' and '.join(parts)}. Its keys are those of state0, {listed(sorted(expected))}: begin with "
                 "state0, pass on each new state whole, and call functionalize again where an older one was saved."
             )
         return [(entry, state[entry.path]) for entry in self.entries]
@@ -236,7 +250,8 @@ class _Pure:
             lifted: Any = gm.lifted
             places = {item.entry.place: item for item in given}
             found = [places.get((id(slot.container.obj), slot.container.kind, slot.key)) for slot in lifted.slots]
-            self._refuse_questions(lifted.guards, places)
+            traced = {item.entry.place: item.entry.path for item in given if item.traced and item.entry.number}
+            refuse_questions(gm, traced, self._name)
             values = [
                 slot.container.get(slot.key) if item is None else item.as_input()
                 for slot, item in zip(lifted.slots, found, strict=True)
@@ -275,7 +290,7 @@ class _Pure:
             if self.entries:
                 error.add_note(
                     f"jhop.functionalize: while `{self._name}` is traced, what is in its state has no value: "
-                    f"{_listed([entry.path for entry in self.entries])}."
+                    f"{listed([entry.path for entry in self.entries])}."
                 )
             raise
         names = [f"arg{i}" for i in range(len(arrays))] + ["state"] * len(device)
@@ -289,24 +304,11 @@ class _Pure:
         gone = sorted(path for place, path in then.items() if place not in now)
         new = sorted(path for place, path in now.items() if place not in then)
         if gone or new:
-            parts = [f"is no longer at {_listed(gone)}"] * bool(gone) + [f"is also at {_listed(new)}"] * bool(new)
+            parts = [f"is no longer at {listed(gone)}"] * bool(gone) + [f"is also at {listed(new)}"] * bool(new)
             raise JhopError(
                 f"jhop.functionalize: the state that `{self._name}` can reach has changed since: it "
                 f"{' and '.join(parts)}. Call functionalize again, after everything was set up."
             )
-
-    def _refuse_questions(self, guards: Any, places: dict[Any, _Given]) -> None:
-        """Raises where hooks' control flow depends on numbers that are traced."""
-        for text, slots in guards.questions():
-            for slot in slots:
-                item = places.get((id(slot.container.obj), slot.container.kind, slot.key))
-                if item is not None and item.traced:
-                    raise Unsupported(
-                        f"jhop.functionalize: a hook of `{self._name}` asks for the value of the number "
-                        f"`{item.entry.path}` (`{text}`), which is traced here (by jax.jit, lax.scan, vmap ...) and has "
-                        "none. Keep it as an array (jnp.int32(0)), and use jnp.where or lax.cond on it; or call the "
-                        "pure function untraced, with Python numbers in the state."
-                    )
 
 
 @contextlib.contextmanager
@@ -318,11 +320,6 @@ def restored(containers: Sequence[Container]) -> Iterator[None]:
     finally:
         for container, snapshot in snapshots:
             container.restore(snapshot)
-
-
-def _listed(paths: Sequence[str]) -> str:
-    shown = [f"`{path}`" for path in paths[:8]]
-    return ", ".join(shown) + (f" and {len(paths) - 8} more" if len(paths) > 8 else "") if shown else "none"
 
 
 def _kind(value: Any) -> str:

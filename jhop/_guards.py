@@ -32,6 +32,9 @@ class Guards:
         ignore: containers that do not count.
         ignore_slots: single slots that do not count, as (id of the container, key).
         ignore_keys: containers of which it does not count which slots they have.
+
+    Attributes:
+        answers: the questions that were asked.
     """
 
     def __init__(
@@ -66,9 +69,9 @@ class Guards:
             held = [*(leaf.value for leaf in leaves_kept), *walk.instances(object, lambda value: True)]
             self._contents = [(value, then) for value in held if (then := contents_of(value)) is not None]
         self._leaves = [] if frozen else [(leaf, _kind(leaf.value)) for leaf in leaves_kept]
-        self._answers = [_Answer(expr, answer, walk.leaves) for expr, answer in dict.fromkeys(answers)]
+        self.answers = [Answer(expr, answer, walk.leaves) for expr, answer in dict.fromkeys(answers)]
         self.hold: Callable[[], bool] = _generate(
-            self._attributes, self._alive, self._keys, self._fixed, self._leaves, self._answers, self._abc_token,
+            self._attributes, self._alive, self._keys, self._fixed, self._leaves, self.answers, self._abc_token,
             self._contents,
         )  # fmt: skip
 
@@ -94,23 +97,27 @@ class Guards:
             now = leaf.container.get(leaf.key)
             if _kind(now) != kind:
                 return f"`{leaf.path}` changed from {_short(leaf.value)} to {_short(now)}"
-        for answer in self._answers:
+        for answer in self.answers:
             if answer.now() is not answer.then:
                 return f"`{answer.text}` was {answer.then} and is {not answer.then}"
         if self._abc_token not in (None, abc.get_cache_token()):
             return "a class was registered with an abstract base class"
         return None
 
-    def questions(self) -> list[tuple[str, list[Leaf]]]:
-        """(Python source, the slots that it reads) for what was asked of lifted numbers."""
-        return [(answer.text, answer.slots) for answer in self._answers]
 
+class Answer:
+    """A question that was asked of lifted numbers, and its answer then.
 
-class _Answer:
-    """A question that was asked of lifted numbers, and its answer then."""
+    Attributes:
+        expr: over the numbers.
+        then: the answer.
+        text: the question, as Python source.
+        slots: what it depends on.
+    """
 
     def __init__(self, expr: Expr, then: bool, slots: list[Leaf]):
         used = sorted(leaves(expr))
+        self.expr = expr
         self.then = then
         self.text = to_code(expr, lambda i: slots[i].path)
         self.slots = [slots[i] for i in used]
@@ -123,7 +130,7 @@ class _Answer:
 
 
 def _generate(
-    attributes: Any, alive: Any, keys: Any, fixed: list[Fixed], lifted: Any, answers: list[_Answer], abc_token: Any,
+    attributes: Any, alive: Any, keys: Any, fixed: list[Fixed], lifted: Any, answers: list[Answer], abc_token: Any,
     contents: Any,
 ) -> Callable[[], bool]:
     """One function that says whether everything is as it was."""

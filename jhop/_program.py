@@ -30,7 +30,7 @@ class Program:
     Args:
         gm: the graph.
         transform: of the device's function.
-        waits: whether numbers that depend on what happened on the device are computed after it, exactly. Otherwise they
+        wait: whether numbers that depend on what happened on the device are computed after it, exactly. Otherwise they
             stay there, as scalar arrays: where the whole is traced, there is nothing to wait for.
 
     Attributes:
@@ -38,7 +38,7 @@ class Program:
         device: `transform` of the function of arrays.
     """
 
-    def __init__(self, gm: GraphModule, transform: Callable[..., Any], *, waits: bool = True):
+    def __init__(self, gm: GraphModule, transform: Callable[..., Any], *, wait: bool = True):
         jaxpr, self.consts = _compat.open_jaxpr(gm.jaxpr)
         self._gm = gm
         numbers = [v for v, given in zip(jaxpr.invars, gm.inputs, strict=True) if given.number is not None]
@@ -50,7 +50,7 @@ class Program:
                 host.update(eqn.outvars)
                 continue
             device_eqns.append(eqn)
-            if eqn.primitive in _NUMBER and waits:
+            if eqn.primitive in _NUMBER and wait:
                 late_eqns.append(eqn)
         n_results = len(jaxpr.outvars) if gm.lifted is None else gm.lifted.n_outs
         late = {v for eqn in late_eqns for v in eqn.outvars}

@@ -78,6 +78,7 @@ LAYERS = (
     "_aot",
     "_jit",
     "_entries",
+    "_questions",
     "_functionalize",
     "_node",
     "_engine",
