@@ -76,7 +76,7 @@ def functionalize(fn: Callable[..., Any]) -> tuple[Callable[..., Any], dict[str,
         Python numbers or scalar arrays; each entry comes back with the shape, dtype and weak type that it was
         given with. Python numbers stay exact Python numbers as long as nothing else is given. In arrays they are JAX's:
         ints are int32 (int64 with x64) and wrap, floats are float32, and dividing by zero raises nothing; hooks cannot
-        branch on them under jax.jit. Python objects are never written to. pure_fn may be jitted, differentiated,
+        branch on them under jax.jit. What `fn` itself reads is what was there before the step. Python objects are never written to. pure_fn may be jitted, differentiated,
         mapped and scanned; by itself it traces at each call.
 
     Raises:
@@ -160,8 +160,8 @@ class _Pure:
         self.entries = entries_of(walk)
         if walk.truncated:
             warnings.warn(
-                f"jhop.functionalize: `{self._name}` can reach more than {MAX_CONTAINERS} Python objects. State in those "
-                "that were not looked at has no entry: hand the function the small objects that it needs.",
+                f"jhop.functionalize: `{self._name}` can reach more than {MAX_CONTAINERS} Python objects. State in "
+                "those that were not looked at has no entry: hand the function the small objects that it needs.",
                 UserWarning,
                 stacklevel=3,
             )

@@ -1,4 +1,4 @@
-"""What hooks ask of numbers that are traced themselves: nobody can answer, and the graph would be for one value only."""
+"""What hooks ask of numbers that are traced themselves: nobody can answer, and the graph would fit one value only."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def refuse_questions(gm: GraphModule, places: dict[Place, str], name: str) -> No
     if asked is not None:
         raise Unsupported(
             f"jhop.functionalize: a hook of `{name}` {asked}, which is traced here (by jax.jit, lax.scan, vmap ...) "
-            "and has no value. Keep it as an array (jnp.int32(0)), and use jnp.where or lax.cond on it; or call the pure "
-            "function untraced, with Python numbers in the state."
+            "and has no value. Keep it as an array (jnp.int32(0)), and use jnp.where or lax.cond on it; or call the "
+            "pure function untraced, with Python numbers in the state."
         )
 
 
