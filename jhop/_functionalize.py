@@ -76,8 +76,8 @@ def functionalize(fn: Callable[..., Any]) -> tuple[Callable[..., Any], dict[str,
         Python numbers or scalar arrays; each entry comes back with the shape, dtype and weak type that it was
         given with. Python numbers stay exact Python numbers as long as nothing else is given. In arrays they are JAX's:
         ints are int32 (int64 with x64) and wrap, floats are float32, and dividing by zero raises nothing; hooks cannot
-        branch on them under jax.jit. What `fn` itself reads is what was there before the step. Python objects are never written to. pure_fn may be jitted, differentiated,
-        mapped and scanned; by itself it traces at each call.
+        branch on them under jax.jit. What `fn` itself reads is what was there before the step. Python objects are never
+        written to. pure_fn may be jitted, differentiated, mapped and scanned; by itself it traces at each call.
 
     Raises:
         JhopError: `fn` is not callable. At a call: the state has other keys, shapes or dtypes than state0, or what

@@ -55,9 +55,11 @@ class Program:
         n_results = len(jaxpr.outvars) if gm.lifted is None else gm.lifted.n_outs
         late = {v for eqn in late_eqns for v in eqn.outvars}
         self._places = [
-            "device" if i < n_results or isinstance(v, jex_core.Literal) else "host" if v in host else "late" if v in late else "device"
+            "device"
+            if i < n_results or isinstance(v, jex_core.Literal)
+            else "host" if v in host else "late" if v in late else "device"
             for i, v in enumerate(jaxpr.outvars)
-        ]
+        ]  # fmt: skip
         device_outs = [v for v, place in zip(jaxpr.outvars, self._places, strict=True) if place == "device"]
         late_outs = [v for v, place in zip(jaxpr.outvars, self._places, strict=True) if place == "late"]
         late_eqns = _needed(late_eqns, late_outs)
