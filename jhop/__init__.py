@@ -20,6 +20,7 @@ from jhop._errors import JhopError as JhopError
 from jhop._errors import Unsupported as Unsupported
 from jhop._explain import explain as explain
 from jhop._forward import compile as compile
+from jhop._functionalize import functionalize as functionalize
 from jhop._graph import GraphModule as GraphModule
 from jhop._hook import RemovableHandle as RemovableHandle
 from jhop._hook import hook as hook

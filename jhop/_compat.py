@@ -23,7 +23,7 @@ from jax._src.interpreters import ad as _ad
 from jax._src.lax import lax as _lax
 from jax._src.sharding_impls import UNSPECIFIED as UNSPECIFIED  # what a jit says of shardings that it leaves open
 from jax.extend import source_info_util
-from jax.interpreters import mlir, xla
+from jax.interpreters import ad, batching, mlir, xla
 
 Tracer = jax.core.Tracer
 
@@ -343,3 +343,16 @@ def as_varying_as(value: Any, aval: Any) -> Any:
 def register_lowering(primitive: Any, fun: Any, *, multiple_results: bool) -> None:
     """Lowers a primitive by tracing `fun` in its place."""
     mlir.register_lowering(primitive, mlir.lower_fun(fun, multiple_results=multiple_results))
+
+
+def register_transforms(primitive: Any, fun: Callable[..., Any]) -> None:
+    """Batches and differentiates a primitive with one result as `fun`, which computes the same with JAX."""
+
+    def batch(args: Any, dims: Any, **params: Any) -> Any:
+        return jax.vmap(functools.partial(fun, **params), in_axes=tuple(dims))(*args), 0
+
+    def jvp(primals: Any, tangents: Any, **params: Any) -> Any:
+        return jax.jvp(functools.partial(fun, **params), primals, tuple(map(ad.instantiate_zeros, tangents)))
+
+    batching.primitive_batchers[primitive] = batch
+    ad.primitive_jvps[primitive] = jvp

@@ -59,6 +59,9 @@ class Guards:
         ignore: containers that do not count.
         ignore_slots: single slots that do not count, as (id of the container, key).
         ignore_keys: containers of which it does not count which slots they have.
+
+    Attributes:
+        answers: the questions that were asked.
     """
 
     def __init__(
@@ -93,15 +96,15 @@ class Guards:
             held = [*(leaf.value for leaf in leaves_kept), *walk.instances(object, lambda value: True)]
             self._contents = [(value, then) for value in held if (then := contents_of(value)) is not None]
         self._leaves = [] if frozen else [(leaf, _kind(leaf.value)) for leaf in leaves_kept]
-        self._answers = [_Answer(expr, answer, walk.leaves) for expr, answer in dict.fromkeys(answers)]
+        self.answers = [Answer(expr, answer, walk.leaves) for expr, answer in dict.fromkeys(answers)]
         self.hold: Callable[[], bool] = _generate(
-            self._attributes, self._alive, self._keys, self._fixed, self._leaves, self._answers, self._abc_token,
+            self._attributes, self._alive, self._keys, self._fixed, self._leaves, self.answers, self._abc_token,
             self._contents,
         )  # fmt: skip
 
     def described(self) -> tuple[Guard, ...]:
         """All that counts, in words. Values are not asked for anything: no code of the user's runs."""
-        found = [Guard("answer", f"`{answer.in_words()}`", str(answer.then)) for answer in self._answers]
+        found = [Guard("answer", f"`{answer.in_words()}`", str(answer.then)) for answer in self.answers]
         for container, key, value in self._fixed:
             kind = "value" if is_plain(value) else "object"
             found.append(Guard(kind, container.path_of(key), in_words(value)))
@@ -145,7 +148,7 @@ class Guards:
             now = leaf.container.get(leaf.key)
             if _kind(now) != kind:
                 return _changed(leaf.path, in_words(leaf.value), in_words(now))
-        for answer in self._answers:
+        for answer in self.answers:
             try:
                 now = answer.now()
             except Exception as error:  # such as a division by what has become zero
@@ -157,14 +160,22 @@ class Guards:
         return None
 
 
-class _Answer:
-    """A question that was asked of lifted numbers, and its answer then."""
+class Answer:
+    """A question that was asked of lifted numbers, and its answer then.
+
+    Attributes:
+        expr: over the numbers.
+        then: the answer.
+        text: the question, as Python source.
+        slots: what it depends on.
+    """
 
     def __init__(self, expr: Expr, then: bool, slots: list[Leaf]):
         used = sorted(leaves(expr))
+        self.expr = expr
         self.then = then
         self.text = to_code(expr, lambda i: slots[i].path)
-        self._slots = [slots[i] for i in used]
+        self.slots = [slots[i] for i in used]
         code = to_code(expr, lambda i: f"v{i}")
         names = {"__builtins__": {"abs": abs, "int": int, "float": float, "str": str, "range": range}, **CODE_NAMES}
         self._check = eval(f"lambda {', '.join(f'v{i}' for i in used)}: {code}", names)
@@ -177,11 +188,11 @@ class _Answer:
             return self.text
 
     def now(self) -> bool:
-        return bool(self._check(*(slot.container.get(slot.key) for slot in self._slots)))
+        return bool(self._check(*(slot.container.get(slot.key) for slot in self.slots)))
 
 
 def _generate(
-    attributes: Any, alive: Any, keys: Any, fixed: list[Fixed], lifted: Any, answers: list[_Answer], abc_token: Any,
+    attributes: Any, alive: Any, keys: Any, fixed: list[Fixed], lifted: Any, answers: list[Answer], abc_token: Any,
     contents: Any,
 ) -> Callable[[], bool]:
     """One function that says whether everything is as it was."""

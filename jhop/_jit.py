@@ -163,7 +163,9 @@ class Jitted(Explains):
         if self._inside is None or not self._inside[0].hold():
             guards = Lookups([(hook_name(self._fn), self._fn)]).guards(())  # what hooks read counts too
             self._inside = guards, object()
-        with _compat.cache_of(self._inside[1]):
+        # A trace with values of another one in it, such as the state of `jhop.functionalize`, is for this call alone.
+        owner = object() if closes_over_tracer(self._fn) else self._inside[1]
+        with _compat.cache_of(owner):
             return self._jitted(*args, **kwargs)
 
     def _is_inner(self, args: Any, kwargs: Any) -> bool:

@@ -28,12 +28,18 @@ class DoesNotFit(Exception):
 class Program:
     """A callable on a graph's flat inputs, whose array part is `transform(function)`, e.g. `jax.jit` of it.
 
+    Args:
+        gm: the graph.
+        transform: of the device's function.
+        wait: whether numbers that depend on what happened on the device are computed after it, exactly. Otherwise they
+            stay there, as scalar arrays: where the whole is traced, there is nothing to wait for.
+
     Attributes:
         consts: arrays that the graph closes over; they are the first inputs of the device's function.
         device: `transform` of the function of arrays; where hooks run on the host, of each piece between them.
     """
 
-    def __init__(self, gm: GraphModule, transform: Callable[..., Any]):
+    def __init__(self, gm: GraphModule, transform: Callable[..., Any], *, wait: bool = True):
         jaxpr, self.consts = _compat.open_jaxpr(gm.jaxpr)
         self._gm = gm
         numbers = [v for v, given in zip(jaxpr.invars, gm.inputs, strict=True) if given.number is not None]
@@ -45,15 +51,16 @@ class Program:
                 host.update(eqn.outvars)
                 continue
             device_eqns.append(eqn)
-            if eqn.primitive in _NUMBER:
+            if eqn.primitive in _NUMBER and wait:
                 late_eqns.append(eqn)
         n_results = len(jaxpr.outvars) if gm.lifted is None else gm.lifted.n_outs
         late = {v for eqn in late_eqns for v in eqn.outvars}
-        state = {v for v in jaxpr.outvars[n_results:] if not isinstance(v, jex_core.Literal)}
         self._places = [
-            "device" if i < n_results or v not in state else "host" if v in host else "late" if v in late else "device"
+            "device"
+            if i < n_results or isinstance(v, jex_core.Literal)
+            else "host" if v in host else "late" if v in late else "device"
             for i, v in enumerate(jaxpr.outvars)
-        ]
+        ]  # fmt: skip
         device_outs = [v for v, place in zip(jaxpr.outvars, self._places, strict=True) if place == "device"]
         late_outs = [v for v, place in zip(jaxpr.outvars, self._places, strict=True) if place == "late"]
         late_eqns = _needed(late_eqns, late_outs)

@@ -83,6 +83,7 @@ def weak_aval(kind: type) -> Any:
 scalar_p.def_impl(_scalar_impl)
 scalar_p.def_abstract_eval(_scalar_abstract_eval)
 _compat.register_lowering(scalar_p, _scalar_impl, multiple_results=False)
+_compat.register_transforms(scalar_p, _scalar_impl)
 
 
 # -- Scalar: what the hook holds ---------------------------------------------------------------------------------------

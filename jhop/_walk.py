@@ -308,7 +308,7 @@ class Walk:
                 self._add(builtins.__dict__, "dict", "builtins", added)
         if imported and self._without is not None:
             self._add(sys.modules, "dict", "sys.modules", imported)
-        for name in imported:
+        for name in sorted(imported):  # the same paths in every process
             self._work.append((sys.modules.get(name), f"G[{name!r}]"))
         self._add(fn.__dict__, "dict", f"{path}.__dict__", self._attribute_names())
 

@@ -1,0 +1,65 @@
+"""Which slots the code that a `Walk` met may write, read off that code without running it.
+
+The answer is on the safe side: an attribute counts wherever code stores to one of that name, an item of a list or dict
+wherever code stores to items at all. What constructors do does not count: it is done by the time anybody walks.
+"""
+
+from __future__ import annotations
+
+import dis
+import types
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from jhop._container import Container
+from jhop._source import is_user_file
+from jhop._walk import Walk
+
+# Code that uses one of these may write any attribute.
+_ANY = frozenset("__dict__ vars setattr delattr eval exec globals __setattr__ __setstate__ __reduce__".split())
+# Code that uses one of these may write items without a statement that says so.
+_ITEMS = frozenset(
+    """append appendleft extend extendleft insert pop popleft popitem remove clear update setdefault sort reverse rotate
+    __setitem__ __delitem__ setitem delitem iconcat heappush heappop heapify heapreplace heappushpop insort shuffle
+    insort_left insort_right""".split()
+)
+_CONSTRUCTORS = frozenset({"__init__", "__new__", "__post_init__", "__init_subclass__", "__set_name__"})
+_NAMED = frozenset({"STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL", "DELETE_GLOBAL", "STORE_DEREF", "DELETE_DEREF"})
+_SUBSCRIPTS = frozenset({"STORE_SUBSCR", "DELETE_SUBSCR", "STORE_SLICE"})
+
+
+def may_store(walk: Walk) -> Callable[[Container, Any], bool]:
+    """A function that says of a slot of `walk` whether code that the walk met may write it."""
+    functions = walk.instances(
+        types.FunctionType,
+        lambda fn: fn.__name__ not in _CONSTRUCTORS and is_user_file(fn.__code__.co_filename),
+    )
+    stored: set[str] = set()
+    items = anything = False
+    for code in {code for fn in functions for code in _with_nested([fn.__code__])}:
+        anything |= not _ANY.isdisjoint(code.co_names)
+        items |= not _ITEMS.isdisjoint(code.co_names)
+        for instruction in dis.get_instructions(code):
+            if instruction.opname in _NAMED:
+                stored.add(instruction.argval)
+            items |= instruction.opname in _SUBSCRIPTS
+    cells = {
+        id(cell)
+        for fn in functions
+        for name, cell in zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True)
+        if name in stored
+    }
+
+    def answer(container: Container, key: Any) -> bool:
+        if container.kind == "cell":
+            return id(container.obj) in cells
+        holds_items = container.kind in ("dict", "list", "deque") and container.names is None  # no module's globals
+        return anything or (items and holds_items) or (isinstance(key, str) and key in stored)
+
+    return answer
+
+
+def _with_nested(codes: Iterable[types.CodeType]) -> Iterator[types.CodeType]:
+    for code in codes:
+        yield code
+        yield from _with_nested(const for const in code.co_consts if isinstance(const, types.CodeType))
