@@ -48,9 +48,10 @@ class Program:
                 late_eqns.append(eqn)
         n_results = len(jaxpr.outvars) if gm.lifted is None else gm.lifted.n_outs
         late = {v for eqn in late_eqns for v in eqn.outvars}
-        state = {v for v in jaxpr.outvars[n_results:] if not isinstance(v, jex_core.Literal)}
         self._places = [
-            "device" if i < n_results or v not in state else "host" if v in host else "late" if v in late else "device"
+            "device"
+            if i < n_results or isinstance(v, jex_core.Literal)
+            else "host" if v in host else "late" if v in late else "device"
             for i, v in enumerate(jaxpr.outvars)
         ]
         device_outs = [v for v, place in zip(jaxpr.outvars, self._places, strict=True) if place == "device"]
