@@ -28,6 +28,7 @@ from jhop._slots import (
     Slot,
     alike,
     arrays_of,
+    check_exact,
     expr_of,
     fitting,
     less_dead,
@@ -351,4 +352,4 @@ def _less_what_nobody_reads(body: Body, read: Collection[int]) -> Body:
         slot if keep else dataclasses.replace(slot, aval=None) for slot, keep in zip(body.slots, kept, strict=True)
     ]
     dead = [i for i, keep in enumerate(kept) if not keep]
-    return body._replace(jaxpr=less_dead(body.jaxpr, dead), slots=slots)
+    return body._replace(jaxpr=check_exact(less_dead(body.jaxpr, dead)), slots=slots)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from jhop import _compat
 from jhop._expr import CODE_NAMES, Expr, cut, cuts_of, free, substitute, to_code
-from jhop._scalar import Scalar, apply_step, device_kind, is_scalar, step, weak_aval
+from jhop._scalar import Scalar, apply_step, device_kind, is_scalar, on_device, step, weak_aval
 
 replay_p = jex_core.Primitive("replay")
 
@@ -62,7 +62,7 @@ def _part_on_device(expr: Expr, args: Sequence[Any], known: dict[Any, Any]) -> A
     if expr.op in ("loop", "each", "cut"):
         return known[expr]
     if expr.op == "const":
-        return jnp.asarray(expr.args[0])
+        return jnp.asarray(on_device(expr.args[0]))
     if expr.op == "choose":
         which, *branches = map(value, expr.args[1:])
         return jax.lax.select_n(jnp.int32(which), *jnp.broadcast_arrays(*jnp.asarray(branches)))

@@ -63,7 +63,24 @@ def device_kind(value: Any, twins: Sequence[Any] = ()) -> type:
     return float if large or any(jnp.issubdtype(twin.dtype, jnp.inexact) for twin in twins) else int
 
 
+def on_device(value: Any) -> Any:
+    """A Python number as the device can have it."""
+    return float(value) if device_kind(value) is float else value
+
+
+def is_rounded(eqn: Any) -> bool:
+    """Whether an equation takes an int that outgrew the device's, and was rounded to a float, for one of ints."""
+    if eqn.primitive is not scalar_p or eqn.params["python"] is not int or eqn.params["op"] not in _OF_INTS:
+        return False
+    return any(jnp.issubdtype(v.aval.dtype, jnp.inexact) for v in eqn.invars)
+
+
+_OF_INTS = frozenset({"floordiv", "mod", "and_", "or_", "xor", "lshift", "rshift", "invert"})
+
+
 def _scalar_impl(*args: Any, op: str, template: tuple[Any, ...], kind: type, python: type) -> Any:
+    if any(isinstance(arg, jax.Array) for arg in args):
+        template = tuple(item if item is None else on_device(item) for item in template)
     return _as_weak(apply_step(op, fill(template, args)), kind)
 
 

@@ -17,7 +17,7 @@ from jhop._errors import Unsupported
 from jhop._expr import Expr, const, free, substitute
 from jhop._lifted import Session
 from jhop._replay import as_number, number_of
-from jhop._scalar import device_kind, is_scalar, weak_aval
+from jhop._scalar import device_kind, is_rounded, is_scalar, weak_aval
 from jhop._state import APPEND, Mark, Write
 from jhop._walk import is_number
 
@@ -263,6 +263,13 @@ def less_dead(closed: Any, dead: Collection[int] = ()) -> Any:
         debug_info=opened.debug_info._replace(arg_names=None, result_paths=None),
     )
     return jex_core.ClosedJaxpr(jaxpr, [const for _, const in kept])
+
+
+def check_exact(closed: Any) -> Any:
+    """A body, if what it does with numbers on the device is what the host does."""
+    if any(map(is_rounded, _compat.open_jaxpr(closed)[0].eqns)):
+        raise DoesNotThread("counts there to more than the device's ints hold, which it then takes apart")
+    return closed
 
 
 def variables(atoms: Iterable[Any]) -> set[Any]:

@@ -29,6 +29,7 @@ from jhop._slots import (
     Slot,
     Written,
     arrays_of,
+    check_exact,
     expr_of,
     number_type,
     refusal,
@@ -194,7 +195,7 @@ class Threads:
                 return (updates, list(map(jax.typeof, arrays)), parts), [*outs, *new, *arrays]
 
         closed, (updates, shapes, parts) = traced_with(traced, avals)
-        return (closed, updates), shapes, parts
+        return (check_exact(closed), updates), shapes, parts
 
     def _once(self, eqn: Any, values: list[Any], more: int = 0) -> list[Any]:
         """An equation whose body runs once: what was written there is among its results.
