@@ -207,7 +207,7 @@ def reads_device(expr: Expr) -> bool:
 
 
 def substitute(exprs: Sequence[Expr], change: Callable[[Expr], Expr | None]) -> list[Expr]:
-    """Expressions with `change(part)` in place of each part for which that is not None. What they share stays shared."""
+    """Expressions with `change(part)` in place of each part for which that is not None. They share what they did."""
     return _substitute(exprs, change, {})
 
 

@@ -19,8 +19,8 @@ from jhop._errors import Unsupported
 from jhop._expr import Expr, const, free, repeated, substitute
 from jhop._interp import evaluate
 from jhop._lifted import Session
-from jhop._replay import number_of, value_of
-from jhop._scalar import I32_MAX, I32_MIN, Scalar, device_kind, is_scalar, weak_aval
+from jhop._replay import fits_device, number_of
+from jhop._scalar import Scalar, is_scalar, weak_aval
 from jhop._slots import (
     ZERO,
     DoesNotThread,
@@ -189,13 +189,9 @@ class Loops:
             counted = slot.number is int and slot.aval is not None and slot.aval.dtype == jnp.int32
             if counted and not body.device:
                 final = repeated(int, loop, length, j, _inits(body), tuple(body.updates), ())
-                value = value_of(self._session, final)
-                if all(part.op == "leaf" for part in free(final)):  # else the loop around this one looks at the same
-                    for bound, op in ((I32_MIN, "ge"), (I32_MAX, "le")):
-                        asked = Expr(op, (final, const(bound)))
-                        self._session.guard(asked, value >= bound if op == "ge" else value <= bound)
-                    if device_kind(value) is float:
-                        slot = dataclasses.replace(slot, aval=weak_aval(float))
+                # Else the loop around this one looks at the same.
+                if all(part.op == "leaf" for part in free(final)) and not fits_device(self._session, final):
+                    slot = dataclasses.replace(slot, aval=weak_aval(float))
             slots.append(slot)
         return slots
 

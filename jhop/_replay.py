@@ -16,8 +16,8 @@ import jax.extend.core as jex_core
 import jax.numpy as jnp
 
 from jhop import _compat
-from jhop._expr import CODE_NAMES, Expr, cut, cuts_of, free, substitute, to_code
-from jhop._scalar import Scalar, apply_step, device_kind, is_scalar, on_device, step, weak_aval
+from jhop._expr import CODE_NAMES, Expr, const, cut, cuts_of, free, substitute, to_code
+from jhop._scalar import I32_MAX, I32_MIN, Scalar, apply_step, device_kind, is_scalar, on_device, step, weak_aval
 
 replay_p = jex_core.Primitive("replay")
 
@@ -46,7 +46,7 @@ def host_function(expr: Expr, n: int) -> Callable[..., Any]:
 
 
 def _on_device(exprs: Sequence[Expr], args: Sequence[Any], known: dict[Any, Any]) -> list[Any]:
-    """Evaluates expressions on arrays; `known` has what loops around them have, and the parts that are there already."""
+    """Evaluates expressions on arrays; `known` has what loops around them have, and the parts that are known."""
     known = dict(known)
     for part in cuts_of(*exprs, known=lambda part: Expr("cut", (part,)) in known):
         known[Expr("cut", (part,))] = _part_on_device(part.expr, args, known)
@@ -109,6 +109,24 @@ def value_of(session: Any, expr: Expr) -> Any:
     return host_function(substitute([expr], places.get)[0], len(read))(*values)
 
 
+def fits_device(session: Any, expr: Expr) -> bool:
+    """Whether an int is one that the device has as an int; that this stays so is guarded."""
+    value = value_of(session, expr)
+    for asked, answer in (("ge", value >= I32_MIN), ("le", value <= I32_MAX)):
+        session.guard(Expr(asked, (expr, const(I32_MIN if asked == "ge" else I32_MAX))), answer)
+    return device_kind(value) is int
+
+
+def _stand_in(session: Any, expr: Expr) -> Any:
+    """A number in place of one that is not known yet. Nobody may ask for it; it is as large as that one may be."""
+    python = expr.args[0]
+    if expr.op == "choose" and python is int and device_kind(I32_MAX + 1) is float:
+        known = [part for part in expr.args[2:] if all(read.op == "leaf" for read in free(part))]
+        if not all([fits_device(session, part) for part in known]):
+            return I32_MAX + 1
+    return python(1)
+
+
 def _part_number(session: Any, expr: Expr) -> Any:
     if expr in session.symbols:
         return session.symbols[expr]
@@ -121,7 +139,7 @@ def _part_number(session: Any, expr: Expr) -> Any:
     if not free(expr):
         return value
     if value is None:
-        value = expr.args[0](1)  # not known yet; nobody may ask
+        value = _stand_in(session, expr)
     # The equation's expression reads its operands, among them the parts that are numbers already.
     names: dict[Expr, Expr] = {}
 

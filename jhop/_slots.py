@@ -15,6 +15,7 @@ from jhop import _compat
 from jhop._container import MISSING, Container
 from jhop._errors import Unsupported
 from jhop._expr import Expr, const, free, substitute
+from jhop._interp import inner_jaxprs
 from jhop._lifted import Session
 from jhop._replay import as_number, number_of
 from jhop._scalar import device_kind, is_rounded, is_scalar, weak_aval
@@ -154,9 +155,9 @@ def slot_before(container: Container, key: Any, start: list[Mark]) -> Slot | Non
     number = number_type(init)
     if number is None and not isinstance(init, (jax.Array, np.ndarray)):
         raise DoesNotThread(f"it holds a {type(init).__name__}")
-    if number is None:
-        return Slot(container, key, init, None, jax.typeof(init))
-    return Slot(container, key, init, number, jax.typeof(init._twin) if is_scalar(init) else weak_aval(device_kind(init)))
+    if number is None or is_scalar(init):
+        return Slot(container, key, init, number, jax.typeof(init if number is None else init._twin))
+    return Slot(container, key, init, number, weak_aval(device_kind(init)))
 
 
 class Expected:
@@ -193,6 +194,8 @@ def fitting(slot: Slot, value: Any) -> Slot:
     number = number_type(value)
     if slot.number is not None and number is not None:
         kind = float if float in (slot.number, number) else int
+        if is_scalar(value) and jnp.issubdtype(value._twin.dtype, jnp.inexact):  # an int that the device had to round
+            return dataclasses.replace(slot, number=kind, aval=weak_aval(float))
         return slot if kind is slot.number else dataclasses.replace(slot, number=kind, aval=weak_aval(kind))
     if not isinstance(value, (jax.Array, np.ndarray)):
         raise DoesNotThread(f"it holds a {type(value).__name__} then")
@@ -270,6 +273,21 @@ def check_exact(closed: Any) -> Any:
     if any(map(is_rounded, _compat.open_jaxpr(closed)[0].eqns)):
         raise DoesNotThread("counts there to more than the device's ints hold, which it then takes apart")
     return closed
+
+
+def refuse_rounded(jaxpr: Any) -> None:
+    """Raises where the bodies in a graph do with ints what is wrong once they were rounded."""
+    for eqn in _compat.open_jaxpr(jaxpr)[0].eqns:
+        for inner in inner_jaxprs(eqn):
+            opened, consts = _compat.open_jaxpr(inner)
+            less = less_dead(jex_core.ClosedJaxpr(opened, consts))
+            try:
+                check_exact(less)
+            except DoesNotThread as error:
+                raise Unsupported(
+                    f"a hook inside `{eqn.primitive}` {error}. Move the hooked value out, or count in an array."
+                ) from None
+            refuse_rounded(less)
 
 
 def variables(atoms: Iterable[Any]) -> set[Any]:

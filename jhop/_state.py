@@ -106,7 +106,8 @@ class Lift:
             if mark.container.whole and before.keys() != present.keys():
                 kept = [value for _, value in now.items[: len(mark.items)]]
                 grown = all(new is old for new, (_, old) in zip(kept, mark.items, strict=False))
-                appended = now.stand_in is not None and now.reads == mark.reads and grown and len(kept) == len(mark.items)
+                unread = now.stand_in is not None and now.reads == mark.reads
+                appended = unread and grown and len(kept) == len(mark.items)
                 added = [value for _, value in now.items[len(mark.items) :]]
                 found.append(Write(mark.container, APPEND, added) if appended else Write(mark.container, None, None))
                 continue

@@ -35,9 +35,9 @@ from jhop._slots import (
     refusal,
     same_type,
     traced_with,
+    values_of,
 )
-from jhop._state import Lift, Write
-
+from jhop._state import APPEND, Lift, Write, explain_leak
 
 _RULES = frozenset({*RUNS_IN_PLACE, *RUNS_ONCE, "scan", "while", "cond"}) - {"shard_map"}
 
@@ -103,6 +103,10 @@ class Threads:
         with self._loops.putting_back(start):
             result = fn(*args)
             changes = self._lift.changes(start)
+            for change in changes:
+                tracers = [value for value in values_of(change) if isinstance(value, _compat.Tracer)]
+                if not all(map(_compat.is_staged, tracers)):
+                    raise explain_leak(change.container.path_of(None if change.key is APPEND else change.key))
             arrays = len(Written(changes, self._session, outside).take())
             self._noted += [(change._replace(value=None), arrays) for change in changes]
         return result
