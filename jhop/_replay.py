@@ -93,20 +93,35 @@ def number_of(session: Any, expr: Expr) -> Any:
     Args:
         session: knows what stands for what the expression reads.
     """
-    for part in cuts_of(expr):
+    for part in cuts_of(expr, known=lambda part: Expr("cut", (part,)) in session.symbols):
         name = Expr("cut", (part,))
-        session.symbols.setdefault(name, _part_number(session, part.expr))
+        session.symbols[name] = _part_number(session, part.expr)
     return _part_number(session, expr)
 
 
 def value_of(session: Any, expr: Expr) -> Any:
     """The number that an expression gives for the present values; None where it depends on the device."""
-    read = list(free(expr))
-    if not all(part in session.symbols for part in read):
+    if not all(part in session.symbols for part in free(expr)):
         return None
+    closed, read = _closed(session, expr)
+    operands = [session.symbols[part] for part in read]
+    return host_function(closed, len(read))(*(item._value if is_scalar(item) else item for item in operands))
+
+
+def _closed(session: Any, expr: Expr) -> tuple[Expr, list[Expr]]:
+    """(an expression of operands, what these are), with the parts that are numbers already among the operands."""
+    names: dict[Expr, Expr] = {}
+
+    def name(part: Expr) -> Expr | None:
+        if part.op != "cut" or part not in session.symbols:
+            return None
+        return names.setdefault(part, Expr("device", (part,)))
+
+    (opened,) = substitute([expr], name)
+    read = list(free(opened))
     places = {part: Expr("leaf", (i,)) for i, part in enumerate(read)}
-    values = [session.symbols[part]._value for part in read]
-    return host_function(substitute([expr], places.get)[0], len(read))(*values)
+    (closed,) = substitute([opened], places.get)
+    return closed, [part.args[0] if isinstance(part.args[0], Expr) else part for part in read]
 
 
 def fits_device(session: Any, expr: Expr) -> bool:
@@ -140,20 +155,8 @@ def _part_number(session: Any, expr: Expr) -> Any:
         return value
     if value is None:
         value = _stand_in(session, expr)
-    # The equation's expression reads its operands, among them the parts that are numbers already.
-    names: dict[Expr, Expr] = {}
-
-    def name(part: Expr) -> Expr | None:
-        if part.op != "cut" or part not in session.symbols:
-            return None
-        return names.setdefault(part, Expr("device", (part,)))
-
-    (opened,) = substitute([expr], name)
-    read = list(free(opened))
-    parts = [part.args[0] if part in names.values() else part for part in read]
-    operands = [session.symbols[part] if part in session.symbols else session.arrays[part] for part in parts]
-    places = {part: Expr("leaf", (i,)) for i, part in enumerate(read)}
-    (closed,) = substitute([opened], places.get)
+    closed, read = _closed(session, expr)
+    operands = [session.symbols[part] if part in session.symbols else session.arrays[part] for part in read]
     numbers = [item._twin for item in operands if is_scalar(item)]
     kind, twins = device_kind(value, numbers), [item._twin if is_scalar(item) else item for item in operands]
     twin = replay_p.bind(*twins, expr=closed, kind=kind, python=type(value))

@@ -15,7 +15,6 @@ from test_state_control_flow import (
     compiled,
     counts,
     counts_and_uses,
-   
     in_checkpoint,
     in_cond,
     in_cond_in_scan,
