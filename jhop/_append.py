@@ -14,17 +14,17 @@ import jax
 class AppendList(list[Any]):
     """Stands for a list while hooks are traced. Appending and extending are no reads; everything else is."""
 
-    __slots__ = ("original", "read", "start")
+    __slots__ = ("original", "reads", "start")
 
     def __init__(self, original: list[Any], items: list[Any]):
         super().__init__(items)
         self.original = original
         self.start = len(items)
-        self.read = False
+        self.reads = 0  # how often it was read
 
     def extend(self, items: Any) -> None:
         if items is self:
-            self.read = True
+            self.reads += 1
         list.extend(self, items)
 
     def __iadd__(self, items: Any) -> AppendList:  # type: ignore[misc]
@@ -33,11 +33,11 @@ class AppendList(list[Any]):
 
     def __radd__(self, items: Any) -> Any:
         # A list would read this one from C, past its methods.
-        self.read = True
+        self.reads += 1
         return items + self.raw() if isinstance(items, list) else NotImplemented
 
     def __reduce__(self) -> Any:
-        self.read = True
+        self.reads += 1
         return (list, (list(self.raw()),))
 
     def raw(self) -> list[Any]:
@@ -46,7 +46,7 @@ class AppendList(list[Any]):
 
     def appended(self) -> list[Any] | None:
         """What was appended if nothing else was done to the list, else None."""
-        return None if self.read else self.raw()[self.start :]
+        return None if self.reads else self.raw()[self.start :]
 
 
 _READS = """__getitem__ __setitem__ __delitem__ __iter__ __len__ __contains__ __eq__ __ne__ __lt__ __le__ __gt__ __ge__
@@ -58,7 +58,7 @@ def _reading(name: str) -> Any:
     inner = getattr(list, name, None) or (lambda self: list.__len__(self) > 0)  # list has no __bool__ of its own
 
     def method(self: AppendList, *args: Any, **kwargs: Any) -> Any:
-        self.read = True
+        self.reads += 1
         return inner(self, *args, **kwargs)
 
     method.__name__ = name
@@ -71,7 +71,7 @@ AppendList.__hash__ = None
 
 
 def _flatten(value: AppendList) -> tuple[list[Any], None]:
-    value.read = True
+    value.reads += 1
     return value.raw(), None
 
 

@@ -39,6 +39,11 @@ def current_trace() -> Any:
     return _core.trace_ctx.trace
 
 
+def is_staged(value: Any) -> bool:
+    """Whether a tracer is of a trace of the kind that is under way, and of no batching or differentiation inside it."""
+    return type(getattr(value, "_trace", None)) is type(current_trace())
+
+
 def is_of(value: Any, trace: Any) -> bool:
     """Whether a value is a tracer of a trace."""
     return getattr(value, "_trace", None) is trace

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 INFIX = {
@@ -22,7 +22,7 @@ class Expr(NamedTuple):
     `op` is one of:
 
     - `leaf` (index,): a lifted value; `device` (key,): an array that is known once the graph ran;
-    - `const` (value,);
+    - `const` (value, text): see `const`;
     - `repeat` (type, loop, length, index, inits, updates, each): one of the values that are updated together `length`
       times. The updates read them as `loop` (loop, index), and from each array in `each` its items in turn as `each`
       (loop, index); where there are arrays, they have the length;
@@ -33,6 +33,11 @@ class Expr(NamedTuple):
 
     op: str
     args: tuple[Any, ...]
+
+
+def const(value: Any) -> Expr:
+    """A number in an expression. Its text is there as 1, 1.0 and True are equal, and so are 0.0 and -0.0."""
+    return Expr("const", (value, repr(value)))
 
 
 class Cut:
@@ -52,37 +57,54 @@ def cut(expr: Expr) -> Expr:
 
 
 def folded(op: str, args: Sequence[Expr]) -> Expr:
-    """An operator over expressions; of what is added to an int, only the sum."""
+    """An operator over expressions whose result is an int; of what is added to an int, only the sum."""
     made = Expr(op, tuple(args))
     if op == "add" and _adds_int(made) and _adds_int(args[0]):
-        return Expr("add", (args[0].args[0], Expr("const", (args[0].args[1].args[0] + args[1].args[0],))))
+        return Expr("add", (args[0].args[0], const(args[0].args[1].args[0] + args[1].args[0])))
     return made
 
 
 def _adds_int(expr: Expr) -> bool:
-    """Whether an int is added to something. To what, is not asked: where it is a float, sums are not the same."""
     return expr.op == "add" and expr.args[1].op == "const" and type(expr.args[1].args[0]) is int
 
 
 def _cuts_in(expr: Expr) -> dict[Cut, None]:
-    """The parts of an expression that are cut off from it."""
+    """The parts of an expression that are cut off from it, less those that a loop in it computes at each turn."""
     if expr.op == "cut":
         return {expr.args[0]: None}
     found: dict[Cut, None] = {}
     for part in parts_of(expr, updates=False):
         found.update(_cuts_in(part))
+    if expr.op == "repeat":
+        found.update(_fixed_in(expr.args[1], expr.args[5]))
     return found
 
 
-def cuts_of(expr: Expr) -> list[Cut]:
-    """All of them, those of the parts first. There may be as many as a hook runs: this does not recurse."""
+def _fixed_in(loop: int, updates: Iterable[Expr]) -> dict[Cut, None]:
+    """The parts of what a loop repeats that are the same at each turn."""
+    found: dict[Cut, None] = {}
+    work, seen = [part for expr in updates for part in _cuts_in(expr)], set()
+    while work:
+        part = work.pop()
+        if part in seen:
+            continue
+        seen.add(part)
+        if any(read.op in ("loop", "each") and read.args[0] == loop for read in part.free):
+            work += part.within
+        else:
+            found[part] = None
+    return found
+
+
+def cuts_of(*exprs: Expr, known: Callable[[Cut], bool] = lambda part: False) -> list[Cut]:
+    """All of them, those of the parts first, less what is known. They may be many: this does not recurse."""
     done: dict[Cut, None] = {}
-    work = [(found, False) for found in _cuts_in(expr)]
+    work = [(found, False) for expr in exprs for found in _cuts_in(expr)]
     while work:
         part, ready = work.pop()
         if ready:
             done.setdefault(part)
-        elif part not in done:
+        elif part not in done and not known(part):
             work.append((part, True))
             work += [(inner, False) for inner in part.within]
     return list(done)
@@ -90,12 +112,23 @@ def cuts_of(expr: Expr) -> list[Cut]:
 
 def to_code(expr: Expr, leaf: Callable[[Any], str]) -> str:
     """Python source of an expression; `leaf(i)` is the source of the i-th lifted value."""
-    cuts = cuts_of(expr)
-    if not cuts:
-        return _code(expr, leaf, {})
-    names = {part: f"c{i}" for i, part in enumerate(cuts)}
+    return _block((expr,), leaf, {}, lambda codes: codes[0])
+
+
+def _block(
+    exprs: Sequence[Expr], leaf: Callable[[Any], str], known: dict[Cut, str], join: Callable[[list[str]], str]
+) -> str:
+    """Source of several expressions, of which `join` makes one. What they share is computed once."""
+    cuts = cuts_of(*exprs, known=known.__contains__)
+    names = dict(known)
+    names.update((part, f"c{len(known) + i}") for i, part in enumerate(cuts))
     lines = [f"({names[part]} := {_code(part.expr, leaf, names)})" for part in cuts]
-    return f"({', '.join(lines)}, {_code(expr, leaf, names)})[-1]"
+    result = join([_code(expr, leaf, names) for expr in exprs])
+    return f"({', '.join(lines)}, {result})[-1]" if lines else result
+
+
+def _items(codes: list[str]) -> str:
+    return f"({''.join(f'{code}, ' for code in codes)})"
 
 
 def _code(expr: Expr, leaf: Callable[[Any], str], names: dict[Cut, str]) -> str:
@@ -112,8 +145,8 @@ def _code(expr: Expr, leaf: Callable[[Any], str], names: dict[Cut, str]) -> str:
         return repr(value) if str(value)[0].isdigit() else f"({value!r})"
     if expr.op == "repeat":
         _, loop, length, index, inits, updates, each = expr.args
-        start = f"({''.join(f'{_code(part, leaf, names)}, ' for part in inits)})"
-        after = f"({''.join(f'{to_code(part, leaf)}, ' for part in updates)})"  # parts of these are theirs
+        start = _items([_code(part, leaf, names) for part in inits])
+        after = _block(updates, leaf, names, _items)
         items = ", ".join(_code(part, leaf, names) for part in each)
         turns = f"zip({items})" if each else f"range({_code(length, leaf, names)})"
         return f"reduce(lambda v{loop}, e{loop}: {after}, {turns}, {start})[{index}]"
@@ -173,10 +206,12 @@ def reads_device(expr: Expr) -> bool:
     )
 
 
-def substitute(expr: Expr, change: Callable[[Expr], Expr | None]) -> Expr:
-    """An expression with `change(part)` in place of each part for which that is not None."""
-    done: dict[Cut, Expr] = {}
+def substitute(exprs: Sequence[Expr], change: Callable[[Expr], Expr | None]) -> list[Expr]:
+    """Expressions with `change(part)` in place of each part for which that is not None. They share what they did."""
+    return _substitute(exprs, change, {})
 
+
+def _substitute(exprs: Sequence[Expr], change: Callable[[Expr], Expr | None], done: dict[Cut, Expr]) -> list[Expr]:
     def within(expr: Expr) -> Expr:
         new = change(expr)
         if new is not None:
@@ -185,15 +220,41 @@ def substitute(expr: Expr, change: Callable[[Expr], Expr | None]) -> Expr:
             return done[expr.args[0]]
         if expr.op == "repeat":
             python, loop, length, index, inits, updates, each = expr.args
-            changed = tuple(substitute(part, change) for part in updates)
+            changed = tuple(_substitute(updates, change, done))
             inits, each = (tuple(map(within, group)) for group in (inits, each))
             return Expr("repeat", (python, loop, within(length), index, inits, changed, each))
         return Expr(expr.op, tuple(within(arg) if isinstance(arg, Expr) else arg for arg in expr.args))
 
-    for part in cuts_of(expr):
+    for part in cuts_of(*exprs, known=lambda part: part in done or change(Expr("cut", (part,))) is not None):
         new = within(part.expr)
         done[part] = Expr("cut", (part if new == part.expr else Cut(new),))
-    return within(expr)
+    return list(map(within, exprs))
+
+
+def repeated(number: type, loop: int, length: Expr, j: int, inits: Any, updates: Any, each: Any) -> Expr:
+    """What the j-th of several numbers is after a loop."""
+    update, me = updates[j], Expr("loop", (loop, j))
+    if update == me:
+        return inits[j]
+    if number is int and length.op == "const" and update.op == "add" and update.args[0] == me and _adds_int(update):
+        return folded("add", [inits[j], const(update.args[1].args[0] * length.args[0])])
+    # Only what it depends on goes through the loop with it.
+    needed, work = {j}, [j]
+    while work:
+        read = [part.args[1] for part in free(updates[work.pop()]) if part.op == "loop" and part.args[0] == loop]
+        work += set(read) - needed
+        needed.update(read)
+    kept = sorted(needed)
+    places = {Expr("loop", (loop, old)): Expr("loop", (loop, new)) for new, old in enumerate(kept)}
+    changed = tuple(substitute([updates[i] for i in kept], places.get))
+    items = dict.fromkeys(part for expr in changed for part in free(expr) if part.op == "each" and part.args[0] == loop)
+    if items:
+        renamed = {part: Expr("each", (loop, new)) for new, part in enumerate(items)}
+        changed = tuple(substitute(changed, renamed.get))
+        each = tuple(each[part.args[1]] for part in items)
+    else:
+        each = ()
+    return Expr("repeat", (number, loop, length, kept.index(j), tuple(inits[i] for i in kept), changed, each))
 
 
 def leaves(expr: Expr) -> set[int]:

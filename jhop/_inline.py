@@ -36,6 +36,7 @@ from jhop._interp import ClosesOverTracer, evaluate, inner_jaxprs, rewrite
 from jhop._lifted import Lifted, Session
 from jhop._rebuild import holds_constants, is_plain_call, is_sealed, rebuild
 from jhop._scalar import Scalar, device_kind, is_scalar, weak_aval
+from jhop._slots import refuse_rounded
 from jhop._source import describe_hook, is_user_file, origin_of
 from jhop._splice import Splice, expand, retrace
 from jhop._template import Templates, map_outputs, plain
@@ -110,6 +111,8 @@ class _Inliner:
         jaxpr, kept = expand(jaxpr)
         info.update((variable, self._gm.info.get(variable, _CAPTURED)) for variable in kept)
         jaxpr, slots = self._prune(jaxpr, len(given))
+        if slots:
+            refuse_rounded(jaxpr)
         n_outs = len(self._jaxpr.outvars)
         lifted = Lifted(
             slots=slots,

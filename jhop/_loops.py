@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,17 +16,19 @@ import jax.numpy as jnp
 from jhop import _compat
 from jhop._container import Container
 from jhop._errors import Unsupported
-from jhop._expr import Expr, folded, free, substitute
+from jhop._expr import Expr, const, free, repeated, substitute
 from jhop._interp import evaluate
 from jhop._lifted import Session
-from jhop._replay import number_of, value_of
-from jhop._scalar import I32_MAX, I32_MIN, Scalar, device_kind, is_scalar, weak_aval
+from jhop._replay import fits_device, number_of
+from jhop._scalar import Scalar, is_scalar, weak_aval
 from jhop._slots import (
     ZERO,
     DoesNotThread,
+    Expected,
     Slot,
     alike,
     arrays_of,
+    check_exact,
     expr_of,
     fitting,
     less_dead,
@@ -42,6 +44,7 @@ MAX_UNROLL = 64  # iterations
 _MAX_TRIES = 8  # traces of a body until the types of its state have settled
 
 Run = Callable[[Any, list[Any]], list[Any]]
+Reads = Callable[[list[Slot]], Collection[int]]
 
 
 class Body(NamedTuple):
@@ -76,6 +79,7 @@ class Loops:
         self._lift = lift
         self._session = session
         self._run = run
+        self.expected = Expected()
 
     def trace_body(self, jaxpr: Any, consts: list[Any], avals: list[Any], slots: list[Slot], loop: int) -> Body:
         """Traces a body once.
@@ -88,14 +92,14 @@ class Loops:
         Raises:
             DoesNotThread: hooks do something else to state than to give slots new numbers and arrays.
         """
-        start = self._lift.mark()
+        start, outside = self._lift.mark(), set(self._session.arrays)
 
         def traced(*flat: Any) -> tuple[Body, list[Any]]:
             with self.putting_back(start):
                 symbols = self._put_symbols(slots, flat, loop)
                 before = self._lift.mark()
                 outs = self._run(jaxpr, [*consts, *flat[len(slots) :]])
-                body, (state, appended, device) = self._ends(slots, symbols, self._lift.changes(before), start)
+                body, (state, appended, device) = self._ends(slots, symbols, self._lift.changes(before), start, outside)
             return body, [*state, *outs, *appended, *device]
 
         closed, body = traced_with(traced, [*(slot.aval for slot in slots), *avals])
@@ -126,7 +130,7 @@ class Loops:
         return symbols
 
     def _ends(
-        self, slots: list[Slot], symbols: list[Any], changes: list[Write], start: list[Mark]
+        self, slots: list[Slot], symbols: list[Any], changes: list[Write], start: list[Mark], outside: set[Expr]
     ) -> tuple[Body, tuple[list[Any], list[Any], list[Any]]]:
         """What a body made of state: what is known of it, and (the slots' values, what was appended, other arrays)."""
         changed = {(id(change.container), change.key): change for change in changes}
@@ -136,7 +140,7 @@ class Loops:
             final = symbol if change is None else change.value
             wanted.append(fitting(slot, final))
             finals.append(final)
-            updates.append(final._expr if is_scalar(final) else Expr("const", (final if is_number(final) else 0,)))
+            updates.append(final._expr if is_scalar(final) else const(final if is_number(final) else 0))
         appended, lists = [], []
         for change in changed.values():
             if change.key is APPEND:
@@ -147,25 +151,28 @@ class Loops:
             else:
                 wanted.append(new_slot(change, start))
         settled = len(wanted) == len(slots) and all(map(alike, wanted, slots))
-        device = arrays_of(updates)
+        device = arrays_of(updates, outside)
         arrays = [self._session.arrays[part] for part in device]
         state = [slot.on_device(final) for slot, final in zip(slots, finals, strict=True)] if settled else []
         return Body(None, wanted, settled, updates, lists, device), (state, appended, arrays)
 
     def _settled_body(
-        self, jaxpr: Any, consts: list[Any], avals: list[Any], length: Expr | None = None
+        self, jaxpr: Any, consts: list[Any], avals: list[Any], length: Expr | None = None, reads: Reads = lambda _: ()
     ) -> tuple[Body, int]:
         """The body of a loop, traced until the types of its slots stay the same; and what its numbers are called by.
 
         Args:
             length: how often the loop will run, if that is known.
+            reads: the places of slots that something else than the body reads at each turn.
         """
-        slots: list[Slot] = []
+        start = self._lift.mark()
+        slots = self.expected.slots(jaxpr, start)
         for _ in range(_MAX_TRIES):
             answers, loop = len(self._session.answers), self._session.new_key()
             body = self.trace_body(jaxpr, consts, avals, slots, loop)
             if body.settled:
-                body = _less_what_nobody_reads(body)
+                self.expected.note(jaxpr, body.slots, start)
+                body = _less_what_nobody_reads(body, reads(body.slots))
                 slots = body.slots if length is None else self._wide_enough(body, loop, length)
                 if slots == body.slots:
                     return body, loop
@@ -181,14 +188,10 @@ class Loops:
         for j, slot in enumerate(body.slots):
             counted = slot.number is int and slot.aval is not None and slot.aval.dtype == jnp.int32
             if counted and not body.device:
-                final = _repeated(int, loop, length, j, _inits(body), tuple(body.updates), ())
-                value = value_of(self._session, final)
-                if all(part.op == "leaf" for part in free(final)):  # else the loop around this one looks at the same
-                    for bound, op in ((I32_MIN, "ge"), (I32_MAX, "le")):
-                        asked = Expr(op, (final, Expr("const", (bound,))))
-                        self._session.guard(asked, value >= bound if op == "ge" else value <= bound)
-                    if device_kind(value) is float:
-                        slot = dataclasses.replace(slot, aval=weak_aval(float))
+                final = repeated(int, loop, length, j, _inits(body), tuple(body.updates), ())
+                # Else the loop around this one looks at the same.
+                if all(part.op == "leaf" for part in free(final)) and not fits_device(self._session, final):
+                    slot = dataclasses.replace(slot, aval=weak_aval(float))
             slots.append(slot)
         return slots
 
@@ -199,7 +202,7 @@ class Loops:
         avals = [v.aval for v in _compat.open_jaxpr(params["jaxpr"])[0].invars[n_consts:]]
         answers = len(self._session.answers)
         try:
-            length = Expr("const", (params["length"],))
+            length = const(params["length"])
             body, loop = self._settled_body(params["jaxpr"], consts, avals, length)
         except DoesNotThread as error:
             del self._session.answers[answers:]
@@ -246,9 +249,17 @@ class Loops:
         params = eqn.params
         n_cond, n_body = params["cond_nconsts"], params["body_nconsts"]
         cond, consts, init = values[:n_cond], values[n_cond : n_cond + n_body], values[n_cond + n_body :]
+        avals = list(map(jax.typeof, init))
+        condition: list[Any] = []
+
+        def reads(slots: list[Slot]) -> Collection[int]:
+            condition[:] = [self._trace_condition(eqn, cond, avals, slots)]
+            opened, _ = _compat.open_jaxpr(condition[0])
+            live = variables([*opened.outvars, *(atom for inner in opened.eqns for atom in inner.invars)])
+            return [j for j in range(len(slots)) if opened.invars[j] in live]
+
         try:
-            # What hooks in the condition write is no state of the body: that is refused below.
-            body, loop = self._settled_body(params["body_jaxpr"], consts, [jax.typeof(value) for value in init])
+            body, loop = self._settled_body(params["body_jaxpr"], consts, avals, reads=reads)
         except DoesNotThread as error:
             raise Unsupported(
                 f"a hook inside a `while` loop writes Python state, and {error}. Keep what changes in numbers and "
@@ -266,32 +277,49 @@ class Loops:
             outs = evaluate(body.jaxpr, [*carry[1], *carry[2]])
             return carry[0] + 1, outs[:n_state], outs[n_state:]
 
+        unread = [jnp.zeros((), v.aval.dtype) for v in _compat.open_jaxpr(condition[0])[0].invars[: len(body.slots)]]
+
         def goes_on(carry: Any) -> Any:
-            before = self._lift.mark()
-            (answer,) = self._run(params["cond_jaxpr"], [*cond, *carry[2]])
-            if changes := self._lift.changes(before):
-                self._lift.back_to(before)
-                raise refusal(eqn, changes[0], "in the loop's condition")
-            return answer
+            state = iter(carry[1])
+            held = [zero if slot.aval is None else next(state) for slot, zero in zip(body.slots, unread, strict=True)]
+            return evaluate(condition[0], [*held, *carry[2]])[0]
 
         start = [slot.on_device(slot.init) for slot in carried]
         count, state, outs = jax.lax.while_loop(goes_on, step, (jnp.int32(0), start, init))
         self._leave_loop(body, loop, self._session.array(count), state, [])
         return outs
 
+    def _trace_condition(self, eqn: Any, consts: list[Any], avals: list[Any], slots: list[Slot]) -> Any:
+        """A loop's condition as a jaxpr of what the slots hold and the loop's carries. It may read state, not write."""
+        start, loop = self._lift.mark(), self._session.new_key()
+
+        def traced(*flat: Any) -> tuple[None, list[Any]]:
+            with self.putting_back(start):
+                self._put_symbols(slots, flat, loop)
+                before = self._lift.mark()
+                outs = self._run(eqn.params["cond_jaxpr"], [*consts, *flat[len(slots) :]])
+                if changes := self._lift.changes(before):
+                    raise refusal(eqn, changes[0], "in the loop's condition")
+            return None, outs
+
+        closed, _ = traced_with(traced, [*(slot.aval for slot in slots), *avals])
+        if loop in self._session.varied:
+            raise DoesNotThread("Python control flow in the loop's condition depends on it")
+        return closed
+
     def _leave_loop(self, body: Body, loop: int, length: Expr, state: list[Any], device: list[Any]) -> None:
         """Writes what slots hold after a loop."""
         keys = tuple(map(self._session.array, device))
         places = {part: Expr("each", (loop, m)) for m, part in enumerate(body.device)}
-        updates = tuple(substitute(expr, places.get) for expr in body.updates)
+        updates = tuple(substitute(body.updates, places.get))
         inits = _inits(body)
         arrays = iter(state)
         finals: list[Any] = []
         for j, slot in enumerate(body.slots):
             value = next(arrays) if slot.aval is not None else None
             if slot.number is not None:
-                expr = _repeated(slot.number, loop, length, j, inits, updates, keys)
-                value = number_of(self._session, expr)
+                expr = repeated(slot.number, loop, length, j, inits, updates, keys)
+                value = slot.init if expr is inits[j] else number_of(self._session, expr)
             finals.append(value)
         for slot, value in zip(body.slots, finals, strict=True):
             self._lift.put(slot.container, slot.key, value)
@@ -301,23 +329,12 @@ def _inits(body: Body) -> tuple[Expr, ...]:
     return tuple(ZERO if slot.number is None else expr_of(slot.init) for slot in body.slots)
 
 
-def _repeated(number: type, loop: int, length: Expr, j: int, inits: Any, updates: Any, each: Any) -> Expr:
-    """What the j-th of several numbers is after a loop."""
-    update, me = updates[j], Expr("loop", (loop, j))
-    if update == me:
-        return inits[j]
-    if number is int and length.op == "const" and update.op == "add" and update.args[0] == me:
-        if update.args[1].op == "const" and type(update.args[1].args[0]) is int:
-            return folded("add", [inits[j], Expr("const", (update.args[1].args[0] * length.args[0],))])
-    return Expr("repeat", (number, loop, length, j, inits, updates, each))
-
-
-def _less_what_nobody_reads(body: Body) -> Body:
+def _less_what_nobody_reads(body: Body, read: Collection[int]) -> Body:
     """Numbers that nothing on the device depends on are left to the host: their slots get no aval."""
     opened, _ = _compat.open_jaxpr(body.jaxpr)
     n = len(body.slots)
     live = variables(opened.outvars[n:])
-    kept = [slot.number is None for slot in body.slots]
+    kept = [slot.number is None or j in read for j, slot in enumerate(body.slots)]
     while True:
         live |= variables(v for v, keep in zip(opened.outvars, kept, strict=False) if keep)
         for eqn in reversed(opened.eqns):
@@ -331,4 +348,4 @@ def _less_what_nobody_reads(body: Body) -> Body:
         slot if keep else dataclasses.replace(slot, aval=None) for slot, keep in zip(body.slots, kept, strict=True)
     ]
     dead = [i for i, keep in enumerate(kept) if not keep]
-    return body._replace(jaxpr=less_dead(body.jaxpr, dead), slots=slots)
+    return body._replace(jaxpr=check_exact(less_dead(body.jaxpr, dead)), slots=slots)

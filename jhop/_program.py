@@ -46,7 +46,7 @@ class Program:
         host = set(numbers)
         host_eqns, device_eqns, late_eqns = [], [], []
         for eqn in jaxpr.eqns:
-            if eqn.primitive in _NUMBER and host.issuperset(eqn.invars):
+            if eqn.primitive in _NUMBER and host.issuperset(_variables([eqn])):
                 host_eqns.append(eqn)
                 host.update(eqn.outvars)
                 continue
@@ -64,12 +64,12 @@ class Program:
         device_outs = [v for v, place in zip(jaxpr.outvars, self._places, strict=True) if place == "device"]
         late_outs = [v for v, place in zip(jaxpr.outvars, self._places, strict=True) if place == "late"]
         late_eqns = _needed(late_eqns, late_outs)
-        inputs = dict.fromkeys(v for eqn in late_eqns for v in eqn.invars if v not in late)
+        inputs = dict.fromkeys(v for v in _variables(late_eqns) if v not in late)
         kept, waits = [v for v in inputs if v in host], [v for v in inputs if v not in host]
         self._n_waits = len(waits)
         device_outs += waits
         device_eqns = _needed(device_eqns, device_outs, always=lambda eqn: eqn.primitive not in _NUMBER)
-        read = {v for v in [*_variables(device_eqns), *device_outs] if not isinstance(v, jex_core.Literal)}
+        read = {*_variables(device_eqns), *(v for v in device_outs if not isinstance(v, jex_core.Literal))}
         feeds = [v for v in [*numbers, *(o for eqn in host_eqns for o in eqn.outvars)] if v in read]
         host_outs = [v for v, place in zip(jaxpr.outvars, self._places, strict=True) if place == "host"]
         self._host = _host_code(numbers, host_eqns, [host_outs, kept], feeds)
@@ -142,7 +142,7 @@ _NUMBER = (scalar_p, replay_p)
 
 
 def _variables(eqns: list[Any]) -> list[Any]:
-    return [atom for eqn in eqns for atom in eqn.invars]
+    return [atom for eqn in eqns for atom in eqn.invars if not isinstance(atom, jex_core.Literal)]
 
 
 def _needed(eqns: list[Any], outs: list[Any], always: Callable[[Any], bool] = lambda eqn: False) -> list[Any]:
@@ -151,7 +151,7 @@ def _needed(eqns: list[Any], outs: list[Any], always: Callable[[Any], bool] = la
     for eqn in reversed(eqns):
         if always(eqn) or not live.isdisjoint(eqn.outvars):
             kept.append(eqn)
-            live.update(v for v in eqn.invars if not isinstance(v, jex_core.Literal))
+            live.update(_variables([eqn]))
     return kept[::-1]
 
 
@@ -173,7 +173,9 @@ def _host_code(inputs: list[Any], eqns: list[Any], groups: list[list[Any]], feed
     lines = []
     for eqn in eqns:
         out = names[eqn.outvars[0]] = f"n{len(names)}"
-        read = [names[v] for v in eqn.invars]
+        read = [
+            name(np.asarray(v.val).tolist()) if isinstance(v, jex_core.Literal) else names[v] for v in eqn.invars
+        ]  # a branch may be known from the start
         if eqn.primitive is replay_p:
             code = to_code(eqn.params["expr"], read.__getitem__)
         else:

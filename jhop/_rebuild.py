@@ -26,7 +26,7 @@ def rebuild(eqn: Any, values: list[Any], run: Run, *, more: int = 0) -> list[Any
 
     Args:
         run: `run(jaxpr, values)` evaluates a jaxpr of the equation under the present trace.
-        more: how many results its body has more than before, in an equation of `RUNS_ONCE`.
+        more: how many results its body has more than before, in a `shard_map`.
 
     Raises:
         Unsupported: it is not known how to make this one.
@@ -83,7 +83,7 @@ def _bind(eqn: Any, values: list[Any], **params: Any) -> list[Any]:
     return _compat.bind_eqn(eqn.replace(params={**eqn.params, **params}), values)
 
 
-def _rebuild_remat(eqn: Any, values: list[Any], run: Run, _more: int = 0) -> list[Any]:
+def _rebuild_remat(eqn: Any, values: list[Any], run: Run) -> list[Any]:
     # `jax.checkpoint` would forget that the equation was differentiated, and with it the barrier.
     flat, consts = _hoist(eqn.params["jaxpr"], run)
     barred = eqn.params["prevent_cse"]
@@ -92,9 +92,9 @@ def _rebuild_remat(eqn: Any, values: list[Any], run: Run, _more: int = 0) -> lis
     return _bind(eqn, [*consts, *values], jaxpr=flat, prevent_cse=barred)
 
 
-def _rebuild_jit(eqn: Any, values: list[Any], run: Run, more: int = 0) -> list[Any]:
+def _rebuild_jit(eqn: Any, values: list[Any], run: Run) -> list[Any]:
     flat, consts = _hoist(eqn.params["jaxpr"], run)
-    n = len(consts)
+    n, more = len(consts), len(flat.outvars) - len(eqn.outvars)
     return _bind(
         eqn, [*consts, *values], jaxpr=jex_core.ClosedJaxpr(flat, []),
         donated_invars=(False,) * n + eqn.params["donated_invars"],
@@ -105,7 +105,7 @@ def _rebuild_jit(eqn: Any, values: list[Any], run: Run, more: int = 0) -> list[A
     )  # fmt: skip
 
 
-def _rebuild_call(eqn: Any, values: list[Any], run: Run, _more: int = 0) -> list[Any]:
+def _rebuild_call(eqn: Any, values: list[Any], run: Run) -> list[Any]:
     key = "jaxpr" if "jaxpr" in eqn.params else "call_jaxpr"
     flat, consts = _hoist(eqn.params[key], run)
     return _bind(eqn, [*consts, *values], **{key: jex_core.ClosedJaxpr(flat, [])})

@@ -16,8 +16,8 @@ import jax.extend.core as jex_core
 import jax.numpy as jnp
 
 from jhop import _compat
-from jhop._expr import CODE_NAMES, MAX_SIZE, Expr, cuts_of, free, substitute, to_code
-from jhop._scalar import Scalar, apply_step, device_kind, is_scalar, step, weak_aval
+from jhop._expr import CODE_NAMES, Expr, const, cut, cuts_of, free, substitute, to_code
+from jhop._scalar import I32_MAX, I32_MIN, Scalar, apply_step, device_kind, is_scalar, on_device, step, weak_aval
 
 replay_p = jex_core.Primitive("replay")
 
@@ -26,7 +26,7 @@ def _replay_impl(*args: Any, expr: Expr, kind: type, python: type) -> Any:
     if not any(isinstance(arg, jax.Array) for arg in args):
         return host_function(expr, len(args))(*args)
     with jax.numpy_dtype_promotion("standard"):  # every number is weakly typed on the device, arrays of them are not
-        return as_number(_on_device(expr, args, {}), kind)
+        return as_number(_on_device([expr], args, {})[0], kind)
 
 
 def _replay_abstract_eval(*avals: Any, expr: Expr, kind: type, python: type) -> Any:
@@ -45,12 +45,12 @@ def host_function(expr: Expr, n: int) -> Callable[..., Any]:
     return eval(f"lambda {', '.join(f'n{i}' for i in range(n))}: {code}", dict(CODE_NAMES))
 
 
-def _on_device(expr: Expr, args: Sequence[Any], known: dict[Any, Any]) -> Any:
-    """Evaluates an expression on arrays; `known` has the values of the variables of the loops around it."""
+def _on_device(exprs: Sequence[Expr], args: Sequence[Any], known: dict[Any, Any]) -> list[Any]:
+    """Evaluates expressions on arrays; `known` has what loops around them have, and the parts that are known."""
     known = dict(known)
-    for part in cuts_of(expr):
+    for part in cuts_of(*exprs, known=lambda part: Expr("cut", (part,)) in known):
         known[Expr("cut", (part,))] = _part_on_device(part.expr, args, known)
-    return _part_on_device(expr, args, known)
+    return [_part_on_device(expr, args, known) for expr in exprs]
 
 
 def _part_on_device(expr: Expr, args: Sequence[Any], known: dict[Any, Any]) -> Any:
@@ -62,7 +62,7 @@ def _part_on_device(expr: Expr, args: Sequence[Any], known: dict[Any, Any]) -> A
     if expr.op in ("loop", "each", "cut"):
         return known[expr]
     if expr.op == "const":
-        return jnp.asarray(expr.args[0])
+        return jnp.asarray(on_device(expr.args[0]))
     if expr.op == "choose":
         which, *branches = map(value, expr.args[1:])
         return jax.lax.select_n(jnp.int32(which), *jnp.broadcast_arrays(*jnp.asarray(branches)))
@@ -76,7 +76,7 @@ def _part_on_device(expr: Expr, args: Sequence[Any], known: dict[Any, Any]) -> A
         inner = dict(known)
         inner.update((Expr("loop", (loop, j)), item) for j, item in enumerate(carry))
         inner.update((Expr("each", (loop, j)), array[i]) for j, array in enumerate(arrays))
-        new = [_on_device(part, args, inner) for part in updates]
+        new = _on_device(updates, args, inner)
         return [jnp.asarray(item).astype(old.dtype) for item, old in zip(new, carry, strict=True)]
 
     return jax.lax.fori_loop(0, len(arrays[0]) if arrays else value(length), body, start)[index]
@@ -94,20 +94,53 @@ def number_of(session: Any, expr: Expr) -> Any:
     Args:
         session: knows what stands for what the expression reads.
     """
-    for part in cuts_of(expr):
+    for part in cuts_of(expr, known=lambda part: Expr("cut", (part,)) in session.symbols):
         name = Expr("cut", (part,))
-        session.symbols.setdefault(name, _part_number(session, part.expr))
+        session.symbols[name] = _part_number(session, part.expr)
     return _part_number(session, expr)
 
 
 def value_of(session: Any, expr: Expr) -> Any:
     """The number that an expression gives for the present values; None where it depends on the device."""
-    read = list(free(expr))
-    if not all(part in session.symbols for part in read):
+    if not all(part in session.symbols for part in free(expr)):
         return None
+    closed, read = _closed(session, expr)
+    operands = [session.symbols[part] for part in read]
+    return host_function(closed, len(read))(*(item._value if is_scalar(item) else item for item in operands))
+
+
+def _closed(session: Any, expr: Expr) -> tuple[Expr, list[Expr]]:
+    """(an expression of operands, what these are), with the parts that are numbers already among the operands."""
+    names: dict[Expr, Expr] = {}
+
+    def name(part: Expr) -> Expr | None:
+        if part.op != "cut" or part not in session.symbols:
+            return None
+        return names.setdefault(part, Expr("device", (part,)))
+
+    (opened,) = substitute([expr], name)
+    read = list(free(opened))
     places = {part: Expr("leaf", (i,)) for i, part in enumerate(read)}
-    values = [session.symbols[part]._value for part in read]
-    return host_function(substitute(expr, places.get), len(read))(*values)
+    (closed,) = substitute([opened], places.get)
+    return closed, [part.args[0] if isinstance(part.args[0], Expr) else part for part in read]
+
+
+def fits_device(session: Any, expr: Expr) -> bool:
+    """Whether an int is one that the device has as an int; that this stays so is guarded."""
+    value = value_of(session, expr)
+    for asked, answer in (("ge", value >= I32_MIN), ("le", value <= I32_MAX)):
+        session.guard(Expr(asked, (expr, const(I32_MIN if asked == "ge" else I32_MAX))), answer)
+    return device_kind(value) is int
+
+
+def _stand_in(session: Any, expr: Expr) -> Any:
+    """A number in place of one that is not known yet. Nobody may ask for it; it is as large as that one may be."""
+    python = expr.args[0]
+    if expr.op == "choose" and python is int and device_kind(I32_MAX + 1) is float:
+        known = [part for part in expr.args[2:] if all(read.op == "leaf" for read in free(part))]
+        if not all([fits_device(session, part) for part in known]):
+            return I32_MAX + 1
+    return python(1)
 
 
 def _part_number(session: Any, expr: Expr) -> Any:
@@ -118,20 +151,17 @@ def _part_number(session: Any, expr: Expr) -> Any:
     if expr.op not in ("repeat", "choose"):
         operands = [_part_number(session, part) for part in expr.args]
         return step(expr.op, *operands) if any(map(is_scalar, operands)) else apply_step(expr.op, operands)
-    read = list(free(expr))
-    operands = [session.symbols[part] if part in session.symbols else session.arrays[part] for part in read]
     value = value_of(session, expr)
-    if not read:
+    if not free(expr):
         return value
     if value is None:
-        value = expr.args[0](1)  # not known yet; nobody may ask
-    # The equation's expression reads its operands.
-    places = {part: Expr("leaf", (i,)) for i, part in enumerate(read)}
-    closed = substitute(expr, places.get)
+        value = _stand_in(session, expr)
+    closed, read = _closed(session, expr)
+    operands = [session.symbols[part] if part in session.symbols else session.arrays[part] for part in read]
     numbers = [item._twin for item in operands if is_scalar(item)]
     kind, twins = device_kind(value, numbers), [item._twin if is_scalar(item) else item for item in operands]
     twin = replay_p.bind(*twins, expr=closed, kind=kind, python=type(value))
-    result = Scalar(session, expr, value, twin)
-    result._size = MAX_SIZE // 2  # a part of larger expressions
+    result = Scalar(session, cut(expr), value, twin)
+    session.symbols[result._expr] = result
     session.note_step(result)
     return result

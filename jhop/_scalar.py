@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jhop import _compat
-from jhop._expr import COMPARE, INFIX, MAX_SIZE, Expr, cut, folded
+from jhop._expr import COMPARE, INFIX, MAX_SIZE, Expr, const, cut, folded, free
 
 NUMBERS = (bool, int, float)
 I32_MIN, I32_MAX = -(2**31), 2**31 - 1
@@ -63,7 +63,24 @@ def device_kind(value: Any, twins: Sequence[Any] = ()) -> type:
     return float if large or any(jnp.issubdtype(twin.dtype, jnp.inexact) for twin in twins) else int
 
 
+def on_device(value: Any) -> Any:
+    """A Python number as the device can have it."""
+    return float(value) if device_kind(value) is float else value
+
+
+def is_rounded(eqn: Any) -> bool:
+    """Whether an equation takes an int that outgrew the device's, and was rounded to a float, for one of ints."""
+    if eqn.primitive is not scalar_p or eqn.params["python"] is not int or eqn.params["op"] not in _OF_INTS:
+        return False
+    return any(jnp.issubdtype(v.aval.dtype, jnp.inexact) for v in eqn.invars)
+
+
+_OF_INTS = frozenset({"floordiv", "mod", "and_", "or_", "xor", "lshift", "rshift", "invert"})
+
+
 def _scalar_impl(*args: Any, op: str, template: tuple[Any, ...], kind: type, python: type) -> Any:
+    if any(isinstance(arg, jax.Array) for arg in args):
+        template = tuple(item if item is None else on_device(item) for item in template)
     return _as_weak(apply_step(op, fill(template, args)), kind)
 
 
@@ -111,10 +128,15 @@ class Scalar:
         if value != value:
             self._session.guard(Expr("is_nan", (self._expr,)), True)
         else:
-            self._session.guard(Expr("eq", (self._expr, Expr("const", (value,)))), True)
+            self._session.guard(Expr("eq", (self._expr, const(value))), True)
             if type(value) is float and value == 0.0:  # there are two zeros
                 self._session.guard(Expr("is_minus_zero", (self._expr,)), str(value) == "-0.0")
         return value
+
+    def _cut(self) -> None:
+        """Makes it a part of larger expressions."""
+        self._expr, self._size = cut(self._expr), 1
+        self._session.symbols.setdefault(self._expr, self)
 
     def __jax_array__(self) -> Any:
         return self._twin
@@ -191,28 +213,44 @@ def _unary(op: str) -> Callable[[Any], Any]:
     return method
 
 
+def _any_late(operands: Sequence[Any]) -> bool:
+    """Whether one is known only once the graph ran: what stands for its value need not be fit for a step."""
+    return any(part.op == "device" for item in operands if is_scalar(item) for part in free(item._expr))
+
+
 def step(op: str, *operands: Any) -> Any:
     """One arithmetic step, at least one of whose operands is a `Scalar`: computed, recorded, and put in the graph."""
     session = next(item._session for item in operands if is_scalar(item))
     values = [item._value if is_scalar(item) else item for item in operands]
+    stand_in = 1.0 if op == "truediv" or float in map(type, values) else 1
     try:
         value = apply_step(op, values)
     except Exception:
-        # The hook may catch this; it then depends on these very values.
-        for item in operands:
-            if is_scalar(item):
-                item._specialise()
-        raise
+        if not _any_late(operands):
+            # The hook may catch this; it then depends on these very values.
+            for item in operands:
+                if is_scalar(item):
+                    item._specialise()
+            raise
+        value = stand_in
+    if not isinstance(value, NUMBERS) and _any_late(operands):
+        value = stand_in
     if not isinstance(value, NUMBERS):  # complex roots: not representable as a lifted number
         return apply_step(op, [item._specialise() if is_scalar(item) else item for item in operands])
-    exprs = [item._expr if is_scalar(item) else Expr("const", (item,)) for item in operands]
     size = 1 + sum(item._size for item in operands if is_scalar(item))
     if size > MAX_SIZE:
-        exprs, size = list(map(cut, exprs)), 1 + len(exprs)
+        for item in operands:
+            if is_scalar(item):
+                item._cut()
+        size = 1 + len(operands)
+    exprs = [item._expr if is_scalar(item) else const(item) for item in operands]
+    expr = folded(op, exprs) if type(value) is int else Expr(op, tuple(exprs))
+    if expr.args[0] is not exprs[0]:
+        size -= 1
     template = tuple(None if is_scalar(item) else item for item in operands)
     twins = [item._twin for item in operands if is_scalar(item)]
     twin = scalar_p.bind(*twins, op=op, template=template, kind=device_kind(value, twins), python=type(value))
-    result = Scalar(session, folded(op, exprs), value, twin)
+    result = Scalar(session, expr, value, twin)
     result._size = size
     session.note_step(result)
     return result
@@ -242,7 +280,7 @@ def _comparison(op: str) -> Callable[[Any, Any], Any]:
         if is_scalar(other) or type(other) in NUMBERS:
             known = is_scalar(other)
             answer = bool(apply(self._value, other._value if known else other))
-            right = other._expr if known else Expr("const", (other,))
+            right = other._expr if known else const(other)
             self._session.guard(Expr(op, (self._expr, right)), answer)
             return answer
         if isinstance(other, (jax.Array, np.ndarray)):

@@ -14,10 +14,11 @@ import numpy as np
 from jhop import _compat
 from jhop._container import MISSING, Container
 from jhop._errors import Unsupported
-from jhop._expr import Expr, free, substitute
+from jhop._expr import Expr, const, free, substitute
+from jhop._interp import inner_jaxprs
 from jhop._lifted import Session
 from jhop._replay import as_number, number_of
-from jhop._scalar import device_kind, is_scalar, weak_aval
+from jhop._scalar import device_kind, is_rounded, is_scalar, weak_aval
 from jhop._state import APPEND, Mark, Write
 from jhop._walk import is_number
 
@@ -48,6 +49,8 @@ class Slot:
 
     def on_device(self, value: Any) -> Any:
         """A value of the slot as the device has it."""
+        if self.number is None:
+            check_holds(self.aval, value)
         value = jnp.asarray(value._twin if is_scalar(value) else value)
         if jax.typeof(value) == self.aval:
             return value
@@ -93,7 +96,7 @@ class Written:
 
         def value(kind: str, content: Any) -> Any:
             if kind == "number":
-                return number_of(self._session, substitute(content, keys.get))
+                return number_of(self._session, substitute([content], keys.get)[0])
             return arrays[content] if kind == "array" else content
 
         changes = []
@@ -109,7 +112,7 @@ def values_of(change: Write) -> list[Any]:
     return list(change.value) if change.key is APPEND else [change.value]
 
 
-ZERO = Expr("const", (0,))
+ZERO = const(0)
 
 
 def arrays_of(exprs: Iterable[Expr], outside: Collection[Expr] = ()) -> list[Expr]:
@@ -126,25 +129,64 @@ def number_type(value: Any) -> type | None:
 
 
 def expr_of(number: Any) -> Expr:
-    return number._expr if is_scalar(number) else Expr("const", (number,))
+    return number._expr if is_scalar(number) else const(number)
 
 
 def new_slot(change: Write, start: list[Mark]) -> Slot:
     """The slot for something that was found to be written."""
     if change.key is None or change.value is MISSING:
         raise DoesNotThread("what it holds gets other entries")
-    items = next(dict(mark.items) for mark in start if mark.container is change.container)
-    if change.key not in items:
+    slot = slot_before(change.container, change.key, start)
+    if slot is None:
         raise DoesNotThread("what it holds gets other entries")
-    init = items[change.key]
+    return fitting(slot, change.value)
+
+
+def slot_before(container: Container, key: Any, start: list[Mark]) -> Slot | None:
+    """A slot as it is at a mark; None where there is none.
+
+    Raises:
+        DoesNotThread: it holds neither a number nor an array.
+    """
+    items = next(dict(mark.items) for mark in start if mark.container is container)
+    if key not in items:
+        return None
+    init = items[key]
     number = number_type(init)
     if number is None and not isinstance(init, (jax.Array, np.ndarray)):
         raise DoesNotThread(f"it holds a {type(init).__name__}")
-    if number is not None:
-        aval = jax.typeof(init._twin) if is_scalar(init) else weak_aval(device_kind(init))
-    else:
-        aval = jax.typeof(init)
-    return fitting(Slot(change.container, change.key, init, number, aval), change.value)
+    if number is None or is_scalar(init):
+        return Slot(container, key, init, number, jax.typeof(init if number is None else init._twin))
+    return Slot(container, key, init, number, weak_aval(device_kind(init)))
+
+
+class Expected:
+    """The slots that bodies wrote when they were traced before, say for the loop around them: they need no search."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[Any, list[tuple[Any, Any]]]] = {}  # by id of what is kept here
+
+    def slots(self, body: Any, start: list[Mark]) -> list[Slot]:
+        """Those of a body that were noted, if what they hold at a mark is of the types that it was then; else none."""
+        _, noted = self._known.get(id(body), (body, []))
+        slots = []
+        for (container, key, *before), after in noted:
+            try:
+                slot = slot_before(container, key, start)
+            except DoesNotThread:
+                return []
+            if slot is None or [slot.number, slot.aval] != before:
+                return []
+            slots.append(dataclasses.replace(slot, number=after[0], aval=after[1]))
+        return slots
+
+    def note(self, body: Any, slots: list[Slot], start: list[Mark]) -> None:
+        noted = []
+        for slot in slots:
+            before = slot_before(slot.container, slot.key, start)
+            assert before is not None
+            noted.append(((slot.container, slot.key, before.number, before.aval), (slot.number, slot.aval)))
+        self._known[id(body)] = body, noted
 
 
 def fitting(slot: Slot, value: Any) -> Slot:
@@ -152,6 +194,8 @@ def fitting(slot: Slot, value: Any) -> Slot:
     number = number_type(value)
     if slot.number is not None and number is not None:
         kind = float if float in (slot.number, number) else int
+        if is_scalar(value) and jnp.issubdtype(value._twin.dtype, jnp.inexact):  # an int that the device had to round
+            return dataclasses.replace(slot, number=kind, aval=weak_aval(float))
         return slot if kind is slot.number else dataclasses.replace(slot, number=kind, aval=weak_aval(kind))
     if not isinstance(value, (jax.Array, np.ndarray)):
         raise DoesNotThread(f"it holds a {type(value).__name__} then")
@@ -159,12 +203,21 @@ def fitting(slot: Slot, value: Any) -> Slot:
     if slot.number is not None:
         if aval.shape:
             raise DoesNotThread("a number becomes an array")
+        check_holds(aval, slot.init)
         return dataclasses.replace(slot, number=None, aval=aval)
-    same_shape(slot, aval)
+    same_type(slot, aval)
     return slot if slot.aval == aval else dataclasses.replace(slot, aval=aval)
 
 
-def same_shape(slot: Slot, aval: Any) -> None:
+def check_holds(aval: Any, value: Any) -> None:
+    """Raises where an array is no place for a number which the slot holds at other times."""
+    if number_type(value) is float and not jnp.issubdtype(aval.dtype, jnp.inexact):
+        raise DoesNotThread(f"a float becomes an array of {aval.dtype}")
+
+
+def same_type(slot: Slot, aval: Any) -> None:
+    if slot.aval.dtype != aval.dtype:
+        raise DoesNotThread(f"its dtype changes from {slot.aval.dtype} to {aval.dtype}")
     if slot.aval.shape != aval.shape:
         raise DoesNotThread(f"its shape changes from {slot.aval.shape} to {aval.shape}")
 
@@ -213,6 +266,28 @@ def less_dead(closed: Any, dead: Collection[int] = ()) -> Any:
         debug_info=opened.debug_info._replace(arg_names=None, result_paths=None),
     )
     return jex_core.ClosedJaxpr(jaxpr, [const for _, const in kept])
+
+
+def check_exact(closed: Any) -> Any:
+    """A body, if what it does with numbers on the device is what the host does."""
+    if any(map(is_rounded, _compat.open_jaxpr(closed)[0].eqns)):
+        raise DoesNotThread("counts there to more than the device's ints hold, which it then takes apart")
+    return closed
+
+
+def refuse_rounded(jaxpr: Any) -> None:
+    """Raises where the bodies in a graph do with ints what is wrong once they were rounded."""
+    for eqn in _compat.open_jaxpr(jaxpr)[0].eqns:
+        for inner in inner_jaxprs(eqn):
+            opened, consts = _compat.open_jaxpr(inner)
+            less = less_dead(jex_core.ClosedJaxpr(opened, consts))
+            try:
+                check_exact(less)
+            except DoesNotThread as error:
+                raise Unsupported(
+                    f"a hook inside `{eqn.primitive}` {error}. Move the hooked value out, or count in an array."
+                ) from None
+            refuse_rounded(less)
 
 
 def variables(atoms: Iterable[Any]) -> set[Any]:

@@ -41,7 +41,7 @@ class Mark(NamedTuple):
     container: Container
     stand_in: AppendList | None
     items: list[tuple[Any, Any]]
-    read: bool
+    reads: int
 
 
 class Lift:
@@ -95,7 +95,7 @@ class Lift:
         for container in self._walk.containers:
             stand_in = self._lists.get(id(container.obj)) if container.kind == "list" else None
             items = container.items() if stand_in is None else list(enumerate(stand_in.raw()))
-            marks.append(Mark(container, stand_in, items, stand_in is not None and stand_in.read))
+            marks.append(Mark(container, stand_in, items, 0 if stand_in is None else stand_in.reads))
         return marks
 
     def changes(self, since: list[Mark]) -> list[Write]:
@@ -106,7 +106,8 @@ class Lift:
             if mark.container.whole and before.keys() != present.keys():
                 kept = [value for _, value in now.items[: len(mark.items)]]
                 grown = all(new is old for new, (_, old) in zip(kept, mark.items, strict=False))
-                appended = now.stand_in is not None and not now.read and grown and len(kept) == len(mark.items)
+                unread = now.stand_in is not None and now.reads == mark.reads
+                appended = unread and grown and len(kept) == len(mark.items)
                 added = [value for _, value in now.items[len(mark.items) :]]
                 found.append(Write(mark.container, APPEND, added) if appended else Write(mark.container, None, None))
                 continue
@@ -121,7 +122,6 @@ class Lift:
                 mark.container.restore(mark.items)
             else:
                 list.__setitem__(mark.stand_in, slice(None), [value for _, value in mark.items])
-                mark.stand_in.read = mark.read
 
     def put(self, container: Container, key: Any, value: Any) -> None:
         """Writes one slot as a hook would, or, with `APPEND` as the key, adds values to a list."""
@@ -129,7 +129,7 @@ class Lift:
         if key is APPEND:
             list.extend(container.obj if stand_in is None else stand_in, value)
         elif stand_in is not None:
-            list.__setitem__(stand_in, key, value)
+            stand_in[key] = value  # more than appending
         else:
             container.put(key, value)
 
@@ -138,7 +138,7 @@ class Lift:
         return [
             container
             for container in self._walk.containers
-            if id(container.obj) in self._lists and not self._lists[id(container.obj)].read
+            if id(container.obj) in self._lists and not self._lists[id(container.obj)].reads
         ]
 
     def __exit__(self, *exc_info: object) -> None:

@@ -8,6 +8,7 @@ hook outside would have done, so that hooks which come later see them.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,13 +29,17 @@ from jhop._slots import (
     Slot,
     Written,
     arrays_of,
+    check_exact,
     expr_of,
     number_type,
     refusal,
-    same_shape,
+    same_type,
     traced_with,
+    values_of,
 )
-from jhop._state import Lift, Write
+from jhop._state import APPEND, Lift, Write, explain_leak
+
+_RULES = frozenset({*RUNS_IN_PLACE, *RUNS_ONCE, "scan", "while", "cond"}) - {"shard_map"}
 
 
 class Threads:
@@ -50,6 +55,7 @@ class Threads:
         self._run = run
         self._noted: list[tuple[Write, int]] = []  # what hooks wrote, and how many arrays there are in all of it
         self._loops = Loops(lift, session, run)
+        self._write: dict[int, Any] = {}  # equations inside of which hooks were found to write, by id
 
     def inline(self, eqn: Any, values: list[Any], ordinary: Callable[..., list[Any]]) -> list[Any]:
         """Inlines the hooks inside an equation.
@@ -60,6 +66,9 @@ class Threads:
         Raises:
             Unsupported: what they write cannot be threaded.
         """
+        name, runs = eqn.primitive.name, eqn.params.get("length") != 0
+        if id(eqn) in self._write and name in _RULES and runs:
+            return self._threaded(eqn, values)
         answers, outer, self._noted = len(self._session.answers), self._noted, []
         try:
             trial = jax.make_jaxpr(lambda *args: ordinary(eqn, list(args), self._apart))(*map(jax.typeof, values))
@@ -68,19 +77,25 @@ class Threads:
             self._noted = outer
         if not changes:
             return evaluate(trial, values)
-        name = eqn.primitive.name
-        if name == "scan" and eqn.params["length"] == 0:
+        if name == "scan" and not runs:
             return evaluate(trial, values)
         del self._session.answers[answers:]
+        self._write[id(eqn)] = eqn
+        if name == "shard_map":
+            return self._once(eqn, values, changes[-1][1])
+        if name in _RULES:
+            return self._threaded(eqn, values)
+        raise refusal(eqn, changes[0][0])
+
+    def _threaded(self, eqn: Any, values: list[Any]) -> list[Any]:
+        name = eqn.primitive.name
         if name in RUNS_IN_PLACE:
             return rebuild(eqn, values, self._run)
         if name in RUNS_ONCE:
-            return self._once(eqn, values, changes[-1][1])
-        for known, rule in (("scan", self._loops.scan), ("while", self._loops.while_), ("cond", self._cond)):
-            if name == known:
-                with _compat.in_place_of(eqn):
-                    return rule(eqn, values)
-        raise refusal(eqn, changes[0][0])
+            return self._once(eqn, values)
+        rule = {"scan": self._loops.scan, "while": self._loops.while_, "cond": self._cond}[name]
+        with _compat.in_place_of(eqn):
+            return rule(eqn, values)
 
     def _apart(self, fn: Callable[..., Any], *args: Any) -> Any:
         """Calls a function that runs hooks in a trace of their own, and puts back what they wrote."""
@@ -88,6 +103,10 @@ class Threads:
         with self._loops.putting_back(start):
             result = fn(*args)
             changes = self._lift.changes(start)
+            for change in changes:
+                tracers = [value for value in values_of(change) if isinstance(value, _compat.Tracer)]
+                if not all(map(_compat.is_staged, tracers)):
+                    raise explain_leak(change.container.path_of(None if change.key is APPEND else change.key))
             arrays = len(Written(changes, self._session, outside).take())
             self._noted += [(change._replace(value=None), arrays) for change in changes]
         return result
@@ -96,8 +115,7 @@ class Threads:
         branches, (index, *operands) = eqn.params["branches"], values
         avals = list(map(jax.typeof, operands))
         try:
-            slots = self._slots_of_branches(branches, avals)
-            bodies = [self._trace_branch(branch, avals, slots) for branch in branches]
+            slots, bodies = self._settled_branches(branches, avals)
         except DoesNotThread as error:
             raise Unsupported(
                 f"a hook inside `cond` writes Python state, and {error}. Keep what changes in numbers and arrays of "
@@ -116,12 +134,13 @@ class Threads:
         own, new, decisions = outs[:n_outs], iter(outs[n_outs : n_outs + n_arrays]), outs[n_outs + n_arrays :]
         keys = dict(zip(device, map(self._session.array, decisions), strict=True))
         which = self._session.array(index)
+        known = [substitute(updates, keys.get) for (_, updates), _, _ in bodies]
         finals = []
         for j, slot in enumerate(slots):
             if slot.number is None:
                 finals.append(next(new))
                 continue
-            exprs = [substitute(updates[j], keys.get) for (_, updates), _, _ in bodies]
+            exprs = [updates[j] for updates in known]
             same = all(expr == exprs[0] for expr in exprs)
             finals.append(
                 number_of(self._session, exprs[0] if same else Expr("choose", (slot.number, which, *exprs)))
@@ -129,6 +148,17 @@ class Threads:
         for slot, value in zip(slots, finals, strict=True):
             self._lift.put(slot.container, slot.key, value)
         return list(own)
+
+    def _settled_branches(self, branches: Sequence[Any], avals: list[Any]) -> tuple[list[Slot], list[Any]]:
+        start, answers = self._lift.mark(), len(self._session.answers)
+        if slots := self._loops.expected.slots(branches, start):
+            with contextlib.suppress(DoesNotThread):
+                return slots, [self._trace_branch(branch, avals, slots) for branch in branches]
+            del self._session.answers[answers:]
+        slots = self._slots_of_branches(branches, avals)
+        bodies = [self._trace_branch(branch, avals, slots) for branch in branches]
+        self._loops.expected.note(branches, slots, start)
+        return slots, bodies
 
     def _slots_of_branches(self, branches: Sequence[Any], avals: list[Any]) -> list[Slot]:
         """The slots that any branch writes, each of a type that all branches can give it."""
@@ -144,7 +174,7 @@ class Threads:
                 if known.number is not None and slot.number is None:
                     slots[slot.place] = slot
                 elif known.number is None and slot.number is None:
-                    same_shape(known, slot.aval)
+                    same_type(known, slot.aval)
         return list(slots.values())
 
     def _trace_branch(self, branch: Any, avals: list[Any], slots: list[Slot]) -> Any:
@@ -155,7 +185,9 @@ class Threads:
             with self._loops.putting_back(start):
                 outs = self._run(branch, list(flat))
                 changed = {(id(c.container), c.key): c.value for c in self._lift.changes(start)}
-                finals = [changed.get(slot.place, slot.init) for slot in slots]
+                finals = [changed.pop(slot.place, slot.init) for slot in slots]
+                if changed:
+                    raise DoesNotThread("it is written at times only")
                 for slot, final in zip(slots, finals, strict=True):
                     if slot.number is not None and number_type(final) is not slot.number:
                         raise DoesNotThread("a number becomes one of another type")
@@ -167,10 +199,14 @@ class Threads:
                 return (updates, list(map(jax.typeof, arrays)), parts), [*outs, *new, *arrays]
 
         closed, (updates, shapes, parts) = traced_with(traced, avals)
-        return (closed, updates), shapes, parts
+        return (check_exact(closed), updates), shapes, parts
 
-    def _once(self, eqn: Any, values: list[Any], more: int) -> list[Any]:
-        """An equation whose body runs once: what was written there is among its results, as `more` arrays."""
+    def _once(self, eqn: Any, values: list[Any], more: int = 0) -> list[Any]:
+        """An equation whose body runs once: what was written there is among its results.
+
+        Args:
+            more: as how many arrays, in a `shard_map`.
+        """
         start = self._lift.mark()
         found: list[Written] = []
         outside = set(self._session.arrays)
