@@ -318,7 +318,7 @@ def with_weak_type(value: Any, weak: bool) -> Any:
 
 def has_arrays_of(dtype: Any) -> bool:
     """Whether JAX has arrays of a dtype: of NumPy's, none of strings, times, objects and records."""
-    return getattr(dtype, "kind", "") not in "OSUMm" and getattr(dtype, "names", None) is None
+    return getattr(dtype, "kind", "key") not in tuple("OSUMm") and getattr(dtype, "names", None) is None
 
 
 def varying_axes(aval: Any) -> frozenset[str]:

@@ -89,11 +89,11 @@ def functionalize(fn: Callable[..., Any]) -> tuple[Callable[..., Any], dict[str,
     Example:
         >>> import jax, jhop
         >>> class Counter:
-        ...     n = 0
+        ...     def __init__(self):
+        ...         self.n = 3
         ...     def count(self, ct):
         ...         self.n += 1
         >>> counter = Counter()
-        >>> counter.n = 3
         >>> pure, state = jhop.functionalize(jax.grad(lambda x: jhop.hook(x, counter.count) ** 2))
         >>> list(state.values())
         [3]

@@ -735,3 +735,27 @@ def test_setting_that_is_written_after_all():
     with pytest.raises(jhop.Unsupported, match=r"at `.*decay` it .* took for a setting"):
         pure(state, W)
     assert meter.decay == 0.75
+
+
+def test_keys_and_arrays_of_other_dtypes():
+    """Keys of either kind, and bools; under `jhop.jit` they cost no second trace."""
+    box = types.SimpleNamespace(key=jax.random.key(0), old=jax.random.PRNGKey(1), flag=jnp.bool_(False))
+
+    def hook(ct):
+        box.key, key = jax.random.split(box.key)
+        box.old, other = jax.random.split(box.old)
+        box.flag = ~box.flag
+        noise = jax.random.normal(key, ct.shape) + jax.random.normal(other, ct.shape)
+        return jnp.where(box.flag, ct + noise, ct * 2)
+
+    fn = jax.grad(lambda w: (jhop.hook(w, hook) ** 2).sum())
+    pure, state0 = jhop.functionalize(fn)
+    found = [steps(pure, state0, 3), scanned(pure, state0, 3)]
+    step = jhop.jit(fn, fullgraph=True)
+    expected = jnp.stack([step(W * (1 - 0.5 * i)) for i in range(3)])
+    assert step.versions() == 1
+    for outs, state in found:
+        np.testing.assert_allclose(outs, expected, rtol=1e-5)
+        for path, left in jhop.functionalize(fn)[1].items():
+            assert state[path].dtype == left.dtype
+            assert bool(jnp.all(state[path] == left)), path
