@@ -44,6 +44,11 @@ def is_staged(value: Any) -> bool:
     return type(getattr(value, "_trace", None)) is type(current_trace())
 
 
+def is_mapped(value: Any) -> bool:
+    """Whether a tracer stands for one example of many under `jax.vmap`."""
+    return type(getattr(value, "_trace", None)).__name__ == "BatchTrace"
+
+
 def is_of(value: Any, trace: Any) -> bool:
     """Whether a value is a tracer of a trace."""
     return getattr(value, "_trace", None) is trace

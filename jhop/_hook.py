@@ -195,7 +195,12 @@ def _type_of(leaf: Any) -> str:
 
 
 def _carries_gradient(leaf: Any) -> bool:
-    return jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+    return _is_inexact(leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf))
+
+
+@functools.cache
+def _is_inexact(dtype: Any) -> bool:
+    return jnp.issubdtype(dtype, jnp.inexact)
 
 
 # Inputs of `hook_p`: `n` values that pass through, then tracers that the hook closes over.

@@ -182,7 +182,7 @@ class _Inliner:
             number = is_scalar(value)
             twin = value._twin if number else value
             if not _compat.same_trace(twin, self._recorder.anchor):
-                raise _state.explain_leak(where)
+                raise _state.explain_leak(where, twin)
             index, _ = places.setdefault((number, id(twin)), (len(self._state_outs), twin))
             if index == len(self._state_outs):
                 # `jnp.asarray(n)` gives the twin of a number, which the host would keep as a number.

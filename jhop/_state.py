@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from jhop import _compat
 from jhop._append import AppendList
 from jhop._container import MISSING, Container
 from jhop._errors import Unsupported
@@ -207,9 +208,15 @@ def commit(writes: list[Write]) -> None:
         raise
 
 
-def explain_leak(where: str) -> Unsupported:
-    """The error for a value of an inner transformation that a hook stored."""
+def explain_leak(where: str, value: Any) -> Unsupported:
+    """The error for a value of a transformation that a hook stored."""
+    if _compat.is_mapped(value):
+        return Unsupported(
+            f"a hook under jax.vmap writes to `{where}` what differs from example to example, and there is one such "
+            "object for all of them. Write what is the same for all, such as a count, or reduce over the examples "
+            "(jax.lax.psum, pmean over an axis_name) before."
+        )
     return Unsupported(
-        f"a hook stored a value in `{where}` from inside a JAX transformation (jit, scan, grad, vmap ...) that it "
-        "called itself. Return the value from there, and store it outside."
+        f"a hook stored a value in `{where}` from inside a JAX transformation (jit, scan, grad ...) that it called "
+        "itself. Return the value from there, and store it outside."
     )

@@ -105,8 +105,9 @@ class Threads:
             changes = self._lift.changes(start)
             for change in changes:
                 tracers = [value for value in values_of(change) if isinstance(value, _compat.Tracer)]
-                if not all(map(_compat.is_staged, tracers)):
-                    raise explain_leak(change.container.path_of(None if change.key is APPEND else change.key))
+                if (stray := next((v for v in tracers if not _compat.is_staged(v)), None)) is not None:
+                    place = change.container.path_of(None if change.key is APPEND else change.key)
+                    raise explain_leak(place, stray)
             arrays = len(Written(changes, self._session, outside).take())
             self._noted += [(change._replace(value=None), arrays) for change in changes]
         return result

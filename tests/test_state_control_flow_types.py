@@ -326,7 +326,7 @@ def test_array_of_one_example_of_many():
 
         return jax.vmap(one)(x).sum()
 
-    with pytest.raises(jhop.Unsupported, match=r"last` from inside a JAX transformation"):
+    with pytest.raises(jhop.Unsupported, match=r"under jax.vmap writes to `.*last` what differs from example to example"):
         jhop.jit(jax.grad(of), fullgraph=True)(X)
     assert box.last == 0
 
@@ -391,3 +391,26 @@ def swaps(box):
 def test_what_follows_another_is_no_larger(kind):
     """Each reads what the one before left, twice over."""
     check(after_another(kind, 18), swaps, calls=2)
+
+
+@pytest.mark.parametrize("reduced", [False, True])
+def test_write_under_vmap(reduced):
+    """What is one example's is refused, what is the same for all of them is written, and counted once."""
+    box = Box()
+
+    def hook(ct):
+        box.n += 1
+        box.last = lax.psum(ct.sum(), "i") if reduced else ct.sum()
+        return ct * 2
+
+    step = jhop.jit(jax.vmap(jax.grad(lambda x: (jhop.hook(x, hook) ** 2).sum()), axis_name="i"), fullgraph=True)
+    x = jnp.stack([X, 2 * X])
+    if not reduced:
+        with pytest.raises(jhop.Unsupported, match=r"under jax.vmap writes to `.*last` what differs"):
+            step(x)
+        assert (box.n, float(box.last)) == (3, 0.0)
+        return
+    for n in (4, 5):
+        np.testing.assert_allclose(step(x), 4 * x, rtol=1e-6)
+        assert box.n == n
+        np.testing.assert_allclose(box.last, 2 * x.sum(), rtol=1e-6)
