@@ -327,7 +327,7 @@ def test_array_of_one_example_of_many():
 
         return jax.vmap(one)(x).sum()
 
-    with pytest.raises(jhop.Unsupported, match=r"under jax.vmap writes to `.*last` what differs from example to example"):
+    with pytest.raises(jhop.Unsupported, match=r"under jax.vmap writes to `.*last` what differs from example"):
         jhop.jit(jax.grad(of), fullgraph=True)(X)
     assert box.last == 0
 
