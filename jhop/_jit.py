@@ -115,26 +115,33 @@ class Jitted(Explains):
         self._jitted = jax.jit(fn, **self._options.given)
         self._cache: dict[Any, list[_Version]] = {}
         self._history = History()
-        self._direct: _Direct | None = None
+        self._direct: dict[Any, _Direct] = {}  # by static arguments
         self._inside: tuple[Guards, object] | None = None
-        self._may_be_direct = not (self._options.static.nums or self._options.static.names)
+        self._has_static = bool(self._options.static.nums or self._options.static.names)
+        self._may_be_direct = True
         self._warned = False
         _jitted.add(self)
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         if _compat.transforming() and self._is_inner(args, kwargs):
             return self._call_inside(args, kwargs)
-        direct = self._direct
+        static: Any = ()
+        dynamic: Any = args, kwargs
+        if self._has_static:
+            given, *dynamic = self._options.split(args, kwargs)
+            static = (len(args), *((place, Static(arg)) for place, arg in given))
+        direct = self._direct.get(static)
         if direct is not None and direct.context == _compat.trace_context() and direct.version.guards.hold():
             try:
-                return self._run_direct(direct.entry, args, kwargs)
+                return self._run_direct(direct.entry, *dynamic)
             except OtherTypes:
-                self._direct, self._may_be_direct = None, False
+                self._direct, self._may_be_direct = {}, False
             except _Stale:
-                self._direct = None
+                self._direct.pop(static, None)
         version, flat = self._version(args, kwargs)
         outs = version.compiled.run(flat, same_types=True)
-        self._direct = self._make_direct(version) if self._may_be_direct else None
+        if self._may_be_direct:
+            self._make_direct(static, version)
         return jax.tree.unflatten(version.signature.out_tree, outs)
 
     def _run_direct(self, entry: Any, args: Any, kwargs: Any) -> Any:
@@ -152,11 +159,13 @@ class Jitted(Explains):
             except DoesNotFit:
                 raise _Stale from None
 
-    def _make_direct(self, version: _Version) -> _Direct | None:
+    def _make_direct(self, static: Any, version: _Version) -> None:
         entry = version.compiled.last_entry()
         if entry is None or not isinstance(entry.run, Step):
-            return None
-        return _Direct(version, entry, _compat.trace_context())
+            return
+        if len(self._direct) >= MAX_ENTRIES:
+            self._direct.clear()
+        self._direct[static] = _Direct(version, entry, _compat.trace_context())
 
     def _call_inside(self, args: Any, kwargs: Any) -> Any:
         """A call that is part of an outer trace: hooks are inlined out there, or run when `jax.jit` lowers it."""
@@ -304,7 +313,8 @@ class Jitted(Explains):
         """Forgets what was compiled."""
         self._cache.clear()
         self._history.clear()
-        self._direct = self._inside = None
+        self._direct.clear()
+        self._inside = None
 
 
 class _Stale(Exception):

@@ -64,6 +64,7 @@ class Options:
         jax.jit(fn, **given)  # raises what JAX has to say of them
         self.given = dict(given)
         self.static = self._resolve(fn, "static")
+        self._places: dict[int, tuple[list[int], list[int]]] = {}  # static ones and others, by how many there are
         self._donated = self._resolve(fn, "donate")
 
     def _resolve(self, fn: Callable[..., Any], kind: str) -> Named:
@@ -79,10 +80,18 @@ class Options:
         """(static arguments as (place or name, value), the other positional ones, the other named ones)."""
         if not self.static.nums and not self.static.names:
             return [], args, kwargs
-        places = self.static.positions(len(args))
-        static: list[tuple[Any, Any]] = [(i, arg) for i, arg in enumerate(args) if i in places]
+        places = self._places.get(len(args))
+        if places is None:
+            chosen = self.static.positions(len(args))
+            each = range(len(args))
+            places = self._places[len(args)] = (
+                [i for i in each if i in chosen], [i for i in each if i not in chosen]
+            )  # fmt: skip
+        static: list[tuple[Any, Any]] = [(i, args[i]) for i in places[0]]
+        others = tuple([args[i] for i in places[1]])
+        if not kwargs:
+            return static, others, kwargs
         static += [(name, kwargs[name]) for name in sorted(kwargs) if name in self.static.names]
-        others = tuple(arg for i, arg in enumerate(args) if i not in places)
         return static, others, {name: value for name, value in kwargs.items() if name not in self.static.names}
 
     def for_program(self, n_args: int, names: Collection[str], *, state: bool) -> dict[str, Any]:
