@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -46,7 +45,7 @@ from jhop._program import DoesNotFit, Program
 from jhop._questions import listed, refuse_questions
 from jhop._replay import as_number
 from jhop._scalar import I32_MAX, I32_MIN, weak_aval
-from jhop._source import hook_name
+from jhop._source import hook_name, warn
 from jhop._walk import MAX_CONTAINERS, Walk
 
 _READS_VALUES = (
@@ -159,11 +158,9 @@ class _Pure:
         walk = self._walk()
         self.entries = entries_of(walk)
         if walk.truncated:
-            warnings.warn(
+            warn(
                 f"jhop.functionalize: `{self._name}` can reach more than {MAX_CONTAINERS} Python objects. State in "
-                "those that were not looked at has no entry: hand the function the small objects that it needs.",
-                UserWarning,
-                stacklevel=3,
+                "those that were not looked at has no entry: hand the function the small objects that it needs."
             )
         self._known = {(id(container.obj), container.kind): container for container in walk.containers}
 

@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from under import make_mesh
 
 import jhop
+from jhop import _walk
 
 W = jnp.array([0.5, -1.0, 2.0], jnp.float32)
 named = pytest.mark.parametrize
@@ -759,3 +760,16 @@ def test_keys_and_arrays_of_other_dtypes():
         for path, left in jhop.functionalize(fn)[1].items():
             assert state[path].dtype == left.dtype
             assert bool(jnp.all(state[path] == left)), path
+
+
+def test_what_reaches_too_much_is_warned_of(monkeypatch):
+    monkeypatch.setattr(_walk, "MAX_CONTAINERS", 3)
+    boxes = [types.SimpleNamespace(n=i) for i in range(9)]
+
+    def hook(ct):
+        boxes[0].n += 1
+        return ct * boxes[-1].n
+
+    with pytest.warns(UserWarning, match=r"jhop\.functionalize: .* can reach more than") as caught:
+        jhop.functionalize(jax.grad(lambda x: jhop.hook(x, hook) ** 2))
+    assert caught[0].filename == __file__
