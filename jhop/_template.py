@@ -34,7 +34,7 @@ _SHARED = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, type
 _FROZEN = (int, float, complex, str, bytes, bool, type(None), range, enum.Enum, np.generic, frozenset)
 _DICTS = (dict, OrderedDict, Counter)
 _SEQUENCES = {"list": list, "tuple": tuple, "set": set}
-_NUMBERS = (bool, int, float, complex)
+NUMBER_TYPES = (bool, int, float, complex)
 _OUTPUTS = ("number", "array", "numpy")
 
 
@@ -153,7 +153,7 @@ def rebuild(spec: Any, outs: list[Any], made: dict[int, Any]) -> Any:
     if kind == "number":
         value = outs[content]
         # A backend that compiled the whole graph gives an array; the state is a Python number all the same.
-        return value if type(value) in _NUMBERS else spec[2](value)
+        return value if type(value) in NUMBER_TYPES else spec[2](value)
     if kind == "array":
         return outs[content]
     if kind == "numpy":

@@ -7,7 +7,7 @@ from typing import Any
 
 from jhop import _state
 from jhop._container import MISSING
-from jhop._template import rebuild
+from jhop._template import NUMBER_TYPES, rebuild
 
 
 def write_back(writes: Sequence[_state.Write]) -> Callable[[list[Any]], None]:
@@ -31,7 +31,7 @@ def _commit(writes: Sequence[_state.Write], outs: list[Any]) -> None:
 
 def _quick(writes: Sequence[_state.Write]) -> Callable[[list[Any]], None] | None:
     """Generated code for numbers and arrays in places that cannot refuse them; None where there are others."""
-    names: dict[str, Any] = {}
+    names: dict[str, Any] = {"numbers": NUMBER_TYPES}
     values, tables, puts = [], [], []
     for i, (container, key, template) in enumerate(writes):
         if template is MISSING or template[0] not in ("number", "array") or container.weak:
@@ -39,7 +39,7 @@ def _quick(writes: Sequence[_state.Write]) -> Callable[[list[Any]], None] | None
         values.append(f"    v{i} = outs[{template[1]}]")
         if template[0] == "number":
             names[f"k{i}"] = template[2]
-            values.append(f"    if type(v{i}) is not k{i}: v{i} = k{i}(v{i})")
+            values.append(f"    if type(v{i}) not in numbers: v{i} = k{i}(v{i})")
         names[f"o{i}"] = container.obj
         if container.kind == "cell":
             puts.append(f"    o{i}.cell_contents = v{i}")

@@ -415,3 +415,26 @@ def test_write_under_vmap(reduced):
         np.testing.assert_allclose(step(x), 4 * x, rtol=1e-6)
         assert box.n == n
         np.testing.assert_allclose(box.last, 2 * x.sum(), rtol=1e-6)
+
+
+def test_late_number_is_written_with_the_type_that_it_has():
+    """Whether `2 ** n` is an int depends on the sign of `n`, and that on the branches taken."""
+    box = Box()
+    box.n, box.power = 3, 1
+
+    def falls(ct):
+        box.n -= 5
+        return ct
+
+    def raises(ct):
+        box.power = 2**box.n
+        return ct * 2
+
+    def of(x):
+        x = jhop.hook(x, raises)
+        return lax.cond(x[0] > 0, lambda x: jhop.hook(x, falls) * 2, lambda x: x * 3, x).sum()
+
+    step = jhop.jit(jax.grad(of), fullgraph=True)
+    for sign, n in ((-1, 3), (1, -2), (1, -7)):
+        step(X * jnp.float32(sign))
+        assert (box.n, box.power, type(box.power)) == (n, 2**n, type(2**n))
