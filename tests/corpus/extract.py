@@ -3,21 +3,24 @@
     python tests/corpus/extract.py FOLDER
 
 FOLDER holds `public.json` (what PyTorch did with each program) and `required.json` (what jhop must do alike). Taken are
-all programs whose graph text is required, all that must raise, and the values of those whose forward is a plain sum or
-product. Equal texts and equal results are stored once.
+all programs whose graph text or values are required, and all that must raise. Equal texts and equal results are stored
+once.
 """
 
 import json
 import sys
 from pathlib import Path
 
-PLAIN = ("return x + y", "return x * y")
 HOW = (
     "name", "program_source", "inputs", "mode", "backends", "hooks_outside", "post_acc_hooks_outside", "grad_out",
     "backward_times", "retain_graph", "second_call", "enable_around_forward", "dynamic", "state_after_exprs",
 )  # fmt: skip
 # What a program says of PyTorch's own methods, in words that arrays know.
-ADAPTED = {"g.double()": 'g.astype("float64")', "g.numpy()": '__import__("numpy").asarray(g)'}
+ADAPTED = {
+    "g.double()": 'g.astype("float64")',
+    "g.numpy()": '__import__("numpy").asarray(g)',
+    "g.sin().exp()": "ops.exp(ops.sin(g))",
+}
 TARGET = Path(__file__).with_name("programs.json")
 
 
@@ -53,9 +56,8 @@ def main(folder):
     programs = []
     for case in cases:
         name, recorded = case["name"], case["results"]
-        plain = case["fn_body"][-1] in PLAIN
         text = [b for b in case["backends"] if [name, b] in required["text"]]
-        values = [b for b in case["backends"] if [name, b] in required["values"] and (plain or b in text)]
+        values = [b for b in case["backends"] if [name, b] in required["values"]]
         raises = required["raises"].get(name)
         if not (text or values or raises):
             continue
@@ -67,6 +69,7 @@ def main(folder):
         else:
             program["text"] = {b: texts.add(recorded[b]["graph"]) for b in text}
             program["grads"] = {b: results.add(simple(recorded[b]["grads"])) for b in values}
+            program["out"] = {b: results.add(simple(recorded[b]["out"])) for b in values}
             program["state"] = {b: results.add(simple(recorded[b]["state_after"])) for b in values}
         programs.append(program)
     rows = {"programs": programs, "texts": texts.rows, "results": results.rows}
