@@ -238,11 +238,12 @@ class CompiledGraph(Explains):
             new = {i: f"it shares {path} with a hook that cannot" for i, path in _sharing(gm, found, there).items()}
             if not new:
                 for i, why in reasons.items():
-                    warn(
-                        f"{describe_hook(found[i])} runs on the host at each run. The compiled graph is cut in two "
-                        "there, and inside a loop or a branch it calls back: the device waits for the hook, and "
-                        f"nothing is fused across it. It cannot be traced: {why}"
-                    )
+                    if self.history.tell(describe_hook(found[i])):
+                        warn(
+                            f"{describe_hook(found[i])} runs on the host at each run. The compiled graph is cut in "
+                            "two there, and inside a loop or a branch it calls back: the device waits for the hook, "
+                            f"and nothing is fused across it. It cannot be traced: {why}"
+                        )
                 hooks = [found[i] for i in reasons]
                 run = on_host(Program(gm, transform), hooks, gm.callbacks)
                 return _Entry(gm, run, _shapes_of(flat), self._note(gm, reason), self._static, refused)
@@ -257,10 +258,11 @@ class CompiledGraph(Explains):
         for hook, _ in found:
             refuse_under_vmap(hook)
         names = ", ".join(describe_hook(hook.base) for hook, _ in found)
-        warn(
-            f"The graph runs on the host, one operation at a time, with every hook called at each run ({names}), "
-            f"because one of them cannot be traced: {error}"
-        )
+        if self.history.tell(names):
+            warn(
+                f"The graph runs on the host, one operation at a time, with every hook called at each run ({names}), "
+                f"because one of them cannot be traced: {error}"
+            )
         run = backends.eager(self.gm, flat)
         return _Entry(self.gm, run, _shapes_of(flat), self._note(self.gm, reason), self._static, error)
 

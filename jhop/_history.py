@@ -49,7 +49,15 @@ class History:
         self._kept: collections.deque[Trace] = collections.deque(maxlen=MAX_TRACES)
         self._lock = threading.Lock()
         self._forgot = False
+        self._told: set[str] = set()
         self.count = 0
+
+    def tell(self, about: str) -> bool:
+        """Whether a warning about this is to be given: it was not yet."""
+        with self._lock:
+            new = about not in self._told
+            self._told.add(about)
+        return new
 
     def add(self, name: str, gm: Any, reason: str | None, static: tuple[str, ...] = ()) -> Trace:
         """Notes a trace.
@@ -94,6 +102,7 @@ class History:
         with self._lock:
             self._forgot = self._forgot or self.count > 0
             self._kept.clear()
+            self._told.clear()
             self.count = 0
 
 

@@ -55,6 +55,15 @@ class Prints:
         return ct * (2.0 if ct.sum() > 0 else 3.0)
 
 
+def test_each_hook_is_warned_of_once_in_all_graphs_of_a_function(capsys):
+    first, second = Prints(), lambda ct: print("second") or ct
+    step = compiled(chain, first, second)
+    for size in (3, 3, 4, 5):
+        step(jnp.ones(size))
+    assert [message.split(" runs on the host")[0].split("`")[1] for message in step.warnings] == ["<lambda>", "Prints"]
+    assert len(capsys.readouterr().out.splitlines()) == 8
+
+
 def test_hook_runs_at_each_run_and_the_rest_is_compiled(capsys):
     traced, box = [], types.SimpleNamespace(n=0)
 
