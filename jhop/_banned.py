@@ -17,6 +17,8 @@ import io
 import itertools
 import os
 import types
+import typing
+import weakref
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -97,6 +99,7 @@ def _harmless_codes() -> Iterator[types.CodeType]:
     members: list[Any] = [
         made, manager.__init__, manager.__enter__, manager.__exit__, pair._replace, pair._make.__func__,
         enum.Enum.__hash__, *vars(inspect.Parameter).values(), vars(inspect.Signature)["parameters"],
+        weakref.WeakKeyDictionary.get, weakref.WeakValueDictionary.get, typing.cast,
     ]  # fmt: skip
     for member in members:
         fn = member.fget if isinstance(member, property) else member
