@@ -54,9 +54,10 @@ class Backward:
 class _Reference(NamedTuple):
     """A recorded tracer, after the tracers are gone."""
 
-    index: int
+    place: int
 
 
+Known = Callable[[], dict[Any, Info]]
 _BY_HOOK = Info(stage="hook")
 
 
@@ -99,11 +100,12 @@ class Recorder:
         """
         references: list[Any] = []
         for operand in operands:
-            index = self.add(operand)
+            index = self._index.get(id(operand))
             if index is None and isinstance(operand, _compat.Tracer):
-                # One of an inner trace (`ct > 0` on a JVP's ct): no variable stands for it.
-                references = []
-                break
+                index = self.add(operand)
+                if index is None:  # of an inner trace (`ct > 0` on a JVP's ct): no variable stands for it
+                    references = []
+                    break
             references.append(operand if index is None else _Reference(index))
         index = self.add(value)
         if index is not None and index not in self._info:
@@ -142,14 +144,14 @@ class Recorder:
                 continue
             if (applied := self._operators.get(index)) is not None:
                 name, operands, place = applied
-                read = tuple([variables[item.index] if type(item) is _Reference else item for item in operands])
+                read = tuple([variables[item.place] if type(item) is _Reference else item for item in operands])
                 operator = Operator(name=name, operands=read) if operands else None
                 info = Info(name=info.name, origin=origin_of(*place), operator=operator, aot=info.aot, stage=info.stage)
             result.setdefault(variable, info)
         return result
 
 
-def trace(fn: Callable[..., list[Any]], avals: list[Any], recorder: Recorder) -> tuple[Any, dict[Any, Info]]:
+def trace(fn: Callable[..., list[Any]], avals: list[Any], recorder: Recorder) -> tuple[Any, Known]:
     """Traces a function of flat inputs and outputs.
 
     Args:
@@ -157,7 +159,7 @@ def trace(fn: Callable[..., list[Any]], avals: list[Any], recorder: Recorder) ->
         avals: the inputs' avals.
 
     Returns:
-        (closed jaxpr, info by variable).
+        (closed jaxpr, a function that gives the info by variable: a graph that runs need not know it).
     """
     n_outs = 0
 
@@ -172,11 +174,11 @@ def trace(fn: Callable[..., list[Any]], avals: list[Any], recorder: Recorder) ->
     closed = jax.make_jaxpr(run)(*avals)
     jaxpr, consts = _compat.open_jaxpr(closed)
     if len(jaxpr.outvars) == n_outs:
-        return closed, {}
+        return closed, dict
     *eqns, noted = jaxpr.eqns
     debug_info = jaxpr.debug_info._replace(result_paths=None)
     trimmed = jaxpr.replace(eqns=eqns, outvars=jaxpr.outvars[:n_outs], debug_info=debug_info)
-    return jex_core.ClosedJaxpr(trimmed, consts), recorder.resolve(noted.invars)
+    return jex_core.ClosedJaxpr(trimmed, consts), lambda: recorder.resolve(noted.invars)
 
 
 def parameter_names(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
@@ -236,10 +238,10 @@ def make_fx(fn: Callable[..., Any]) -> Callable[..., GraphModule]:
             outs, out_tree = jax.tree.flatten(fn(*args, **kwargs))
             return outs
 
-        closed, info = trace(run, flat, Recorder())
+        closed, known = trace(run, flat, Recorder())
         names = parameter_names(fn, args, kwargs)
         inputs = tuple(Input(name=f"{name}_1") for name in names)
-        jaxpr, _ = _compat.open_jaxpr(closed)
+        info, (jaxpr, _) = known(), _compat.open_jaxpr(closed)
         for variable, given in zip(jaxpr.invars, inputs, strict=True):
             info.setdefault(variable, dataclasses.replace(NO_INFO, name=given.name))
         name = hook_name(fn).split(".")[-1]

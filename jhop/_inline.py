@@ -103,13 +103,13 @@ class _Inliner:
         given = avals if avals is not None else [v.aval for v in self._jaxpr.invars]
         state_avals = [_leaf_aval(leaf.value) for leaf in self._walk.leaves]
         try:
-            closed, info = trace(self._traced, [*given, *state_avals], self._recorder)
+            closed, known = trace(self._traced, [*given, *state_avals], self._recorder)
         finally:
             self._session.close()
         self._refuse_leaks()
         jaxpr, consts = _compat.open_jaxpr(closed)
         jaxpr, kept = expand(jaxpr)
-        info.update((variable, self._gm.info.get(variable, _CAPTURED)) for variable in kept)
+        before = self._gm.info
         jaxpr, slots = self._prune(jaxpr, len(given))
         if slots:
             refuse_rounded(jaxpr)
@@ -128,7 +128,7 @@ class _Inliner:
             self._gm,
             jaxpr=jex_core.ClosedJaxpr(jaxpr, consts),
             inputs=(*self._gm.inputs, *state_inputs),
-            info=Described(jaxpr, info),
+            info=Described(jaxpr, lambda: {**known(), **{v: before.get(v, _CAPTURED) for v in kept}}),
             name="GraphModule",
             made_by="inline",
             in_tree=self._gm.in_tree if not slots and not lifted.writes else None,
