@@ -101,7 +101,8 @@ def _pull_graph(closed: Any, n_outs: int, tree: Any, names: Any, name: str) -> G
         return list(jax.tree.unflatten(tree, leaves)(list(values[:n_outs])))
 
     avals = [v.aval for v in [*jaxpr.outvars[:n_outs], *kept]]
-    backward, info = trace(pull, avals, Recorder())
+    backward, known = trace(pull, avals, Recorder())
+    info = known()
     inputs = [Input(name="ct" if n_outs == 1 else f"ct_{i}") for i in range(n_outs)]
     inputs += [Input(name=names.get(variable, "residual")) for variable in kept]
     opened, _ = _compat.open_jaxpr(backward)

@@ -17,6 +17,8 @@ import io
 import itertools
 import os
 import types
+import typing
+import weakref
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -97,6 +99,7 @@ def _harmless_codes() -> Iterator[types.CodeType]:
     members: list[Any] = [
         made, manager.__init__, manager.__enter__, manager.__exit__, pair._replace, pair._make.__func__,
         enum.Enum.__hash__, *vars(inspect.Parameter).values(), vars(inspect.Signature)["parameters"],
+        weakref.WeakKeyDictionary.get, weakref.WeakValueDictionary.get, typing.cast,
     ]  # fmt: skip
     for member in members:
         fn = member.fget if isinstance(member, property) else member
@@ -233,11 +236,11 @@ def count_imports(frame: types.FrameType | None) -> int:
 _Path = tuple[str, ...]  # a dotted name
 _Place = tuple[int, int]  # line and column
 
-# C functions that call what they are given.
-_CALLERS = (
+# C functions that call what they are given, by id.
+_CALLERS = {id(fn): fn for fn in (
     map, filter, sorted, min, max, iter, list.sort, functools.reduce, itertools.starmap, itertools.accumulate,
     itertools.groupby, itertools.takewhile, itertools.dropwhile, itertools.filterfalse,
-)  # fmt: skip
+)}  # fmt: skip
 _LOADS = ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FAST", "LOAD_FAST_CHECK", "LOAD_DEREF", "LOAD_FAST_LOAD_FAST")
 _CALLS = ("PRECALL", "CALL", "CALL_KW", "CALL_FUNCTION_EX")
 
@@ -303,7 +306,7 @@ def label_mentioned(frame: types.FrameType, offset: int) -> str | None:
 
 def calls_its_argument(callee: Any) -> bool:
     """True for a C function that calls what it is given."""
-    return any(callee is caller for caller in _CALLERS)
+    return id(callee) in _CALLERS
 
 
 def label_in_call(frame: types.FrameType, offset: int) -> str | None:

@@ -2,24 +2,32 @@
 
 Tracing is `jax.make_jaxpr`; hooks are `trace_wrapped` equations in it whose functions have not run. A `Recorder`
 collects what the jaxpr itself cannot say: the user's names, source positions and operators of single values. It does
-so through public JAX alone: the traced function returns every recorded tracer as an extra output, which tells the
-variable that stands for it, and the extra outputs are cut off again.
+so through public JAX alone: at the end of the trace one equation takes every recorded tracer, which tells the variable
+that stands for it, and that equation is cut off again.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.extend.core as jex_core
+import numpy as np
 
 from jhop import _compat
 from jhop._errors import JhopError
 from jhop._graph import NO_INFO, GraphModule, Info, Input, Operator
-from jhop._source import hook_name
+from jhop._source import Frame, hook_name, origin_of
+
+_noted_p = jex_core.Primitive("noted")  # its equation tells the variables of tracers
+
+
+@_noted_p.def_abstract_eval
+def _noted_abstract_eval(*_avals: Any) -> Any:
+    return jax.core.ShapedArray((), np.dtype(bool))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,11 +51,14 @@ class Backward:
     number_inputs: bool = False
 
 
-@dataclasses.dataclass(frozen=True)
-class _Reference:
+class _Reference(NamedTuple):
     """A recorded tracer, after the tracers are gone."""
 
-    index: int
+    place: int
+
+
+Known = Callable[[], dict[Any, Info]]
+_BY_HOOK = Info(stage="hook")
 
 
 class Recorder:
@@ -57,18 +68,20 @@ class Recorder:
         self._tracers: list[Any] = []
         self._index: dict[int, int] = {}
         self._info: dict[int, Info] = {}
+        self._operators: dict[int, tuple[str, list[Any], Frame]] = {}
         self.anchor: Any = None  # a tracer of the trace; others belong to inner traces and cannot leave it
 
     def add(self, value: Any) -> int | None:
         """Remembers a tracer; None for values that are no tracers of this trace."""
-        if not isinstance(value, _compat.Tracer) or not _compat.same_trace(value, self.anchor):
+        index = self._index.get(id(value))  # no other object's id: the tracer is kept
+        if index is not None:
+            return index
+        if not _compat.same_trace(value, self.anchor) or not isinstance(value, _compat.Tracer):
             return None
         if isinstance(value, jax.Ref):
-            return None  # no function may return one
-        index = self._index.get(id(value))
-        if index is None:
-            index = self._index[id(value)] = len(self._tracers)
-            self._tracers.append(value)
+            return None  # no equation but its own may take one
+        index = self._index[id(value)] = len(self._tracers)
+        self._tracers.append(value)
         return index
 
     def note(self, value: Any, info: Info) -> None:
@@ -76,6 +89,28 @@ class Recorder:
         index = self.add(value)
         if index is not None:
             self._info.setdefault(index, info)
+
+    def note_operator(self, value: Any, name: str, operands: Sequence[Any], place: Frame) -> None:
+        """Says which operator of a hook's made a tracer; as for `note`, what was said first stays.
+
+        Args:
+            name: as in `Operator`.
+            operands: tracers and Python values.
+            place: the instruction.
+        """
+        references: list[Any] = []
+        for operand in operands:
+            index = self._index.get(id(operand))
+            if index is None and isinstance(operand, _compat.Tracer):
+                index = self.add(operand)
+                if index is None:  # of an inner trace (`ct > 0` on a JVP's ct): no variable stands for it
+                    references = []
+                    break
+            references.append(operand if index is None else _Reference(index))
+        index = self.add(value)
+        if index is not None and index not in self._info:
+            self._info[index] = _BY_HOOK
+            self._operators[index] = name, references, place
 
     def update(self, value: Any, **fields: Any) -> None:
         """Says something of a tracer, over what was said before; a name, once given, stays."""
@@ -98,38 +133,25 @@ class Recorder:
     def take(self) -> list[Any]:
         """The tracers, which are let go of: none may be alive when the trace ends."""
         tracers, self._tracers, self.anchor = self._tracers, [], None
-        for index, info in self._info.items():
-            if info.operator is not None:
-                operands = tuple(self._reference(item) for item in info.operator.operands)
-                # A tracer that is left is of an inner trace (`ct > 0` on a JVP's ct): no variable stands for it.
-                known = not any(isinstance(item, _compat.Tracer) for item in operands)
-                operator = Operator(name=info.operator.name, operands=operands) if known else None
-                self._info[index] = dataclasses.replace(info, operator=operator)
         return tracers
 
-    def _reference(self, item: Any) -> Any:
-        index = self._index.get(id(item)) if isinstance(item, _compat.Tracer) else None
-        return item if index is None else _Reference(index)
-
-    def resolve(self, variables: list[Any]) -> dict[Any, Info]:
+    def resolve(self, variables: Sequence[Any]) -> dict[Any, Info]:
         """Info by variable, given the variables of what `take` returned."""
-
-        def operand(item: Any) -> Any:
-            return variables[item.index] if isinstance(item, _Reference) else item
-
         result: dict[Any, Info] = {}
         for index, info in self._info.items():
             variable = variables[index]
             if isinstance(variable, jex_core.Literal):
                 continue
-            if info.operator is not None:
-                operands = tuple(operand(item) for item in info.operator.operands)
-                info = dataclasses.replace(info, operator=Operator(name=info.operator.name, operands=operands))
+            if (applied := self._operators.get(index)) is not None:
+                name, operands, place = applied
+                read = tuple([variables[item.place] if type(item) is _Reference else item for item in operands])
+                operator = Operator(name=name, operands=read) if operands else None
+                info = Info(name=info.name, origin=origin_of(*place), operator=operator, aot=info.aot, stage=info.stage)
             result.setdefault(variable, info)
         return result
 
 
-def trace(fn: Callable[..., list[Any]], avals: list[Any], recorder: Recorder) -> tuple[Any, dict[Any, Info]]:
+def trace(fn: Callable[..., list[Any]], avals: list[Any], recorder: Recorder) -> tuple[Any, Known]:
     """Traces a function of flat inputs and outputs.
 
     Args:
@@ -137,7 +159,7 @@ def trace(fn: Callable[..., list[Any]], avals: list[Any], recorder: Recorder) ->
         avals: the inputs' avals.
 
     Returns:
-        (closed jaxpr, info by variable).
+        (closed jaxpr, a function that gives the info by variable: a graph that runs need not know it).
     """
     n_outs = 0
 
@@ -146,13 +168,17 @@ def trace(fn: Callable[..., list[Any]], avals: list[Any], recorder: Recorder) ->
         recorder.anchor = flat[0] if flat else None
         outs = list(fn(*flat))
         n_outs = len(outs)
-        return [*outs, *recorder.take()]
+        tracers = recorder.take()
+        return [*outs, _noted_p.bind(*tracers)] if tracers else outs
 
     closed = jax.make_jaxpr(run)(*avals)
     jaxpr, consts = _compat.open_jaxpr(closed)
-    info = recorder.resolve(jaxpr.outvars[n_outs:])
-    trimmed = jaxpr.replace(outvars=jaxpr.outvars[:n_outs], debug_info=jaxpr.debug_info._replace(result_paths=None))
-    return jex_core.ClosedJaxpr(trimmed, consts), info
+    if len(jaxpr.outvars) == n_outs:
+        return closed, dict
+    *eqns, noted = jaxpr.eqns
+    debug_info = jaxpr.debug_info._replace(result_paths=None)
+    trimmed = jaxpr.replace(eqns=eqns, outvars=jaxpr.outvars[:n_outs], debug_info=debug_info)
+    return jex_core.ClosedJaxpr(trimmed, consts), lambda: recorder.resolve(noted.invars)
 
 
 def parameter_names(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
@@ -212,10 +238,10 @@ def make_fx(fn: Callable[..., Any]) -> Callable[..., GraphModule]:
             outs, out_tree = jax.tree.flatten(fn(*args, **kwargs))
             return outs
 
-        closed, info = trace(run, flat, Recorder())
+        closed, known = trace(run, flat, Recorder())
         names = parameter_names(fn, args, kwargs)
         inputs = tuple(Input(name=f"{name}_1") for name in names)
-        jaxpr, _ = _compat.open_jaxpr(closed)
+        info, (jaxpr, _) = known(), _compat.open_jaxpr(closed)
         for variable, given in zip(jaxpr.invars, inputs, strict=True):
             info.setdefault(variable, dataclasses.replace(NO_INFO, name=given.name))
         name = hook_name(fn).split(".")[-1]

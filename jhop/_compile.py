@@ -194,7 +194,7 @@ class CompiledGraph(Explains):
         if lifted is None:
             return outs
         if lifted.writes:
-            lifted.commit(outs)
+            lifted.commit(outs[lifted.n_outs :])
         return outs[: lifted.n_outs]
 
     def _checked(self, entry: _Entry, outs: Any) -> list[Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -19,13 +19,13 @@ from jhop._source import describe_hook, eqn_name, is_user_file, origin_of, user_
 class Described(Mapping[Any, Info]):
     """Info by variable, in which what hooks computed is described when the first question is asked: only print asks."""
 
-    def __init__(self, jaxpr: Any, info: dict[Any, Info]):
+    def __init__(self, jaxpr: Any, known: Callable[[], dict[Any, Info]]):
         self._jaxpr = jaxpr
-        self._info = info
+        self._known = known
 
     @functools.cached_property
     def _all(self) -> dict[Any, Info]:
-        return _describe_hook_values(self._jaxpr, self._info)
+        return _describe_hook_values(self._jaxpr, self._known())
 
     def __getitem__(self, variable: Any) -> Info:
         return self._all[variable]

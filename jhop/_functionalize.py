@@ -292,7 +292,7 @@ class _Pure:
             raise
         names = [f"arg{i}" for i in range(len(arrays))] + ["state"] * len(device)
         inputs = tuple(Input(name=name) for name in names)
-        return GraphModule(jaxpr=closed, inputs=inputs, info=info, name=self._name, made_by="functionalize"), out_tree
+        return GraphModule(jaxpr=closed, inputs=inputs, info=info(), name=self._name, made_by="functionalize"), out_tree
 
     def _check_unchanged(self, walk: Walk) -> None:
         """Raises where what the function reaches has other places for state than those that have entries."""

@@ -11,7 +11,7 @@ import abc
 import ast
 import collections
 import dataclasses
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ import numpy as np
 
 from jhop._container import MISSING, Container, contents_of
 from jhop._expr import CODE_NAMES, Expr, leaves, to_code
+from jhop._slotcode import SlotCode
 from jhop._walk import Fixed, Leaf, Walk
 from jhop._wording import in_words, is_plain, type_in_words
 
@@ -97,10 +98,30 @@ class Guards:
             self._contents = [(value, then) for value in held if (then := contents_of(value)) is not None]
         self._leaves = [] if frozen else [(leaf, _kind(leaf.value)) for leaf in leaves_kept]
         self.answers = [Answer(expr, answer, walk.leaves) for expr, answer in dict.fromkeys(answers)]
-        self.hold: Callable[[], bool] = _generate(
-            self._attributes, self._alive, self._keys, self._fixed, self._leaves, self.answers, self._abc_token,
-            self._contents,
-        )  # fmt: skip
+        self.hold = all_hold([self])
+
+    def terms(self, code: SlotCode) -> list[str]:
+        """Source of the questions whether everything is as it was."""
+        name, read = code.name, code.read
+        terms = [f"{name(obj)}.{attribute} is {name(value)}" for obj, attribute, value in self._attributes]
+        terms += [f"({name(reference)}() is not None) is {there}" for reference, there in self._alive]
+        for container, key, value in self._fixed:
+            if _is_by_value(value):
+                kept = name(value)
+                same = f"str(v) == str({kept})" if _is_zero(value) else f"v == {kept}"
+                terms.append(f"((v := {read(container, key)}) is {kept} or type(v) is type({kept}) and {same})")
+            else:
+                terms.append(f"{read(container, key)} is {name(value)}")
+        terms += [_keys_code(container, present, code) for container, present in self._keys]
+        for leaf, kind in self._leaves:
+            now = read(leaf.container, leaf.key)
+            same_kind = isinstance(kind, tuple)
+            terms.append(f"{name(_kind)}({now}) == {name(kind)}" if same_kind else f"type({now}) is {name(kind)}")
+        if self._abc_token is not None:
+            terms.append(f"{name(abc.get_cache_token)}() == {name(self._abc_token)}")
+        terms += [f"{name(answer)}.now() is {answer.then}" for answer in self.answers]
+        terms += [f"{name(contents_of)}({name(value)}) == {name(then)}" for value, then in self._contents]
+        return terms
 
     def described(self) -> tuple[Guard, ...]:
         """All that counts, in words. Values are not asked for anything: no code of the user's runs."""
@@ -191,51 +212,13 @@ class Answer:
         return bool(self._check(*(slot.container.get(slot.key) for slot in self.slots)))
 
 
-def _generate(
-    attributes: Any, alive: Any, keys: Any, fixed: list[Fixed], lifted: Any, answers: list[Answer], abc_token: Any,
-    contents: Any,
-) -> Callable[[], bool]:
-    """One function that says whether everything is as it was."""
-    names: dict[str, Any] = {"jax_Array": jax.Array, "MISSING": MISSING}
-
-    def name(value: Any) -> str:
-        names[f"k{len(names)}"] = value
-        return f"k{len(names) - 1}"
-
-    terms = [f"{name(obj)}.{attribute} is {name(value)}" for obj, attribute, value in attributes]
-    terms += [f"({name(reference)}() is not None) is {there}" for reference, there in alive]
-    readers: dict[int, str] = {}
-
-    def read(container: Container, key: Any) -> str:
-        if id(container) not in readers:
-            readers[id(container)] = name(container.get)
-        return f"{readers[id(container)]}({name(key)})"
-
-    for container, key, value in fixed:
-        term = f"{_read_code(container, key, name) or read(container, key)} "
-        if _is_by_value(value):
-            kept = name(value)
-            same = f"str(v) == str({kept})" if _is_zero(value) else f"v == {kept}"
-            terms.append(f"((v := {term}) is {kept} or type(v) is type({kept}) and {same})")
-        else:
-            terms.append(f"{term}is {name(value)}")
-    for container, present in keys:
-        terms.append(_keys_code(container, present, name))
-    terms = [term for term in terms if term != "True"]
-    for leaf, kind in lifted:
-        code = _read_code(leaf.container, leaf.key, name) or read(leaf.container, leaf.key)
-        if isinstance(kind, tuple):
-            terms.append(f"{name(_kind)}({code}) == {name(kind)}")
-        else:
-            terms.append(f"type({code}) is {name(kind)}")
-    if abc_token is not None:
-        terms.append(f"{name(abc.get_cache_token)}() == {name(abc_token)}")
-    terms += [f"{name(answer.now)}() is {answer.then}" for answer in answers]
-    terms += [f"{name(contents_of)}({name(value)}) == {name(then)}" for value, then in contents]
+def all_hold(guards: Iterable[Guards]) -> Callable[[], bool]:
+    """One function that says whether everything is as it was, and asks nothing twice."""
+    code = SlotCode()
+    terms = dict.fromkeys(term for each in guards for term in each.terms(code))
+    terms.pop("True", None)
     body = "\n            and ".join(terms) or "True"
-    source = f"def hold():\n    try:\n        return ({body})\n    except Exception:\n        return False\n"
-    exec(source, names)
-    return names["hold"]
+    return code.function("hold()", ["try:", f"    return ({body})", "except Exception:", "    return False"])
 
 
 def _is_by_value(value: Any) -> bool:
@@ -252,34 +235,22 @@ def _equal(now: Any, then: Any) -> bool:
     return type(now) is type(then) and (str(now) == str(then) if _is_zero(then) else bool(now == then))
 
 
-def _read_code(container: Container, key: Any, name: Callable[[Any], str]) -> str | None:
-    """Source that reads a slot of one of the common kinds without a call of our own."""
-    if container.weak:
-        return None
-    if container.kind == "cell":
-        return f"{name(container.obj)}.cell_contents"
-    if container.kind in ("attrs", "class") and type(key) is str:
-        return f"{name(container.obj)}.__dict__[{key!r}]"
-    if container.kind == "dict" and type(container.obj) is dict and type(key) in (str, int):
-        return f"{name(container.obj)}[{key!r}]"
-    return None
-
-
-def _keys_code(container: Container, present: Any, name: Callable[[Any], str]) -> str:
+def _keys_code(container: Container, present: Any, code: SlotCode) -> str:
     """Source that checks that a container has the entries it had."""
+    name, obj = code.name, container.obj
     if container.weak:
         return f"{name(_keys_of)}({name(container)}) == {name(present)}"
-    holder = name(container.obj)
-    if type(container.obj) is list or type(container.obj) is collections.deque:
-        return f"len({holder}) == {len(present)}"
+    if type(obj) is list or type(obj) is collections.deque:
+        return f"len({name(obj)}) == {len(present)}"
     if container.kind == "cell" and present:
         return "True"  # what is in it is read anyway
-    if (type(container.obj) is dict or container.kind in ("attrs", "class")) and container.names is not None:
+    if (type(obj) is dict or container.kind in ("attrs", "class")) and container.names is not None:
         # Entries that were there are read anyway; only others could be new.
-        table = holder if container.kind == "dict" else f"{holder}.__dict__"
-        return f"{name(frozenset(container.names).difference(present))}.isdisjoint({table})"
-    if type(container.obj) is dict:
-        return f"tuple({holder}) == {name(present)}"
+        absent = frozenset(container.names).difference(present)
+        keys = name(obj.keys()) if container.kind == "dict" else f"{code.table(obj)}.keys()"
+        return f"{keys}.isdisjoint({name(absent)})" if absent else "True"
+    if type(obj) is dict:
+        return f"tuple({name(obj)}) == {name(present)}"
     return f"{name(_keys_of)}({name(container)}) == {name(present)}"
 
 

@@ -30,14 +30,14 @@ from jhop._describe import Described, explain
 from jhop._effects import many_watches, watch
 from jhop._errors import JhopError, Unsupported
 from jhop._expr import Expr
-from jhop._graph import GraphModule, Info, Input, Operator, hooks_in
+from jhop._graph import GraphModule, Info, Input, hooks_in
 from jhop._guards import Guards
 from jhop._interp import ClosesOverTracer, evaluate, inner_jaxprs, rewrite
 from jhop._lifted import Lifted, Session
 from jhop._rebuild import holds_constants, is_plain_call, is_sealed, rebuild
 from jhop._scalar import Scalar, device_kind, is_scalar, weak_aval
 from jhop._slots import refuse_rounded
-from jhop._source import describe_hook, is_user_file, origin_of
+from jhop._source import describe_hook, is_user_file
 from jhop._splice import Splice, expand, retrace
 from jhop._template import Templates, map_outputs, plain
 from jhop._thread import Threads
@@ -103,13 +103,13 @@ class _Inliner:
         given = avals if avals is not None else [v.aval for v in self._jaxpr.invars]
         state_avals = [_leaf_aval(leaf.value) for leaf in self._walk.leaves]
         try:
-            closed, info = trace(self._traced, [*given, *state_avals], self._recorder)
+            closed, known = trace(self._traced, [*given, *state_avals], self._recorder)
         finally:
             self._session.close()
         self._refuse_leaks()
         jaxpr, consts = _compat.open_jaxpr(closed)
         jaxpr, kept = expand(jaxpr)
-        info.update((variable, self._gm.info.get(variable, _CAPTURED)) for variable in kept)
+        before = self._gm.info
         jaxpr, slots = self._prune(jaxpr, len(given))
         if slots:
             refuse_rounded(jaxpr)
@@ -128,7 +128,7 @@ class _Inliner:
             self._gm,
             jaxpr=jex_core.ClosedJaxpr(jaxpr, consts),
             inputs=(*self._gm.inputs, *state_inputs),
-            info=Described(jaxpr, info),
+            info=Described(jaxpr, lambda: {**known(), **{v: before.get(v, _CAPTURED) for v in kept}}),
             name="GraphModule",
             made_by="inline",
             in_tree=self._gm.in_tree if not slots and not lifted.writes else None,
@@ -294,12 +294,8 @@ class _Inliner:
             if isinstance(value, _compat.Tracer):
                 self._watched.append(weakref.ref(value))
         for record in seen.operators:
-            operands = tuple(item._twin if is_scalar(item) else item for item in record.operands)
-            operator = Operator(name=record.name, operands=operands)
-            for operand in operands:
-                self._recorder.add(operand)
-            origin = origin_of(record.code, record.lasti)
-            self._recorder.note(record.result, Info(operator=operator, origin=origin, stage="hook"))
+            operands = [item._twin if is_scalar(item) else item for item in record.operands]
+            self._recorder.note_operator(record.result, record.name, operands, (record.code, record.lasti))
         for out in outs if hook.kind != "post_acc_grad_hook" else ():
             self._recorder.mark_result(out)  # PyTorch's call of a tensor hook has a local variable `result`
         return list(outs)

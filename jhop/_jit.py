@@ -22,7 +22,7 @@ from jhop._compile import MAX_ENTRIES, CompiledGraph
 from jhop._errors import JhopError
 from jhop._explain import Explains, hooks_of
 from jhop._graph import GraphModule, Input, hooks_in
-from jhop._guards import Guards
+from jhop._guards import Guards, all_hold
 from jhop._history import History
 from jhop._lookups import Lookups
 from jhop._options import Options
@@ -99,9 +99,9 @@ class _Version(NamedTuple):
 class _Direct(NamedTuple):
     """A version and its compiled step, for calls with the arguments as they come."""
 
-    version: _Version
-    entry: Any
+    step: Step
     context: Any
+    hold: Callable[[], bool]  # whether all guards do
 
 
 class Jitted(Explains):
@@ -131,9 +131,9 @@ class Jitted(Explains):
             given, *dynamic = self._options.split(args, kwargs)
             static = (len(args), *((place, Static(arg)) for place, arg in given))
         direct = self._direct.get(static)
-        if direct is not None and direct.context == _compat.trace_context() and direct.version.guards.hold():
+        if direct is not None and direct.context == _compat.trace_context():
             try:
-                return self._run_direct(direct.entry, *dynamic)
+                return self._run_direct(direct, *dynamic)
             except OtherTypes:
                 self._direct, self._may_be_direct = {}, False
             except _Stale:
@@ -144,15 +144,15 @@ class Jitted(Explains):
             self._make_direct(static, version)
         return jax.tree.unflatten(version.signature.out_tree, outs)
 
-    def _run_direct(self, entry: Any, args: Any, kwargs: Any) -> Any:
+    def _run_direct(self, direct: _Direct, args: Any, kwargs: Any) -> Any:
         """The quick way: `jax.jit` itself looks at the arguments, and its step raises where they are of other types."""
-        step: Step = entry.run
+        step, _, hold = direct
         if not step.stateful:
-            if not entry.holds():
+            if not hold():
                 raise _Stale
             return step.jitted(*args, **kwargs)
         with _state.LOCK:  # another thread may be tracing, with symbols in objects that both read
-            if not entry.holds():
+            if not hold():
                 raise _Stale
             try:
                 return step.run(args, kwargs)
@@ -165,7 +165,8 @@ class Jitted(Explains):
             return
         if len(self._direct) >= MAX_ENTRIES:
             self._direct.clear()
-        self._direct[static] = _Direct(version, entry, _compat.trace_context())
+        guards = [version.guards] if entry.gm.lifted is None else [version.guards, entry.gm.lifted.guards]
+        self._direct[static] = _Direct(entry.run, _compat.trace_context(), all_hold(guards))
 
     def _call_inside(self, args: Any, kwargs: Any) -> Any:
         """A call that is part of an outer trace: hooks are inlined out there, or run when `jax.jit` lowers it."""

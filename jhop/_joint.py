@@ -299,7 +299,8 @@ def _backward_graph(
     pull: Any, forward: Any, saved: list[Any], residuals: Any, cts: list[Any], name: str
 ) -> GraphModule:
     """The graph of the backward: residuals, then cotangents, named as in PyTorch's joint graph."""
-    closed, info = trace(pull, [*(v.aval for v in saved), *cts], Recorder())
+    closed, known = trace(pull, [*(v.aval for v in saved), *cts], Recorder())
+    info = known()
     jaxpr, _ = _compat.open_jaxpr(closed)
     frames = {variable: user_frames(eqn) for eqn in jaxpr.eqns for variable in eqn.outvars}
     for variable, given in joint_names(forward, jaxpr, list(residuals), saved).items():

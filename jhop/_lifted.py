@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from jhop import _state
@@ -14,6 +14,7 @@ from jhop._capture import Recorder
 from jhop._expr import Expr, free
 from jhop._guards import Guards
 from jhop._scalar import Scalar
+from jhop._slotcode import SlotCode
 from jhop._walk import Leaf
 from jhop._writeback import write_back
 
@@ -34,14 +35,25 @@ class Lifted:
     writes: tuple[_state.Write, ...]
     guards: Guards
 
-    def read(self) -> list[Any]:
-        """The present values of the state inputs."""
-        return [slot.container.get(slot.key) for slot in self.slots]
+    @functools.cached_property
+    def read(self) -> Callable[[], list[Any]]:
+        """A function that gives the present values of the state inputs."""
+
+        def one_by_one() -> list[Any]:
+            return [slot.container.get(slot.key) for slot in self.slots]
+
+        code = SlotCode(one_by_one=one_by_one)
+        values = ", ".join(code.read(slot.container, slot.key) for slot in self.slots)
+        lines = ["try:", f"    return [{values}]", "except Exception:", "    return one_by_one()"]
+        return code.function("read()", lines)
 
     @functools.cached_property
-    def commit(self) -> Callable[[list[Any]], None]:
-        """A function that writes the new state, given the graph's outputs: all of it, or none if anything is raised."""
-        return write_back(self.writes)
+    def commit(self) -> Callable[[Sequence[Any]], None]:
+        """A function of the graph's outputs after the results, which writes the new state.
+
+        It writes all of it, or none if anything is raised.
+        """
+        return write_back(self.writes, self.n_outs)
 
 
 class Session:

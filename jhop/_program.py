@@ -67,6 +67,8 @@ class Program:
         inputs = dict.fromkeys(v for v in _variables(late_eqns) if v not in late)
         kept, waits = [v for v in inputs if v in host], [v for v in inputs if v not in host]
         self._n_waits = len(waits)
+        self._sides: dict[int, tuple[list[int], list[int]]] = {}
+        self._order = _order(self._places)
         device_outs += waits
         device_eqns = _needed(device_eqns, device_outs, always=lambda eqn: eqn.primitive not in _NUMBER)
         read = {*_variables(device_eqns), *(v for v in device_outs if not isinstance(v, jex_core.Literal))}
@@ -116,15 +118,16 @@ class Program:
         Raises:
             DoesNotFit: a number no longer has the type that it had.
         """
-        numbers: list[Any] = []
-        arrays: list[Any] = []
-        for value, number in zip(values, self._is_number[start:], strict=True):
-            (numbers if number else arrays).append(value)
-        outs, kept, feeds = self._host(*numbers)
-        return (outs, kept), arrays + feeds
+        sides = self._sides.get(start)
+        if sides is None:
+            rest = list(enumerate(self._is_number[start:]))
+            sides = self._sides[start] = [i for i, number in rest if number], [i for i, number in rest if not number]
+        numbers, arrays = sides
+        outs, kept, feeds = self._host(*[values[i] for i in numbers])
+        return (outs, kept), [values[i] for i in arrays] + feeds
 
-    def join(self, numbers: Any, outs: Sequence[Any]) -> list[Any]:
-        """All outputs of the graph, from what `split` returned and the device's outputs.
+    def join(self, numbers: Any, outs: Sequence[Any], start: int = 0) -> list[Any]:
+        """The outputs of the graph from the `start`th on, from what `split` returned and the device's, from there on.
 
         It waits for the device where numbers depend on what happened there, such as which branch was taken.
         """
@@ -134,10 +137,17 @@ class Program:
             count = len(outs) - self._n_waits
             late = self._late(*kept, *(np.asarray(array).tolist() for array in outs[count:]))[0]
             outs = outs[:count]
-        places = {"host": iter(outs_of_host), "late": iter(late), "device": iter(outs)}
-        return [next(places[place]) for place in self._places]
+        every = (*outs, *outs_of_host, *late)
+        return [every[i - start] for i in self._order[start:]]
 
 
+def _order(places: list[str]) -> list[int]:
+    """Where each output is found among those of the device, then those of the host, then the late ones."""
+    place = {index: at for at, index in enumerate(i for kind in _KINDS for i, its in enumerate(places) if its == kind)}
+    return [place[i] for i in range(len(places))]
+
+
+_KINDS = ("device", "host", "late")
 _NUMBER = (scalar_p, replay_p)
 
 

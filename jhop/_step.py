@@ -104,7 +104,7 @@ class Step:
         """
         numbers, arrays = self._program.split(state, self._n_given)
         results, outs = (jitted or self.jitted)([*self._program.consts, *arrays], *args, **kwargs)
-        return results, self._program.join(numbers, [None] * self._n_outs + outs)[self._n_outs :]
+        return results, self._program.join(numbers, outs, self._n_outs)
 
     def run(self, args: Any, kwargs: Any, jitted: Any = None) -> Any:
         """Reads state, calls, and writes state back.
@@ -118,7 +118,7 @@ class Step:
             return self.jitted(*args, **kwargs)
         results, changed = self.call(args, kwargs, self._lifted.read(), jitted)
         if self._lifted.writes:
-            self._lifted.commit([*[None] * self._n_outs, *changed])
+            self._lifted.commit(changed)
         return results
 
     def state_paths(self) -> list[str]:

@@ -7,16 +7,18 @@ from typing import Any
 
 from jhop import _state
 from jhop._container import MISSING
+from jhop._slotcode import SlotCode
 from jhop._template import NUMBER_TYPES, rebuild
 
 
-def write_back(writes: Sequence[_state.Write]) -> Callable[[list[Any]], None]:
-    """A function of a graph's outputs that writes them where templates say.
+def write_back(writes: Sequence[_state.Write], n_outs: int) -> Callable[[Sequence[Any]], None]:
+    """A function of a graph's outputs after the results that writes them where templates say.
 
     Args:
         writes: slots, with templates as values.
+        n_outs: how many results there are.
     """
-    return _quick(writes) or (lambda outs: _commit(writes, outs))
+    return _quick(writes, n_outs) or (lambda outs: _commit(writes, [*[None] * n_outs, *outs]))
 
 
 def _commit(writes: Sequence[_state.Write], outs: list[Any]) -> None:
@@ -29,27 +31,25 @@ def _commit(writes: Sequence[_state.Write], outs: list[Any]) -> None:
     )
 
 
-def _quick(writes: Sequence[_state.Write]) -> Callable[[list[Any]], None] | None:
+def _quick(writes: Sequence[_state.Write], n_outs: int) -> Callable[[Sequence[Any]], None] | None:
     """Generated code for numbers and arrays in places that cannot refuse them; None where there are others."""
-    names: dict[str, Any] = {"numbers": NUMBER_TYPES}
-    values, tables, puts = [], [], []
+    code = SlotCode(numbers=NUMBER_TYPES)
+    values, tables, puts = [], {}, []
     for i, (container, key, template) in enumerate(writes):
         if template is MISSING or template[0] not in ("number", "array") or container.weak:
             return None
-        values.append(f"    v{i} = outs[{template[1]}]")
+        values.append(f"v{i} = outs[{template[1] - n_outs}]")
         if template[0] == "number":
-            names[f"k{i}"] = template[2]
-            values.append(f"    if type(v{i}) not in numbers: v{i} = k{i}(v{i})")
-        names[f"o{i}"] = container.obj
+            number = code.name(template[2])
+            values.append(f"if type(v{i}) is not {number} and type(v{i}) not in numbers: v{i} = {number}(v{i})")
+        holder = code.name(container.obj)
         if container.kind == "cell":
-            puts.append(f"    o{i}.cell_contents = v{i}")
+            puts.append(f"{holder}.cell_contents = v{i}")
         elif container.kind == "attrs" and type(key) is str:
-            tables.append(f"    t{i} = o{i}.__dict__")
-            puts.append(f"    t{i}[{key!r}] = v{i}")
+            tables[holder] = f"t{holder} = {holder}.__dict__"
+            puts.append(f"t{holder}[{key!r}] = v{i}")
         elif container.kind == "dict" and type(container.obj) is dict and type(key) in (str, int):
-            puts.append(f"    o{i}[{key!r}] = v{i}")
+            puts.append(f"{holder}[{key!r}] = v{i}")
         else:
             return None
-    source = "\n".join(["def write(outs):", *values, *tables, *puts, "    return None"])
-    exec(source, names)
-    return names["write"]
+    return code.function("write(outs)", [*values, *tables.values(), *puts, "return None"])

@@ -186,7 +186,7 @@ class _Tape:
         )
         inputs = tuple(Input(name=f"input_{i}", source=f"L['inputs'][{i}]") for i in range(len(self.inputs)))
         return GraphModule(
-            jaxpr=closed, inputs=inputs, info=info, name="CompiledAutograd0", made_by="compiled_autograd",
+            jaxpr=closed, inputs=inputs, info=info(), name="CompiledAutograd0", made_by="compiled_autograd",
             backward=backward,
         )  # fmt: skip
 
