@@ -53,9 +53,7 @@ def first_call(quick: bool) -> list[Row]:
         step(*inputs)
         return step(*inputs)
 
-    runs = {
-        name: lambda how=how: make_step(*how)(*inputs) for name, how in STEPS.items() if name != "custom_vjp again"
-    }
+    runs = {name: lambda how=how: make_step(*how)(*inputs) for name, how in STEPS.items() if name != "custom_vjp again"}
     runs |= {f"{name}, twice": lambda name=name: call_twice(STEPS[name]) for name in ("custom_vjp", ours)}
     samples = interleaved(runs, rounds=3 if quick else 15, warm_up=0, prepare=clear_caches)
     return [

@@ -87,7 +87,6 @@ _REMEDIES = {
 ENVIRON_CODES = {id(fn.__code__) for fn in vars(type(os.environ)).values() if isinstance(fn, types.FunctionType)}
 
 
-
 def _harmless_codes() -> Iterator[types.CodeType]:
     """Code of the standard library that JAX runs all the time, and that calls nothing of the user's choice."""
     made = contextlib.contextmanager(iter)

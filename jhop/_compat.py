@@ -186,9 +186,7 @@ def binds_axes(eqn: Any) -> bool:
     return eqn.primitive.name == "shard_map"
 
 
-def bind_with_body(
-    eqn: Any, args: list[Any], body: Callable[[list[Any]], list[Any]], *, more: int = 0
-) -> list[Any]:
+def bind_with_body(eqn: Any, args: list[Any], body: Callable[[list[Any]], list[Any]], *, more: int = 0) -> list[Any]:
     """Binds a `shard_map` equation again with `body` in place of its jaxpr, all else of it kept.
 
     `jax.shard_map` itself checks what the equation of a derivative need not keep to, such as the shardings of inputs.

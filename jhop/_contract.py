@@ -167,7 +167,12 @@ def _is_none(value: Any) -> bool:
 
 
 def hook_fn(
-    fn: Any, make_call: Callable[[Any], Callable[..., list[Any]]], n: int, key: tuple[Any, ...], *, name: str = "",
+    fn: Any,
+    make_call: Callable[[Any], Callable[..., list[Any]]],
+    n: int,
+    key: tuple[Any, ...],
+    *,
+    name: str = "",
     kind: str = "hook",
 ) -> tuple[HookFn, list[Any]]:
     """How JAX sees a hook: (it, the tracers that it closes over, which it takes as operands after its `n` inputs).

@@ -93,6 +93,7 @@ def watch(hook: Any, *, remedy: str | None = None, trace: Any = None) -> Iterato
 
 # Python 3.12 and later: one tool of `sys.monitoring` for all threads, taken while any of them watches
 
+
 class _Monitor:
     """Counts the watches; registers the tool at the first and gives it back, with all its events, at the last."""
 

@@ -145,9 +145,7 @@ class NewState:
 
     def values(self) -> dict[str, Any]:
         """The new state."""
-        return {
-            entry.path: self._written.get(place, self._given[place]) for place, entry in self._entries.items()
-        }
+        return {entry.path: self._written.get(place, self._given[place]) for place, entry in self._entries.items()}
 
 
 def _parts(container: Container, template: Any) -> list[tuple[int, Any]]:

@@ -172,18 +172,14 @@ class CompiledFunction(Explains):
                 results[i] = Tensor(outs[i], requires_grad=True, node=node, slot=slot)
         return jax.tree.unflatten(joint.out_tree, results)
 
-    def _trace(
-        self, args: Any, kwargs: Any, leaves: list[Any], tree: Any, recording: bool, reason: str
-    ) -> _Compiled:
+    def _trace(self, args: Any, kwargs: Any, leaves: list[Any], tree: Any, recording: bool, reason: str) -> _Compiled:
         aot_id = backends.take_aot_id()
         static = [(f"argument{i}", leaf) for i, leaf in enumerate(leaves) if not is_dynamic(leaf)]
         lookups = Lookups([(hook_name(self._fn), self._fn), *static])
         captured = tuple(lookups.walk.instances(Tensor, _wants_grad)) if recording else ()
         arguments = [leaf for leaf in leaves if is_dynamic(leaf)]
         dynamic = [*arguments, *captured]
-        diff = [
-            i for i, leaf in enumerate(dynamic) if recording and isinstance(leaf, Tensor) and leaf.requires_grad
-        ]
+        diff = [i for i, leaf in enumerate(dynamic) if recording and isinstance(leaf, Tensor) and leaf.requires_grad]
         names = parameter_names(self._fn, args, kwargs) if len(arguments) == len(leaves) else []
         with lookups.tracing():
             joint = Tracing(self._fn, leaves, tree, captured, diff, names).run()
@@ -302,4 +298,3 @@ def reset_functions() -> None:
     """Forgets what compiled functions traced."""
     for function in list(_functions):
         function.reset()
-

@@ -79,11 +79,7 @@ class Guards:
         self._attributes = walk.attributes
         self._alive = walk.alive
         self._abc_token = abc.get_cache_token() if walk.asks_abstract_classes else None
-        self._keys = [
-            (container, _keys_of(container))
-            for container in walk.containers
-            if id(container) not in free
-        ]
+        self._keys = [(container, _keys_of(container)) for container in walk.containers if id(container) not in free]
 
         def counts(slot: Fixed | Leaf) -> bool:
             return id(slot.container) not in skip and (id(slot.container), slot.key) not in slots
@@ -192,7 +188,13 @@ class Answer:
 
 
 def _generate(
-    attributes: Any, alive: Any, keys: Any, fixed: list[Fixed], lifted: Any, answers: list[Answer], abc_token: Any,
+    attributes: Any,
+    alive: Any,
+    keys: Any,
+    fixed: list[Fixed],
+    lifted: Any,
+    answers: list[Answer],
+    abc_token: Any,
     contents: Any,
 ) -> Callable[[], bool]:
     """One function that says whether everything is as it was."""

@@ -166,7 +166,7 @@ def _is_dynamic(leaf: Any) -> bool:
 
 
 def _wrap(fn: Any, op: _Op, out: Any, dynamic: list[Any], sources: list[Tensor]) -> Any:
-    outs, out_tree = (([out], None) if isinstance(out, jax.Array) else jax.tree.flatten(out))
+    outs, out_tree = ([out], None) if isinstance(out, jax.Array) else jax.tree.flatten(out)
     moving = [i for i, value in enumerate(outs) if _carries(value)] if sources else []
     results = [Tensor(value) if isinstance(value, jax.Array) else value for value in outs]
     if moving:

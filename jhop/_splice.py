@@ -52,9 +52,7 @@ class Splice:
         end = len(self._opened.eqns)
         self._last_use.update((atom, end) for atom in self._opened.outvars if not isinstance(atom, jex_core.Literal))
 
-    def evaluate(
-        self, args: list[Any], rule: Rule, note: Callable[[Any, Any], None] = lambda *_: None
-    ) -> list[Any]:
+    def evaluate(self, args: list[Any], rule: Rule, note: Callable[[Any, Any], None] = lambda *_: None) -> list[Any]:
         """Evaluates the jaxpr on tracers; arguments and result as in `_interp.evaluate`.
 
         `note` is not called for variables that live within one stretch: they stay the variables that they are.

@@ -177,8 +177,7 @@ def _trace_wrapped_transpose(cts: Any, *args: Any, fn: HookFn, out_avals: Any) -
 
 def _trace_wrapped_batch(axis_data: Any, args: Any, dims: Any, *, fn: HookFn, out_avals: Any) -> Any:
     args = [
-        arg if d is None else batching.bdim_at_front(arg, d, axis_data.size)
-        for arg, d in zip(args, dims, strict=True)
+        arg if d is None else batching.bdim_at_front(arg, d, axis_data.size) for arg, d in zip(args, dims, strict=True)
     ]
     in_axes = tuple(None if d is None else 0 for d in dims)
     mapped = any(axis == 0 for axis in in_axes)

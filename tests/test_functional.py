@@ -47,8 +47,6 @@ def agree(got, expected, rtol=2e-6):
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=rtol, atol=1e-6), got, expected)
 
 
-
-
 # trace_wrapped.
 
 

@@ -251,9 +251,7 @@ RUNS = {
     "xs of an eager scan": lambda f: jax.grad(
         lambda x: lax.scan(lambda c, s: (c, f(c, s)), x, jnp.array([1.5]))[1].sum()
     )(X),
-    "cond": lambda f: jax.jit(
-        jax.grad(lambda x, s: lax.cond(s > 0, lambda x: f(x, s), lambda x: x.sum(), x))
-    )(X, 1.5),
+    "cond": lambda f: jax.jit(jax.grad(lambda x, s: lax.cond(s > 0, lambda x: f(x, s), lambda x: x.sum(), x)))(X, 1.5),
     "checkpoint": lambda f: jax.grad(jax.checkpoint(f))(X, 1.5),
     "hessian": lambda f: 3 + jax.jit(lambda x: jax.grad(lambda x: jax.grad(f)(x, 1.5).sum())(x))(X),
     "jhop.jit": lambda f: jhop.jit(jax.grad(f), fullgraph=True)(X, jnp.float32(1.5)),

@@ -95,17 +95,17 @@ FORWARD = {
     "jvp by both": lambda f: lambda x, s: jax.jvp(f, (x, s), (jnp.cos(x), s)),
     "jacfwd": jax.jacfwd,
     "linearize": lambda f: lambda x, s: jax.linearize(lambda x: f(x, s), x)[1](jnp.cos(x)),
-    "jvp of jvp": lambda f: lambda x, s: jax.jvp(
-        lambda x: jax.jvp(lambda x: f(x, s), (x,), (x,))[1], (x,), (jnp.cos(x),)
+    "jvp of jvp": lambda f: (
+        lambda x, s: jax.jvp(lambda x: jax.jvp(lambda x: f(x, s), (x,), (x,))[1], (x,), (jnp.cos(x),))
     ),
     "jacfwd of jacfwd": lambda f: jax.jacfwd(jax.jacfwd(f)),
     "jvp of jit": lambda f: lambda x, s: jax.jvp(jax.jit(lambda x: f(x, s)), (x,), (jnp.cos(x),)),
     "jvp of checkpoint": lambda f: lambda x, s: jax.jvp(jax.checkpoint(lambda x: f(x, s)), (x,), (jnp.cos(x),)),
-    "vmap of jvp": lambda f: lambda x, s: jax.vmap(lambda x: jax.jvp(lambda x: f(x, s), (x,), (x,)))(
-        jnp.stack([x, -2 * x])
+    "vmap of jvp": lambda f: (
+        lambda x, s: jax.vmap(lambda x: jax.jvp(lambda x: f(x, s), (x,), (x,)))(jnp.stack([x, -2 * x]))
     ),
-    "jvp of vmap": lambda f: lambda x, s: jax.jvp(
-        jax.vmap(lambda x: f(x, s)), (jnp.stack([x, -2 * x]),), (jnp.stack([x, x]),)
+    "jvp of vmap": lambda f: (
+        lambda x, s: jax.jvp(jax.vmap(lambda x: f(x, s)), (jnp.stack([x, -2 * x]),), (jnp.stack([x, x]),))
     ),
 }
 

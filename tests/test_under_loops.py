@@ -131,9 +131,7 @@ def test_gradient_inside_while(rule, run):
     as_it_is(descend, rule, run, X)
 
 
-@pytest.mark.parametrize(
-    ("program", "rule", "run"), under.spread([descend_while_large, descend_for, descend_in_while])
-)
+@pytest.mark.parametrize(("program", "rule", "run"), under.spread([descend_while_large, descend_for, descend_in_while]))
 def test_gradient_inside(program, rule, run):
     as_it_is(program, rule, run, X)
 

@@ -106,15 +106,19 @@ OF_GRAD = {
     "with scales": lambda f: lambda x, s: jax.vmap(jax.grad(f))(x, s * jnp.arange(1.0, 3.0)),
     "only scales": lambda f: lambda x, s: jax.vmap(jax.grad(f), (None, 0))(x[0], s * jnp.arange(1.0, 3.0)),
     "other axes": lambda f: lambda x, s: jax.vmap(jax.grad(f), (1, None), 1)(x.T, s),
-    "pytree axes": lambda f: lambda x, s: jax.vmap(
-        lambda d: jax.grad(lambda d: f(d["x"], d["s"]))(d), ({"x": 0, "s": None},), {"x": 1, "s": 0}
-    )({"x": x, "s": s}),
+    "pytree axes": lambda f: (
+        lambda x, s: jax.vmap(
+            lambda d: jax.grad(lambda d: f(d["x"], d["s"]))(d), ({"x": 0, "s": None},), {"x": 1, "s": 0}
+        )({"x": x, "s": s})
+    ),
     "nested": lambda f: lambda x, s: jax.vmap(jax.vmap(jax.grad(f), (None, 0)), (0, None))(x, s * jnp.arange(1.0, 4.0)),
     "value_and_grad": lambda f: lambda x, s: jax.vmap(jax.value_and_grad(f), (0, None))(x, s),
     "of hessian": lambda f: lambda x, s: jax.vmap(jax.hessian(f), (0, None))(x, s),
-    "of grad of vmap": lambda f: lambda x, s: jax.vmap(
-        lambda x: jax.grad(lambda x: jax.vmap(f)(jnp.stack([x, 2 * x]), s * jnp.arange(1.0, 3.0)).sum())(x)
-    )(x),
+    "of grad of vmap": lambda f: (
+        lambda x, s: jax.vmap(
+            lambda x: jax.grad(lambda x: jax.vmap(f)(jnp.stack([x, 2 * x]), s * jnp.arange(1.0, 3.0)).sum())(x)
+        )(x)
+    ),
 }
 
 
@@ -269,9 +273,7 @@ ODD = {
         lambda x, s: jax.linear_transpose(jax.linearize(lambda x: f(x, s), x)[1], x)(jnp.float32(1))[0]
     ),
     "scan of grad": lambda f: lambda x, s: lax.scan(lambda c, r: (c, jax.grad(f)(*r)), 0.0, (x, s))[1],
-    "map of vmap": lambda f: lambda x, s: lax.map(
-        lambda r: jax.vmap(jax.grad(f))(r[0][None], r[1][None])[0], (x, s)
-    ),
+    "map of vmap": lambda f: lambda x, s: lax.map(lambda r: jax.vmap(jax.grad(f))(r[0][None], r[1][None])[0], (x, s)),
 }
 
 

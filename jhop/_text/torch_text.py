@@ -32,6 +32,8 @@ _TOKENS = {
     **INFIX, **PREFIX, **COMPARE, "getitem": "getitem", "matmul": "@", "and": "&", "or": "|", "xor": "^",
 }  # fmt: skip
 _REFLECTED = {"add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor"}
+
+
 class Lazy:
     """An annotation whose symbols are looked up when the text is made, as later statements may settle them."""
 
@@ -371,5 +373,3 @@ def _sym(dim: Any) -> Any:
 def _apply_symbolic(op: str, operands: list[Any]) -> SymExpr:
     lifted = [item if isinstance(item, SymExpr) else constant(item) for item in operands]
     return apply_step(op, lifted)
-
-
