@@ -141,8 +141,7 @@ class _Inliner:
     def _traced(self, *flat: Any) -> list[Any]:
         n = len(self._jaxpr.invars)
         symbols = [
-            self._symbol(i, leaf, twin)
-            for i, (leaf, twin) in enumerate(zip(self._walk.leaves, flat[n:], strict=True))
+            self._symbol(i, leaf, twin) for i, (leaf, twin) in enumerate(zip(self._walk.leaves, flat[n:], strict=True))
         ]
         for symbol in symbols:
             if is_scalar(symbol):
@@ -190,11 +189,11 @@ class _Inliner:
                 self._state_outs.append(jax.numpy.copy(twin) if alike else twin)
             return index
 
-        templates = Templates(self._walk, note)
+        templates = Templates(self._walk.knows, note)
         arrays = [leaf for leaf in self._walk.leaves if type(leaf.value) is np.ndarray]
         numpy = {(id(leaf.container), leaf.key): leaf.value for leaf in arrays}
         for write in lift.writes():
-            value, where = write.value, write.container.path_of(plain(write.key))
+            value, where = write.value, write.where()
             if value is not MISSING:
                 value = templates.make(value, where)
             before = numpy.get((id(write.container), write.key))
@@ -369,8 +368,6 @@ def _after_results(writes: list[_state.Write], n_outs: int) -> list[_state.Write
     """Templates count state outputs from 0; the graph's outputs begin with its results."""
     done: dict[int, Any] = {}
     return [
-        write
-        if write.value is MISSING
-        else write._replace(value=map_outputs(write.value, lambda i: i + n_outs, done))
+        write if write.value is MISSING else write._replace(value=map_outputs(write.value, lambda i: i + n_outs, done))
         for write in writes
     ]
