@@ -17,21 +17,34 @@ _SEQUENCES = ("list", "deque", "set")
 
 
 class Container:
-    """A mutable object whose slots a hook can read or write.
+    """An object whose slots a hook can read or write.
 
     Attributes:
-        obj: the object: a dict, list, set, deque, cell, partial, function, class or instance.
+        obj: the object: a dict, list, set, deque, cell, partial, function, class, instance or tuple.
         kind: "dict", "list", "deque", "set", "cell", "partial" (its positional arguments), "defaults" (of a function),
-            "attrs" (an instance's `__dict__`), "slots" (its `__slots__`) or "class".
+            "attrs" (an instance's `__dict__`), "slots" (its `__slots__`), "class" or "tuple" (of which a slot is
+            written by putting another tuple in its place).
         path: Python source that reaches it from the hooks, e.g. `L['hooks'][0].keywords['box']`.
         names: the keys that matter, or None for all.
         weak: whether hooks reach the object through a weak reference, so that we must not keep it alive either.
+        place: (container, key) of the slot whose object it is, whichever that is by now; None where it is always the
+            same object.
     """
 
-    __slots__ = ("_obj", "kind", "names", "path", "weak")
+    __slots__ = ("_obj", "kind", "names", "path", "place", "weak")
 
-    def __init__(self, obj: Any, kind: str, path: str, names: set[str] | None = None, *, weak: bool = False):
-        self._obj = weakref.ref(obj) if weak else obj
+    def __init__(
+        self,
+        obj: Any,
+        kind: str,
+        path: str,
+        names: set[str] | None = None,
+        *,
+        weak: bool = False,
+        place: tuple[Container, Any] | None = None,
+    ):
+        self._obj = weakref.ref(obj) if weak else None if place is not None else obj
+        self.place = place
         self.weak = weak
         self.kind = kind
         self.path = path
@@ -39,7 +52,17 @@ class Container:
 
     @property
     def obj(self) -> Any:
+        if self.place is not None:
+            return self.place[0].get(self.place[1])
         return self._obj() if self.weak else self._obj
+
+    def let_go(self, place: tuple[Container, Any]) -> None:
+        """From now on, the object is the one in that slot."""
+        self._obj, self.place = None, place
+
+    def as_of_now(self) -> Container:
+        """A container that stays with the object that this one has now."""
+        return self if self.place is None else Container(self.obj, self.kind, self.path, self.names)
 
     @property
     def whole(self) -> bool:
@@ -53,6 +76,8 @@ class Container:
             return list(enumerate(list.__iter__(obj)))
         if self.kind == "deque":
             return list(enumerate(collections.deque.__iter__(obj)))
+        if self.kind == "tuple":
+            return list(enumerate(tuple.__iter__(obj)))
         if self.kind == "set":
             return [(item, item) for item in set.__iter__(obj)]
         if self.kind == "cell":
@@ -84,6 +109,8 @@ class Container:
                 return list.__getitem__(obj, key)
             if self.kind == "deque":
                 return collections.deque.__getitem__(obj, key)
+            if self.kind == "tuple":
+                return tuple.__getitem__(obj, key)
             if self.kind in ("attrs", "class"):
                 return obj.__dict__[key]
             if self.kind == "cell":
@@ -105,6 +132,10 @@ class Container:
             list.__setitem__(obj, key, value)
         elif self.kind == "deque":
             collections.deque.__setitem__(obj, key, value)
+        elif self.kind == "tuple":
+            assert self.place is not None
+            items = [value if at == key else item for at, item in self.items()]
+            self.place[0].put(self.place[1], tuple.__new__(type(obj), items))
         elif self.kind == "attrs":
             obj.__dict__[key] = value
         elif self.kind == "cell":
@@ -187,6 +218,8 @@ class Container:
             return f"{self.path}.__defaults__[{key}]"
         if self.kind in ("attrs", "slots", "class"):
             return f"{self.path}.{key}"
+        if self.kind == "tuple" and hasattr(type(self.obj), "_fields"):
+            return f"{self.path}.{type(self.obj)._fields[key]}"
         return f"{self.path}[{key!r}]"
 
 

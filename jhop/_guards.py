@@ -80,15 +80,24 @@ class Guards:
         self._attributes = walk.attributes
         self._alive = walk.alive
         self._abc_token = abc.get_cache_token() if walk.asks_abstract_classes else None
-        self._keys = [
-            (container, _keys_of(container))
-            for container in walk.containers
-            if id(container) not in free
-        ]
 
         def counts(slot: Fixed | Leaf) -> bool:
-            return id(slot.container) not in skip and (id(slot.container), slot.key) not in slots
+            at: Any = slot.container, slot.key
+            while at is not None:
+                if id(at[0]) in skip or (id(at[0]), at[1]) in slots:
+                    return False
+                at = at[0].place
+            return True
 
+        self._shapes = [(*slot[:2], type(slot.value), in_words(slot.value)) for slot in walk.shapes if counts(slot)]
+        self._records = [each for each in walk.records if each.place is not None and counts(Fixed(*each.place, None))]
+        self._others = frozenset(id(container.obj) for container in walk.containers if container.place is None)
+        tuples = [record for record in self._records if record.kind == "tuple"]
+        self._keys = [
+            (container, _keys_of(container))
+            for container in [*walk.containers, *tuples]
+            if id(container) not in free
+        ]
         self._contents: list[tuple[Any, Any]] = []
         leaves_kept = [leaf for leaf in walk.leaves if counts(leaf)]
         self._fixed = [item for item in walk.fixed if counts(item)]
@@ -105,6 +114,7 @@ class Guards:
         name, read = code.name, code.read
         terms = [f"{name(obj)}.{attribute} is {name(value)}" for obj, attribute, value in self._attributes]
         terms += [f"({name(reference)}() is not None) is {there}" for reference, there in self._alive]
+        terms += [f"type({read(container, key)}) is {name(cls)}" for container, key, cls, _ in self._shapes]
         for container, key, value in self._fixed:
             if _is_by_value(value):
                 kept = name(value)
@@ -119,6 +129,8 @@ class Guards:
             terms.append(f"{name(_kind)}({now}) == {name(kind)}" if same_kind else f"type({now}) is {name(kind)}")
         if self._abc_token is not None:
             terms.append(f"{name(abc.get_cache_token)}() == {name(self._abc_token)}")
+        if ids := [f"id({code.holder(record)})" for record in self._records if record.kind != "tuple"]:
+            terms.append(f"len({name(self._others)}.union(({', '.join(ids)},))) == {len(self._others) + len(ids)}")
         terms += [f"{name(answer)}.now() is {answer.then}" for answer in self.answers]
         terms += [f"{name(contents_of)}({name(value)}) == {name(then)}" for value, then in self._contents]
         return terms
@@ -129,6 +141,7 @@ class Guards:
         for container, key, value in self._fixed:
             kind = "value" if is_plain(value) else "object"
             found.append(Guard(kind, container.path_of(key), in_words(value)))
+        found += [Guard("type", container.path_of(key), cls.__name__) for container, key, cls, _ in self._shapes]
         found += [Guard("type", leaf.path, type_in_words(leaf.value)) for leaf, _ in self._leaves]
         for container, keys in self._keys:
             if container.names is None and container.kind != "cell":
@@ -155,6 +168,9 @@ class Guards:
         for reference, alive in self._alive:
             if (reference() is not None) is not alive:
                 return "a weak reference lost what it refers to"
+        for container, key, cls, then in self._shapes:
+            if type(now := container.get(key)) is not cls:
+                return _changed(container.path_of(key), then, in_words(now))
         for container, key, value in self._fixed:
             now = container.get(key)
             if now is not value and not (_is_by_value(value) and _equal(now, value)):
@@ -176,6 +192,9 @@ class Guards:
                 return f"`{answer.in_words()}` was {answer.then} and raises {type(error).__name__}"
             if now is not answer.then:
                 return f"`{answer.in_words()}` was {answer.then} and is {now}"
+        objects = self._others.union(id(record.obj) for record in self._records if record.kind != "tuple")
+        if len(objects) < len(self._others) + sum(record.kind != "tuple" for record in self._records):
+            return "one object is in two places that held different ones"
         if self._abc_token not in (None, abc.get_cache_token()):
             return "a class was registered with an abstract base class"
         return None

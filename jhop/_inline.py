@@ -35,6 +35,7 @@ from jhop._guards import Guards
 from jhop._interp import ClosesOverTracer, evaluate, inner_jaxprs, rewrite
 from jhop._lifted import Lifted, Session
 from jhop._rebuild import holds_constants, is_plain_call, is_sealed, rebuild
+from jhop._records import let_go, lift_tuples
 from jhop._scalar import Scalar, device_kind, is_scalar, weak_aval
 from jhop._slots import refuse_rounded
 from jhop._source import describe_hook, is_user_file
@@ -88,6 +89,7 @@ class _Inliner:
         self._recorder = Recorder()
         self._session = Session(self._recorder)
         self._walk = Walk(hook_roots(gm, on_host))
+        lift_tuples(self._walk)
         self._hides_state = _runs_state_from_c(self._walk)
         self._hooked: dict[int, tuple[bool, Any]] = {}  # whether there are hooks in a jaxpr, by its id
         self._writes: list[_state.Write] = []
@@ -97,6 +99,7 @@ class _Inliner:
         self._top: Any = None  # the trace that makes the graph
         self._staging: Any = None  # that of the hook which runs
         self._unread: list[Container] = []
+        self._shared: list[Any] = []  # what the hooks stored as it is
         self._watched: list[Any] = []  # weak references to arrays that hooks saw or made
 
     def run(self, avals: list[Any] | None) -> GraphModule:
@@ -114,6 +117,7 @@ class _Inliner:
         if slots:
             refuse_rounded(jaxpr)
         n_outs = len(self._jaxpr.outvars)
+        let_go(self._walk, self._shared)
         lifted = Lifted(
             slots=slots,
             n_outs=n_outs,
@@ -150,7 +154,7 @@ class _Inliner:
         self._top = _compat.staging()
         with _state.Lift(self._walk, symbols) as lift:
             self._lift, self._threads = lift, Threads(lift, self._session, self._evaluate)
-            reached = [container.obj for container in self._walk.containers]
+            reached = [container.obj for container in [*self._walk.containers, *self._walk.records]]
             with inlining(self._run_inner_hook), kept_apart(reached), many_watches():
                 outs = Splice(self._gm.jaxpr, self._stays).evaluate(list(flat[:n]), self._rule, self._carry)
             self._collect(lift)
@@ -200,6 +204,7 @@ class _Inliner:
             if before is not None and value is not MISSING and value[0] == "array":
                 value = _stay_numpy(value, before, where)
             self._writes.append(write._replace(key=plain(write.key), value=value))
+        self._shared = templates.shared
 
     def _rule(self, eqn: Any, values: list[Any]) -> list[Any] | None:
         if eqn.primitive is trace_wrapped_p:

@@ -8,7 +8,7 @@ from typing import Any
 
 from jhop._container import Container
 
-_TABLE = re.compile("\0(k[0-9]+)\0")  # no source has this character in it, not even in a string
+_PLACE = re.compile("\0([kr][0-9]+)\0")  # no source has this character in it, not even in a string
 
 
 class SlotCode:
@@ -21,6 +21,7 @@ class SlotCode:
     def __init__(self, **names: Any):
         self._names = names
         self._known: dict[int, str] = {}
+        self._found: dict[str, str] = {}  # by the source that finds an object, its name
 
     def name(self, value: Any) -> str:
         """A name for an object; one for each, so that what is asked twice can be told."""
@@ -29,6 +30,13 @@ class SlotCode:
             known = self._known[id(value)] = f"k{len(self._known)}"
             self._names[known] = value  # also keeps it, so that its id stays its own
         return known
+
+    def holder(self, container: Container) -> str:
+        """The object of a container: where it may be another one at each call, the function looks for it once."""
+        if container.place is None:
+            return self.name(container.obj)
+        source = self.read(*container.place)
+        return f"\0{self._found.setdefault(source, f'r{len(self._found)}')}\0"
 
     def table(self, obj: Any) -> str:
         """The `__dict__` of an object, which the function looks up but once."""
@@ -39,29 +47,37 @@ class SlotCode:
         if not container.weak:
             obj, kind = container.obj, container.kind
             if kind == "cell":
-                return f"{self.name(obj)}.cell_contents"
+                return f"{self.holder(container)}.cell_contents"
             if kind in ("attrs", "class") and type(key) is str:
-                return f"{self.table(obj)}[{key!r}]"
+                table = self.table(obj) if container.place is None else f"{self.holder(container)}.__dict__"
+                return f"{table}[{key!r}]"
             if kind == "dict" and type(obj) is dict and type(key) in (str, int):
-                return f"{self.name(obj)}[{key!r}]"
-            if kind == "list" and type(obj) is list:
-                return f"{self.name(obj)}[{key}]"
+                return f"{self.holder(container)}[{key!r}]"
+            if kind == "tuple" or (kind == "list" and type(obj) is list):
+                return f"{self.holder(container)}[{key}]"
             if kind == "slots":
-                return f"{self.name(object.__getattribute__)}({self.name(obj)}, {key!r})"
+                return f"{self.name(object.__getattribute__)}({self.holder(container)}, {key!r})"
         return f"{self.name(type(container).get)}({self.name(container)}, {self.name(key)})"
 
     def function(self, signature: str, lines: Iterable[str]) -> Callable[..., Any]:
         """Makes a function of the lines of its body, which stand in the order in which they run."""
         body = "\n".join(f"    {line}" for line in lines)
-        often = {name for name in _TABLE.findall(body) if body.count(f"\0{name}\0") > 1}
+        found = {name: source for source, name in self._found.items()}
+        every = "".join([body, *found.values()])
+        often = {name for name in _PLACE.findall(every) if every.count(f"\0{name}\0") > 1}
         seen: set[str] = set()
 
         def place(match: re.Match[str]) -> str:
             name = match[1]
-            if name not in often or name in seen:
-                return f"t{name}" if name in often else f"{name}.__dict__"
+            if name in seen:
+                return name if name in found else f"t{name}"
+            if name in found:
+                seen.add(name)
+                return f"({name} := {_PLACE.sub(place, found[name])})"
+            if name not in often:
+                return f"{name}.__dict__"
             seen.add(name)
             return f"(t{name} := {name}.__dict__)"
 
-        exec(f"def {signature}:\n{_TABLE.sub(place, body)}\n", self._names)
+        exec(f"def {signature}:\n{_PLACE.sub(place, body)}\n", self._names)
         return self._names[signature.partition("(")[0]]

@@ -51,6 +51,7 @@ class Templates:
         self._note = note_output
         self._made: dict[int, Any] = {}  # by id: one object that is stored twice stays one
         self._open: set[int] = set()
+        self.shared: list[Any] = []  # objects that were stored as they are, and what copies are made of
         self._kept: list[Any] = []  # what was made a template of, alive, so that ids stay their own
 
     def make(self, value: Any, where: str) -> Any:
@@ -64,8 +65,13 @@ class Templates:
         if isinstance(value, _compat.Tracer):
             return ("array", self._note(value, where))
         if isinstance(value, AppendList):
+            self.shared.append(value.original)
             return ("const", value.original)
-        if self._known(value) or isinstance(value, _FROZEN) and not _holds_symbol(value):
+        if self._known(value):
+            self.shared.append(value)
+            return ("const", value)
+        if isinstance(value, _FROZEN) and not _holds_symbol(value):
+            self.shared.append(value)
             return ("const", value)
         if id(value) in self._made:
             return self._made[id(value)]
@@ -94,6 +100,7 @@ class Templates:
             keys = [plain(key) for key in value]
             return ("dict", list(zip(keys, parts_of(value.values()), strict=True)), cls)
         if not _holds_symbol(value):
+            self.shared.append(value)
             return ("const", value) if isinstance(value, _SHARED) else ("copy", value)
         names = [*getattr(value, "__dict__", ()), *(n for n in slot_names(cls) if hasattr(value, n))]
         if not names or isinstance(value, (*_SHARED, functools.partial, list, dict, tuple, set)) or not _can_make(cls):

@@ -102,6 +102,9 @@ class Walk:
         leaves: slots with ints, floats and arrays.
         tracers: slots with JAX tracers.
         fixed: slots with anything else.
+        arrivals: by id of an object, how often it was come across, in slots and otherwise.
+        shapes: slots of which only the type counts; what they hold is in other slots (`_records`).
+        records: tuples whose items are slots, and objects that may be replaced by others with the same slots.
         attributes: (object, attribute, value) for what is fixed besides slots: code, classes, functions of partials.
         alive: weak references, and whether what they refer to is there.
         pinned: ids of objects that something holds which cannot be made to hold another: a tuple, a bound method.
@@ -126,6 +129,9 @@ class Walk:
             self.leaves: list[Leaf] = []
             self.tracers: list[Leaf] = []
             self.fixed: list[Fixed] = []
+            self.arrivals: collections.Counter[int] = collections.Counter()
+            self.shapes: list[Fixed] = []
+            self.records: list[Container] = []
             self.attributes: list[tuple[Any, str, Any]] = []
             self._by_id: dict[tuple[int, str], Container] = {}
             self._seen: dict[int, Any] = {}
@@ -212,7 +218,10 @@ class Walk:
             self._refuse(f"jhop could not look into `{path}`, which a hook reads: {type(error).__name__}: {error}.")
 
     def _visit(self, value: Any, path: str) -> None:
-        if type(value) in _IMMUTABLE or is_number(value) or id(value) in self._seen:
+        if type(value) in _IMMUTABLE or is_number(value):
+            return
+        self.arrivals[id(value)] += 1
+        if id(value) in self._seen:
             return
         if isinstance(value, _compat.Tracer):
             self.holds_tracer = True

@@ -25,7 +25,10 @@ def _commit(writes: Sequence[_state.Write], outs: list[Any]) -> None:
     made: dict[int, Any] = {}
     _state.commit(
         [
-            write if write.value is MISSING else write._replace(value=rebuild(write.value, outs, made))
+            write._replace(
+                container=write.container.as_of_now(),
+                value=MISSING if write.value is MISSING else rebuild(write.value, outs, made),
+            )
             for write in writes
         ]
     )
@@ -34,7 +37,9 @@ def _commit(writes: Sequence[_state.Write], outs: list[Any]) -> None:
 def _quick(writes: Sequence[_state.Write], n_outs: int) -> Callable[[Sequence[Any]], None] | None:
     """Generated code for numbers and arrays in places that cannot refuse them; None where there are others."""
     code = SlotCode(numbers=NUMBER_TYPES)
-    values, tables, puts = [], {}, []
+    values, puts = [], []
+    places: list[str] = []  # what is found first: what is written may stand where it is looked for
+    tables: dict[str, str] = {}
     for i, (container, key, template) in enumerate(writes):
         if template is MISSING or template[0] not in ("number", "array") or container.weak:
             return None
@@ -42,14 +47,17 @@ def _quick(writes: Sequence[_state.Write], n_outs: int) -> Callable[[Sequence[An
         if template[0] == "number":
             number = code.name(template[2])
             values.append(f"if type(v{i}) is not {number} and type(v{i}) not in numbers: v{i} = {number}(v{i})")
-        holder = code.name(container.obj)
+        holder = code.holder(container)
+        if container.place is not None:
+            places.append(holder)
         if container.kind == "cell":
             puts.append(f"{holder}.cell_contents = v{i}")
         elif container.kind == "attrs" and type(key) is str:
-            tables[holder] = f"t{holder} = {holder}.__dict__"
-            puts.append(f"t{holder}[{key!r}] = v{i}")
+            table = tables.setdefault(holder, f"t{len(tables)}")
+            puts.append(f"{table}[{key!r}] = v{i}")
         elif container.kind == "dict" and type(container.obj) is dict and type(key) in (str, int):
             puts.append(f"{holder}[{key!r}] = v{i}")
         else:
             return None
-    return code.function("write(outs)", [*values, *tables.values(), *puts, "return None"])
+    looked_up = [f"{table} = {holder}.__dict__" for holder, table in tables.items()]
+    return code.function("write(outs)", [*values, *places, *looked_up, *puts, "return None"])
