@@ -23,6 +23,7 @@ LAYERS = (
     "_scalar",
     "_replay",
     "_container",
+    "_slotcode",
     "_wording",
     "_names",
     "_classes",
