@@ -7,23 +7,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from _models import by_hand, halve, no_hook
+from _models import halve, no_hook
 from _timing import Row, interleaved, row
-from jax.experimental import io_callback
 
 import jhop
 
 CALLS, PARAMETERS = 100, 100
-
-
-class Counter:
-    """A hook with a Python int."""
-
-    def __init__(self) -> None:
-        self.n = 0
-
-    def __call__(self, ct: jax.Array) -> None:
-        self.n += 1
 
 
 def gradient(hook: Callable[..., Any], fn: Any) -> Callable[..., Any]:
@@ -52,28 +41,15 @@ def repeated(step: Callable[..., Any], *args: Any, finish: Callable[[], Any] | N
 def one_array(rounds: int) -> list[Row]:
     """A function of one array."""
     x = jnp.ones(8)
-    counter, called = Counter(), Counter()
-
-    def call_back(ct: jax.Array) -> jax.Array:
-        io_callback(lambda: called(ct), None)
-        return ct
-
     runs = {
         "none": repeated(jax.jit(gradient(no_hook, None)), x),
         "jax.jit": repeated(jax.jit(gradient(jhop.hook, halve)), x),
         "jhop.jit": repeated(jhop.jit(gradient(jhop.hook, halve)), x),
-        "counter": repeated(jhop.jit(gradient(jhop.hook, counter)), x),
-        "io_callback": repeated(jax.jit(gradient(by_hand, call_back)), x, finish=jax.effects_barrier),
     }
     samples = interleaved(runs, rounds=rounds)
-    expected = CALLS * (rounds + 3)
-    if (counter.n, called.n) != (expected, expected):
-        raise AssertionError(f"{expected} calls, but jhop.jit counted {counter.n} and io_callback {called.n}")
     return [
         row("dispatch, jax.jit, pure hook / no hook", samples, "jax.jit", "none", (0.0, 1.1), ops=CALLS),
         row("dispatch, jhop.jit, pure hook / jax.jit", samples, "jhop.jit", "jax.jit", (0.0, 2.0), ops=CALLS),
-        row("dispatch, jhop.jit, hook counts / jax.jit", samples, "counter", "jax.jit", (0.0, 3.0), ops=CALLS),
-        row("dispatch, jhop.jit, hook counts / io_callback", samples, "counter", "io_callback", (0.0, 0.2), ops=CALLS),
     ]
 
 

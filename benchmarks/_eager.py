@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from _models import by_hand, halve
-from _timing import Row, interleaved, row
+from _timing import Row, bounded, interleaved, row
 
 import jhop
 
@@ -130,11 +130,9 @@ def hook_alone(quick: bool) -> list[Row]:
     )
     extra = {name: [a - b for a, b in zip(times, eager["x"], strict=True)] for name, times in eager.items()}
     eager["extra array"], eager["extra tree"] = extra["array"], extra["tree"]
-    limit = {**eager, "5 us": [5e-6 * CALLS] * len(eager["x"])}
     return [
-        row("eager jhop.hook(x), beyond x / 5 us", limit, "extra array", "5 us", (0.0, 1.0), ops=CALLS),
-        row("eager jhop.hook of 3 leaves, beyond x / 10 us", {**limit, "10 us": [1e-5 * CALLS] * len(eager["x"])},
-            "extra tree", "10 us", (0.0, 1.0), ops=CALLS),
+        bounded("eager jhop.hook(x), beyond x", eager, "extra array", 5e-6, ops=CALLS),
+        bounded("eager jhop.hook of 3 leaves, beyond x", eager, "extra tree", 10e-6, ops=CALLS),
         row("eager jhop.hook(x) / custom_vjp", eager, "array", "custom_vjp", (0.0, 0.5), ops=CALLS),
         *traced_hook(quick),
     ]  # fmt: skip

@@ -106,6 +106,13 @@ def row(
     return Row(what, *times, unit, target, middle_half(samples, ours, peer))
 
 
+def bounded(what: str, samples: Samples, ours: str, seconds: float, *, ops: int = 1) -> Row:
+    """Compares a contestant with a bound in seconds per operation."""
+    text = f"{seconds * 1e6:g} us"
+    limit = {ours: samples[ours], text: [seconds * ops] * len(samples[ours])}
+    return row(f"{what} / {text}", limit, ours, text, (0.0, 1.0), ops=ops)
+
+
 def exponent(sizes: list[int], times: list[float]) -> float:
     """The slope of log time over log size by least squares: 1 is linear, 2 is quadratic."""
     return statistics.linear_regression([math.log(n) for n in sizes], [math.log(t) for t in times]).slope

@@ -25,6 +25,7 @@ from jhop._guards import Guards
 from jhop._history import History, Trace
 from jhop._inline import inline
 from jhop._program import DoesNotFit, Program
+from jhop._records import lift_tuples
 from jhop._report import GraphReport, Report
 from jhop._source import describe_hook, hook_name, warn
 from jhop._text._symbols import ShapeEnv
@@ -307,7 +308,7 @@ def _refusal_of(hook: Any, error: Unsupported) -> Unsupported | None:
     if error.hook is not None:
         return error if error.hook is hook else None
     try:
-        Walk([(hook_name(hook), hook)])
+        lift_tuples(Walk([(hook_name(hook), hook)]))
     except Unsupported as refused:
         return refused
     return None

@@ -64,6 +64,13 @@ class Container:
         """A container that stays with the object that this one has now."""
         return self if self.place is None else Container(self.obj, self.kind, self.path, self.names)
 
+    def slot(self, key: Any) -> Any:
+        """What tells a slot from all others, now: by whatever way the object is reached that it belongs to."""
+        if self.kind == "tuple":
+            assert self.place is not None
+            return self.place[0].slot(self.place[1]), key
+        return id(self.obj), self.kind, key
+
     @property
     def whole(self) -> bool:
         """Whether the container is written as a whole and not slot by slot."""

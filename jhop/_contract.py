@@ -94,7 +94,8 @@ def check_contract(fn: Any, out: Any, aval: Any) -> Any:
             f"cotangent, but returned {_type_of(out)}. A hook may change values, never shape, dtype or type. "
             "Return None to leave the cotangent as it is."
         )
-    out = jnp.asarray(out)
+    if isinstance(out, _compat.Tracer) or not isinstance(out, jax.Array):  # else it is slow, and does nothing
+        out = jnp.asarray(out)
     if jax.typeof(out).sharding.spec != aval.sharding.spec:  # on a mesh with explicit axes it is part of the type
         if isinstance(out, _compat.Tracer) or not jax.sharding.get_abstract_mesh().empty:
             out = jax.sharding.reshard(out, aval.sharding)

@@ -32,7 +32,7 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from jhop import _banned
+from jhop import _banned, _compat
 from jhop._errors import Unsupported
 from jhop._profiling import profiling
 from jhop._source import file_kind
@@ -177,12 +177,15 @@ class _Monitor:
         return None
 
     def _on_call(self, code: types.CodeType, offset: int, callee: Any, arg: Any) -> None:
-        if thread.current is None:
+        seen = thread.current
+        if seen is None or id(callee) in seen.jitted:
             return
         label, frame = _banned.label_of(callee, arg), sys._getframe(1)
         if label is None and _banned.calls_its_argument(callee):
             label = _banned.label_of(arg) or _banned.label_mentioned(frame, offset)
         if label is None:
+            if _compat.is_jitted(callee):  # called often, and by any arguments it is the same
+                seen.jitted[id(callee)] = callee
             return
         # CPython (3.12 and 3.13 at least) releases `xs` once too often if the callback of `f(*xs)` raises, and crashes
         # later. `_on_instruction` has looked at that call before; what it missed is an error at the end of the watch.

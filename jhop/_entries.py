@@ -15,10 +15,11 @@ from jhop._container import MISSING, Container
 from jhop._errors import Unsupported
 from jhop._scalar import weak_aval
 from jhop._state import APPEND, Write
-from jhop._stored import may_store
+from jhop._stored import may_change
 from jhop._walk import Leaf, Walk, is_number
+from jhop._wording import is_plain
 
-Place = tuple[int, str, Any]
+Place = Any  # as `Container.slot` gives it
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -43,7 +44,7 @@ class Entry:
 
     @property
     def place(self) -> Place:
-        return id(self.container.obj), self.container.kind, self.key
+        return self.container.slot(self.key)
 
     def get(self) -> Any:
         return self.container.get(self.key)
@@ -73,8 +74,8 @@ class Entry:
 
 def entries_of(walk: Walk) -> list[Entry]:
     """The entries for what a walk met: all arrays, and the numbers in places that code may write."""
-    writable = may_store(walk)
-    leaves = [leaf for leaf in walk.leaves if not is_number(leaf.value) or writable(leaf.container, leaf.key)]
+    changes = may_change(walk)
+    leaves = [leaf for leaf in walk.leaves if not is_number(leaf.value) or changes(leaf.container, leaf.key)]
     taken: dict[str, int] = {}
     return [Entry(_unlike(leaf, taken), leaf.container, leaf.key, leaf.value) for leaf in leaves]
 
@@ -118,10 +119,23 @@ class NewState:
             if template is MISSING:  # also where it comes back: in another order
                 raise _refusal(named.path_of(key), "takes away what was there")
             for at, part in _parts(named, template) if container.whole else [(key, template)]:
-                place = id(container.obj), container.kind, at
-                self._written[place], self._paths[place] = part, named.path_of(at)
+                self._note(named, at, part)
         for place, template in self._written.items():
             self._written[place] = self._fitting(place, self._paths[place], template, outs)
+
+    def _note(self, container: Container, key: Any, template: Any) -> None:
+        """Notes what is written to a slot; of something that takes the place of its like, what is in it."""
+        place = container.slot(key)
+        if place not in self._entries:
+            now = container.get(key)
+            if template[0] == "const" and is_plain(now) and type(template[1]) is type(now) and template[1] == now:
+                return
+            inside = _inside(container, key, now, template)
+            if inside is not None:
+                for part in inside:
+                    self._note(*part)
+                return
+        self._written[place], self._paths[place] = template, container.path_of(key)
 
     def _fitting(self, place: Place, path: str, template: Any, outs: Sequence[Any]) -> Any:
         entry = self._entries.get(place)
@@ -140,7 +154,7 @@ class NewState:
         return _like(entry, value, self._given[place])
 
     def _is_setting(self, place: Place) -> bool:
-        container = self._known.get(place[:2])
+        container = self._known.get(place[:2]) if len(place) == 3 else None
         return container is not None and is_number(container.get(place[2]))
 
     def values(self) -> dict[str, Any]:
@@ -148,6 +162,25 @@ class NewState:
         return {
             entry.path: self._written.get(place, self._given[place]) for place, entry in self._entries.items()
         }
+
+
+def _inside(container: Container, key: Any, now: Any, template: Any) -> list[tuple[Container, Any, Any]] | None:
+    """The slots of what is in a slot now, with the parts of a template that is of the same make; None for another."""
+    kind, parts, path = template[0], template[1], container.path_of(key)
+    cls = template[2] if len(template) > 2 else {"tuple": tuple, "list": list}.get(kind)
+    if type(now) is not cls or kind in ("number", "array"):
+        return None
+    if kind in ("dict", "object"):
+        table = now if kind == "dict" else getattr(now, "__dict__", {})
+        if kind == "dict" and [*table] != [name for name, _ in parts]:
+            return None
+        own, slots = Container(now, "dict" if kind == "dict" else "attrs", path), Container(now, "slots", path)
+        return [(own if name in table else slots, name, part) for name, part in parts]
+    if len(parts) != len(now):
+        return None
+    place = (container, key) if isinstance(now, tuple) else None
+    own = Container(now, "tuple" if isinstance(now, tuple) else kind, path, place=place)
+    return [(own, index, part) for index, part in enumerate(parts)]
 
 
 def _parts(container: Container, template: Any) -> list[tuple[int, Any]]:

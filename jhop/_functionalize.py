@@ -43,6 +43,7 @@ from jhop._graph import GraphModule, Input
 from jhop._inline import inline
 from jhop._program import DoesNotFit, Program
 from jhop._questions import listed, refuse_questions
+from jhop._records import lift_tuples
 from jhop._replay import as_number
 from jhop._scalar import I32_MAX, I32_MIN, weak_aval
 from jhop._source import hook_name, warn
@@ -165,7 +166,9 @@ class _Pure:
         self._known = {(id(container.obj), container.kind): container for container in walk.containers}
 
     def _walk(self) -> Walk:
-        return Walk([("fn", self._fn)], strict=False)
+        walk = Walk([("fn", self._fn)], strict=False)
+        lift_tuples(walk)
+        return walk
 
     def call(self, state: Any, args: Any, kwargs: Any) -> tuple[Any, dict[str, Any]]:
         given = [self._given(entry, value) for entry, value in self._values(state)]
@@ -246,7 +249,7 @@ class _Pure:
             gm = inline(captured)
             lifted: Any = gm.lifted
             places = {item.entry.place: item for item in given}
-            found = [places.get((id(slot.container.obj), slot.container.kind, slot.key)) for slot in lifted.slots]
+            found = [places.get(slot.container.slot(slot.key)) for slot in lifted.slots]
             traced = {item.entry.place: item.entry.path for item in given if item.traced and item.entry.number}
             refuse_questions(gm, traced, self._name)
             values = [

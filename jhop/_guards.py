@@ -122,7 +122,8 @@ class Guards:
                 terms.append(f"((v := {read(container, key)}) is {kept} or type(v) is type({kept}) and {same})")
             else:
                 terms.append(f"{read(container, key)} is {name(value)}")
-        terms += [_keys_code(container, present, code) for container, present in self._keys]
+        for container, present in self._keys:
+            terms += _keys_code(container, present, code)
         for leaf, kind in self._leaves:
             now = read(leaf.container, leaf.key)
             same_kind = isinstance(kind, tuple)
@@ -235,7 +236,7 @@ def all_hold(guards: Iterable[Guards]) -> Callable[[], bool]:
     """One function that says whether everything is as it was, and asks nothing twice."""
     code = SlotCode()
     terms = dict.fromkeys(term for each in guards for term in each.terms(code))
-    terms.pop("True", None)
+    terms.update((f"{keys}.isdisjoint({code.name(names)})", None) for keys, names in code.absent.items())
     body = "\n            and ".join(terms) or "True"
     return code.function("hold()", ["try:", f"    return ({body})", "except Exception:", "    return False"])
 
@@ -254,23 +255,23 @@ def _equal(now: Any, then: Any) -> bool:
     return type(now) is type(then) and (str(now) == str(then) if _is_zero(then) else bool(now == then))
 
 
-def _keys_code(container: Container, present: Any, code: SlotCode) -> str:
-    """Source that checks that a container has the entries it had."""
+def _keys_code(container: Container, present: Any, code: SlotCode) -> list[str]:
+    """Source that checks that a container has the entries it had. Those it may not have, the code collects."""
     name, obj = code.name, container.obj
     if container.weak:
-        return f"{name(_keys_of)}({name(container)}) == {name(present)}"
-    if type(obj) is list or type(obj) is collections.deque:
-        return f"len({name(obj)}) == {len(present)}"
+        return [f"{name(_keys_of)}({name(container)}) == {name(present)}"]
+    if type(obj) is list or type(obj) is collections.deque or container.kind == "tuple":
+        return [f"len({code.holder(container)}) == {len(present)}"]
     if container.kind == "cell" and present:
-        return "True"  # what is in it is read anyway
+        return []  # what is in it is read anyway
     if (type(obj) is dict or container.kind in ("attrs", "class")) and container.names is not None:
         # Entries that were there are read anyway; only others could be new.
-        absent = frozenset(container.names).difference(present)
-        keys = name(obj.keys()) if container.kind == "dict" else f"{code.table(obj)}.keys()"
-        return f"{keys}.isdisjoint({name(absent)})" if absent else "True"
+        if absent := container.names.difference(present):
+            code.absent.setdefault(code.keys(container), set()).update(absent)
+        return []
     if type(obj) is dict:
-        return f"tuple({name(obj)}) == {name(present)}"
-    return f"{name(_keys_of)}({name(container)}) == {name(present)}"
+        return [f"tuple({code.holder(container)}) == {name(present)}"]
+    return [f"{name(_keys_of)}({name(container)}) == {name(present)}"]
 
 
 def _keys_of(container: Container) -> Any:

@@ -31,7 +31,7 @@ def refuse_questions(gm: GraphModule, places: dict[Place, str], name: str) -> No
         return
     asked = None
     for answer in lifted.guards.answers:
-        slots = [places.get((id(slot.container.obj), slot.container.kind, slot.key)) for slot in answer.slots]
+        slots = [places.get(slot.container.slot(slot.key)) for slot in answer.slots]
         path = next((path for path in slots if path is not None), None)
         if path is not None and not _holds_on_device(answer):
             asked = f"asks for the value of the number `{path}` (`{answer.text}`)"

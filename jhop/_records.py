@@ -23,7 +23,7 @@ from typing import Any
 
 from jhop import _compat
 from jhop._container import Container
-from jhop._stored import may_store
+from jhop._stored import may_change
 from jhop._walk import Fixed, Leaf, Walk, is_array, is_number
 
 _HOLDERS = frozenset({"dict", "list", "deque", "cell", "partial", "defaults", "attrs", "slots", "class", "tuple"})
@@ -35,21 +35,26 @@ def lift_tuples(walk: Walk) -> None:
     """Makes slots of the items of tuples that hold arrays, or that hooks may replace by others.
 
     Such tuples are no longer among what is fixed; their numbers and arrays are among the leaves.
+
+    Raises:
+        Unsupported: a NumPy array is in a tuple that cannot be lifted.
     """
     held = collections.Counter(id(slot.value) for slot in walk.fixed)
-    stores: Callable[[Container, Any], bool] | None = None
-    fixed, lifted = [], set()
+    fixed: list[Fixed] = []
+    lifted: set[int] = set()
+    changes: Callable[[Container, Any], bool] | None = None
     for slot in walk.fixed:
         value = slot.value
         once = _is_record(value) and held[id(value)] == walk.arrivals[id(value)] == 1
         if once and slot.container.kind in _HOLDERS and not slot.container.weak and not _holds(value, _is_tracer):
-            stores = stores or may_store(walk)
-            if _holds(value, is_array) or stores(slot.container, slot.key):
+            changes = changes or may_change(walk)
+            if _holds(value, is_array) or changes(slot.container, slot.key):
                 lifted |= _lift(walk, slot, fixed)
                 continue
         fixed.append(slot)
     walk.fixed = fixed
     walk.attributes = [found for found in walk.attributes if id(found[0]) not in lifted]
+    walk.refuse_unlifted({id(leaf.value) for leaf in walk.leaves})
 
 
 def _lift(walk: Walk, slot: Fixed, fixed: list[Fixed]) -> set[int]:

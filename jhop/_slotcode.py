@@ -22,6 +22,8 @@ class SlotCode:
         self._names = names
         self._known: dict[int, str] = {}
         self._found: dict[str, str] = {}  # by the source that finds an object, its name
+        self._views: dict[tuple[str, str], Any] = {}
+        self.absent: dict[str, set[Any]] = {}  # keys that must not be there, by the source of all that are
 
     def name(self, value: Any) -> str:
         """A name for an object; one for each, so that what is asked twice can be told."""
@@ -39,8 +41,25 @@ class SlotCode:
         return f"\0{self._found.setdefault(source, f'r{len(self._found)}')}\0"
 
     def table(self, obj: Any) -> str:
-        """The `__dict__` of an object, which the function looks up but once."""
-        return f"\0{self.name(obj)}\0"
+        """The `__dict__` of an object, which the function looks up but once; a class keeps the one that it has."""
+        return self._view(obj, "table") if isinstance(obj, type) else f"\0{self.name(obj)}\0"
+
+    def keys(self, container: Container) -> str:
+        """The keys of a dict or of the `__dict__` of an object."""
+        if container.place is not None:
+            return f"{self.holder(container)}{'' if container.kind == 'dict' else '.__dict__'}.keys()"
+        obj = container.obj
+        live = container.kind == "dict" or isinstance(obj, type)
+        return self._view(obj, "keys") if live else f"{self.table(obj)}.keys()"
+
+    def _view(self, obj: Any, what: str) -> str:
+        """The name of something that shows what is in a dict or a class, now and later."""
+        place = self.name(obj), what
+        view = self._views.get(place)
+        if view is None:
+            table = obj.__dict__ if isinstance(obj, type) else obj
+            view = self._views[place] = table.keys() if what == "keys" else table
+        return self.name(view)
 
     def read(self, container: Container, key: Any) -> str:
         """What reads a slot. Where there is none, it raises or gives `MISSING`."""

@@ -28,6 +28,30 @@ _NAMED = frozenset({"STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL", "DELETE_GLOBAL"
 _SUBSCRIPTS = frozenset({"STORE_SUBSCR", "DELETE_SUBSCR", "STORE_SLICE"})
 
 
+def may_change(walk: Walk) -> Callable[[Container, Any], bool]:
+    """A function that says of a slot of `walk` whether code may write it, or one by which its container is reached."""
+    stores = may_store(walk)
+    leads = {id(slot.value): (slot.container, slot.key) for slot in walk.fixed}
+    answers: dict[Any, bool] = {}
+
+    def answer(container: Container, key: Any) -> bool:
+        path: list[Any] = []
+        at: tuple[Container, Any] | None = (container, key)
+        found = False
+        while at is not None and not found:
+            slot = at[0].slot(at[1])
+            if slot in answers:  # also where a circle closes
+                found = answers[slot]
+                break
+            path.append(slot)
+            answers[slot] = found = stores(*at)
+            at = at[0].place or leads.get(id(at[0].obj))
+        answers.update(dict.fromkeys(path, found))
+        return found
+
+    return answer
+
+
 def may_store(walk: Walk) -> Callable[[Container, Any], bool]:
     """A function that says of a slot of `walk` whether code that the walk met may write it."""
     functions = walk.instances(
@@ -51,6 +75,8 @@ def may_store(walk: Walk) -> Callable[[Container, Any], bool]:
     }
 
     def answer(container: Container, key: Any) -> bool:
+        if container.kind == "tuple":
+            return False  # but another tuple may take its place
         if container.kind == "cell":
             return id(container.obj) in cells
         holds_items = container.kind in ("dict", "list", "deque") and container.names is None  # no module's globals

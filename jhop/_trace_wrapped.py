@@ -31,6 +31,7 @@ from jhop import _compat, _state
 from jhop._contract import HookFn, flat_caller, hook_fn, identity_key
 from jhop._effects import watch
 from jhop._errors import HookError, Unsupported
+from jhop._records import lift_tuples
 from jhop._source import describe_hook, hook_name
 from jhop._walk import Walk
 
@@ -216,6 +217,7 @@ def run_pure(fn: HookFn, args: Sequence[Any]) -> list[Any]:
     """
     with _state.LOCK:
         walk = Walk([(hook_name(fn.base), fn.base)])
+        lift_tuples(walk)
         with _state.Lift(walk, [leaf.value for leaf in walk.leaves]) as lift:
             with (
                 inlining(lambda call, flat: call(*flat)),
@@ -225,9 +227,8 @@ def run_pure(fn: HookFn, args: Sequence[Any]) -> list[Any]:
                 outs = fn.call(*args)
             writes = list(lift.writes())
     if writes:
-        place = writes[0].container.path_of(writes[0].key)
         raise Unsupported(
-            f"{describe_hook(fn.base)} writes Python state (`{place}`), but the function that it hooks was compiled "
+            f"{describe_hook(fn.base)} writes Python state (`{writes[0].where()}`), but the function that it hooks was compiled "
             "by plain `jax.jit`, which would run it once and never again. Compile with `jhop.jit` instead: it makes "
             "the state an input and an output of the graph and writes it back after every run."
         )

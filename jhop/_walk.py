@@ -104,6 +104,7 @@ class Walk:
         fixed: slots with anything else.
         arrivals: by id of an object, how often it was come across, in slots and otherwise.
         shapes: slots of which only the type counts; what they hold is in other slots (`_records`).
+        unlifted: NumPy arrays that are in no slot, and their paths.
         records: tuples whose items are slots, and objects that may be replaced by others with the same slots.
         attributes: (object, attribute, value) for what is fixed besides slots: code, classes, functions of partials.
         alive: weak references, and whether what they refer to is there.
@@ -123,6 +124,7 @@ class Walk:
         self._without = without
         self._names: set[str] = set()
         self._everything = False
+        self._generated: set[types.CodeType] = set()  # of methods that `dataclass` made
         while True:  # code met late may name attributes of objects met early: walk until no new names turn up
             known = (len(self._names), self._everything)
             self.containers: list[Container] = []
@@ -132,6 +134,7 @@ class Walk:
             self.arrivals: collections.Counter[int] = collections.Counter()
             self.shapes: list[Fixed] = []
             self.records: list[Container] = []
+            self.unlifted: list[tuple[Any, str]] = []
             self.attributes: list[tuple[Any, str, Any]] = []
             self._by_id: dict[tuple[int, str], Container] = {}
             self._seen: dict[int, Any] = {}
@@ -170,6 +173,15 @@ class Walk:
     def _refuse(self, message: str) -> None:
         if self._strict:
             raise Unsupported(message)
+
+    def refuse_unlifted(self, lifted: set[int]) -> None:
+        """Raises for NumPy arrays that are in no slot, less those with these ids."""
+        for value, path in self.unlifted:
+            if id(value) not in lifted:
+                self._refuse(
+                    f"a hook reads `{path}`, a NumPy array in a tuple or set that other objects hold too, or that has "
+                    "no place of its own. Keep it in an attribute, a list or a dict."
+                )
 
     def _attribute_names(self) -> set[str] | None:
         return None if self._everything else self._names
@@ -301,7 +313,7 @@ class Walk:
         if self._without is not None and fn.__code__ in self._without:
             return
         names, loaded, imported, cells = names_in_code(fn.__code__, self._without)
-        self._names |= names
+        self._names |= names - {"type"} if fn.__code__ in self._generated else names
         self._everything |= not _REFLECTION.isdisjoint(names)
         for index, (name, cell) in enumerate(zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True)):
             if name in cells:
@@ -344,8 +356,11 @@ class Walk:
                 for name, value in base.__dict__.items()
                 if isinstance(value, (types.MemberDescriptorType, types.GetSetDescriptorType))
             }
+            generated = {name for name in special if is_generated(base, name)}
+            # They ask only for the type of the object itself.
+            self._generated.update(base.__dict__[name].__code__ for name in generated)
             if self._without is not None:  # the fields that it made methods of are not read by the function
-                special = {name for name in special if not is_generated(base, name)}
+                special -= generated
                 special -= TEXT_METHODS if self._names.isdisjoint(TEXT) else set()
             names = ((self._names | special) - members) - set(_NEVER)
             self._add(base, "class", f"G[{base.__qualname__!r}]", names)
@@ -358,6 +373,9 @@ class Walk:
         cls = type(value)
         if (reason := why_not_lifted(cls)) is not None:
             self._refuse(f"a hook reads `{path}`, a {cls.__name__}{reason}, or use fullgraph=False.")
+            return
+        if is_array(value):
+            self.unlifted.append((value, path))
             return
         if isinstance(value, np.ndarray):
             self._refuse(

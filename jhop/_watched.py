@@ -39,6 +39,7 @@ class Watch:
         self.trace = trace
         self.operators: list[OperatorRecord] = []
         self.staging, self.nested = _compat.staging(), False  # nested: a transformation in the hook traced user code
+        self.jitted: dict[int, Any] = {}  # functions that may be called, by id
         self.error: Unsupported | None = None
         self.imports = _banned.count_imports(sys._getframe())
 

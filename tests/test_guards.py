@@ -1032,3 +1032,29 @@ def test_hooks_do_not_keep_what_they_refer_to_weakly_alive():
     fn(X)
     del target
     assert ref() is None
+
+
+def test_replaced_attributes_are_read_and_written():
+    class State:
+        def __init__(self):
+            self.n, self.total, self.mean = 1, 0, jnp.float32(0)
+
+    state = State()
+
+    def hook(ct):
+        state.n += 1
+        state.total, state.mean = state.total + state.n, ct.mean()
+        return ct * state.n
+
+    fn = jhop.jit(gradient(hook), fullgraph=True)
+    for _ in range(3):
+        fn(X)
+    assert (state.n, state.total) == (4, 9)
+    before, state.__dict__ = state.__dict__, {"mean": jnp.float32(0), "total": 100, "n": 10}
+    np.testing.assert_allclose(fn(X), 22 * X)
+    assert (state.n, state.total, float(state.mean)) == (11, 111, 4.0)
+    assert (before["n"], before["total"], fn.versions()) == (4, 9, 1)
+    state.__dict__ = {"n": 10, "total": 100.0, "mean": jnp.float32(0)}
+    fn(X)
+    assert (state.total, fn.versions()) == (111.0, 2)
+    assert type(state.total) is float
