@@ -43,7 +43,7 @@ class Container:
         weak: bool = False,
         place: tuple[Container, Any] | None = None,
     ):
-        self._obj = weakref.ref(obj) if weak else None if place is not None else obj
+        self._obj: Any = weakref.ref(obj) if weak else None if place is not None else obj
         self.place = place
         self.weak = weak
         self.kind = kind

@@ -271,10 +271,11 @@ class _Pure:
             nonlocal out_tree
             rest = iter(flat[len(arrays) :])
             placed = [(item.entry, next(rest) if item.on_device else item.python) for item in given]
-            with restored(walk.containers), kept_apart([container.obj for container in walk.containers]):
+            with restored(walk.containers):
                 for entry, value in placed:
                     entry.put(value)
-                outs, out_tree = jax.tree.flatten(call_fn(flat[: len(arrays)]))
+                with kept_apart([container.obj for container in [*walk.containers, *walk.records]]):
+                    outs, out_tree = jax.tree.flatten(call_fn(flat[: len(arrays)]))
                 for entry, value in placed:
                     if entry.get() is not value:
                         raise Unsupported(

@@ -115,7 +115,7 @@ def _can_hold(container: Container) -> bool:
 
 
 def _can_go(value: Any, parts: list[Container]) -> bool:
-    cls = type(value)
+    cls: Any = type(value)
     if any(part.weak for part in parts):
         return False
     if cls is dict or cls is list:

@@ -259,8 +259,9 @@ class Walk:
         elif isinstance(value, functools.partial):
             self.attributes.append((value, "func", value.func))
             self._work.append((value.func, f"{path}.func"))
-            self._add(value, "partial", path)
-            self._add(value.keywords, "dict", f"{path}.keywords")
+            if not self._left_out(value.func) or self.mentions("args", "keywords"):
+                self._add(value, "partial", path)
+                self._add(value.keywords, "dict", f"{path}.keywords")
         elif isinstance(value, (tuple, frozenset)):
             for index, item in enumerate(value):
                 self.pinned.add(id(item))
@@ -293,6 +294,12 @@ class Walk:
             self._work.append((value(), f"{path}()"))
         else:
             self._visit_instance(value, path)
+
+    def _left_out(self, fn: Any) -> bool:
+        """Whether a callable is a hook that the function hands on: what is given to it, the function does not read."""
+        while isinstance(fn, (functools.partial, types.MethodType)):
+            fn = fn.func if isinstance(fn, functools.partial) else fn.__func__
+        return self._without is not None and getattr(fn, "__code__", None) in self._without
 
     def _visit_inside(self, held: list[Any], path: str) -> None:
         for item in inside(held, self._inside):

@@ -77,7 +77,8 @@ Graph 1: `scaled` for x: float32[3], y: float32[]
   guarded for the hooks:
     `(L['hooks'][0].__self__.steps + 1) % 3 == 0` was False
     L['hooks'][0].__self__.mode is 'clip'
-    same objects: L['hooks'][0].__self__.log, G['Meter'].__init__, G['Meter'].clip
+    same types: L['hooks'][0].__self__.log (list)
+    same objects: G['Meter'].__init__, G['Meter'].clip
     same code: function `Meter.clip`, function `Meter.__init__`
     and 9 that hardly ever change, such as modules and classes; `guards` has all
   guarded for the function itself:
@@ -98,7 +99,7 @@ Graph 2: `scaled` for x: float32[3], y: float32[]
   guarded for the hooks:
     `(L['hooks'][0].__self__.steps + 1) % 3 == 0` was True
     L['hooks'][0].__self__.mode is 'clip'
-    same objects: L['hooks'][0].__self__.log, G['Meter'].__init__, G['Meter'].clip
+    same objects: G['Meter'].__init__, G['Meter'].clip
     same code: function `Meter.clip`, function `Meter.__init__`
     and 9 that hardly ever change, such as modules and classes; `guards` has all
   guarded for the function itself: as for graph 1
