@@ -381,7 +381,7 @@ class Walk:
         if (reason := why_not_lifted(cls)) is not None:
             self._refuse(f"a hook reads `{path}`, a {cls.__name__}{reason}, or use fullgraph=False.")
             return
-        if is_array(value):
+        if isinstance(value, np.ndarray) and is_array(value):
             self.unlifted.append((value, path))
             return
         if isinstance(value, np.ndarray):

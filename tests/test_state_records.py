@@ -1,5 +1,6 @@
 """State that is replaced as a whole, as by optimizers written as functions: one trace serves, and nothing is stale."""
 
+import collections
 import dataclasses
 import functools
 import threading
@@ -324,20 +325,80 @@ def test_whether_two_places_hold_one_object():
 
 def test_identity_that_is_asked_for():
     def make():
-        box = Box(state={"n": 1}, seen=set(), new=0)
+        box = Box(state={"n": 2}, first=0)
+        box.first = id(box.state)
+        return box, lambda ct: ct * (3 if id(box.state) == box.first else 5) * box.state["n"]
+
+    def between(box, i):
+        if i == 3:
+            box.state = {"n": 2}
+        box.first = id(box.state) if i < 3 else box.first
+
+    box, hook = make()
+    step = jhop.jit(jax.grad(lambda x: loss(x, hook)), fullgraph=True)
+    kept, found = [], []
+    for i in range(5):
+        kept.append(box.state)  # so that the new one is another
+        between(box, i)
+        found.append(step(X).tolist()[0])
+    assert found == [27.0] * 3 + [45.0] * 2
+
+
+class Other(typing.NamedTuple):
+    count: object
+    mean: object
+    square: object
+
+
+@dataclasses.dataclass
+class OtherRecord:
+    sum: object
+    n: int = 0
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ((2.0, 3.0), [2.0, 3.0]),
+        ((2.0, 3.0), (2.0, 3.0, 4.0)),
+        ((2.0, 3.0, 4.0), (2.0, 3.0)),
+        (Adam(1.0, 2.0, 3.0), Other(1.0, 2.0, 3.0)),
+        (Adam(1.0, 2.0, 3.0), (1.0, 2.0, 3.0)),
+        ({"a": 1.0}, collections.OrderedDict(a=1.0)),
+        ({"a": 1.0, "b": 2.0}, {"b": 2.0, "a": 1.0}),
+        (Record(1.0, 2), OtherRecord(1.0, 2)),
+        ((2.0, (3.0, jnp.ones(3))), (2.0, [3.0, jnp.ones(3)])),
+        ((2.0, None, jnp.ones(3)), (2.0, "a", jnp.ones(3))),
+        ((2.0, True), (2.0, False)),
+    ],
+)
+def test_another_kind_of_thing_is_seen(first, second):
+    def look(value):
+        """A number for what something is and what is in it."""
+        if isinstance(value, Record | OtherRecord):
+            return (7.0 if isinstance(value, Record) else 9.0) + value.sum
+        if isinstance(value, dict):
+            return (2.0 if type(value) is dict else 4.0) + value[next(iter(value))] + len(value)
+        if isinstance(value, list | tuple):
+            kind = {list: 1.5, tuple: 2.5, Adam: 3.5}.get(type(value), 4.5)
+            return kind + sum(look(item) * (i + 1) for i, item in enumerate(value))
+        return {None: 0.5, "a": 0.75, True: 3.0, False: 6.0}[value] if isinstance(value, str | bool | None) else value
+
+    def make():
+        box = Box(state=first, new=0)
 
         def hook(ct):
-            box.new = int(id(box.state) not in box.seen)
-            return ct * (2 + box.new) * box.state["n"]
+            out = ct * look(box.state)
+            box.state = box.state if box.new else first  # it may be replaced
+            return out
 
         return box, hook
 
     def between(box, i):
-        box.seen = {id(box.state)}
-        if i % 2:
-            box.state = {"n": i}
+        if i == 2:
+            box.state, box.new = second, 1
 
-    agrees(make, between=between)
+    agrees(make, between=between, steps=4)
 
 
 # What hooks do with objects that they replace
