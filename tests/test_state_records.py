@@ -1,6 +1,7 @@
 """State that is replaced as a whole, as by optimizers written as functions: one trace serves, and nothing is stale."""
 
 import collections
+import copy
 import dataclasses
 import functools
 import threading
@@ -385,18 +386,18 @@ def test_another_kind_of_thing_is_seen(first, second):
         return {None: 0.5, "a": 0.75, True: 3.0, False: 6.0}[value] if isinstance(value, str | bool | None) else value
 
     def make():
-        box = Box(state=first, new=0)
+        box = Box(state=copy.deepcopy(first), never=False)
 
         def hook(ct):
-            out = ct * look(box.state)
-            box.state = box.state if box.new else first  # it may be replaced
-            return out
+            if box.never:
+                box.state = None  # which the code says, so that the state counts as something that changes
+            return ct * look(box.state)
 
         return box, hook
 
     def between(box, i):
         if i == 2:
-            box.state, box.new = second, 1
+            box.state = copy.deepcopy(second)
 
     agrees(make, between=between, steps=4)
 
