@@ -78,8 +78,9 @@ class Recorder:
             return index
         if not _compat.same_trace(value, self.anchor) or not isinstance(value, _compat.Tracer):
             return None
-        if isinstance(value, jax.Ref):
-            return None  # no equation but its own may take one
+        # No equation but its own may take a reference; to ask for that class is slow.
+        if type(value.aval) is not jax.core.ShapedArray and isinstance(value, jax.Ref):
+            return None
         index = self._index[id(value)] = len(self._tracers)
         self._tracers.append(value)
         return index

@@ -40,25 +40,19 @@ def profiling() -> Iterator[None]:
             sys.setprofile(outer or old)
 
 
-_RETURN, _CALL, _C_CALL = "return", "call", "c_call"  # the interned strings that Python itself passes
-
-
 def _profiler(before: Callable[..., Any] | None) -> Callable[..., None]:
     """Makes the profile function. It runs at each call and return of all code, so it does little for most of them."""
+    c_names, operator_code = _banned_c_names(), OPERATOR_CODE
+    libraries: set[str] = set()
 
-    def profile(
-        frame: types.FrameType, event: str, arg: Any,
-        # As parameters, what it looks at is quicker to get at.
-        returns: str = _RETURN, calls: str = _CALL, c_calls: str = _C_CALL, operator_code: Any = OPERATOR_CODE,
-        libraries: set[str] = set(), c_names: frozenset[str] = _banned_c_names(),  # noqa: B006
-    ) -> None:  # fmt: skip
-        if event is returns:
-            if frame.f_code is operator_code and arg is not None:
-                record_operator(frame, arg)
-        elif event is calls:
+    def profile(frame: types.FrameType, event: str, arg: Any) -> None:
+        if event == "call":
             if frame.f_code.co_filename not in libraries:
                 _enter(frame, libraries)
-        elif event is c_calls and arg.__name__ in c_names and (label := _banned.label_of(arg)) is not None:
+        elif event == "return":
+            if frame.f_code is operator_code and arg is not None:
+                record_operator(frame, arg)
+        elif event == "c_call" and arg.__name__ in c_names and (label := _banned.label_of(arg)) is not None:
             refuse(label, frame)
 
     def chained(frame: types.FrameType, event: str, arg: Any) -> None:
