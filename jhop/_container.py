@@ -193,6 +193,9 @@ class Container:
 MAX_BYTES = 1 << 20  # larger arrays are compared by identity alone
 
 
+CONTENTS_ONLY = (np.ndarray, bytearray, memoryview, array.array, contextvars.ContextVar)  # which `contents_of` knows
+
+
 def contents_of(value: Any) -> Any:
     """What is in an object that has no slots, as something to compare; None for all others, and for large ones."""
     if isinstance(value, np.ndarray):

@@ -30,11 +30,12 @@ from jhop._describe import Described, explain
 from jhop._effects import many_watches, watch
 from jhop._errors import JhopError, Unsupported
 from jhop._expr import Expr
-from jhop._graph import GraphModule, Info, Input, Operator, hooks_in
+from jhop._graph import GraphModule, Info, Input, Operator
 from jhop._guards import Guards
 from jhop._interp import ClosesOverTracer, evaluate, inner_jaxprs, rewrite
 from jhop._lifted import Lifted, Session
 from jhop._rebuild import holds_constants, is_plain_call, is_sealed, rebuild
+from jhop._repeats import Repeats
 from jhop._scalar import Scalar, device_kind, is_scalar, weak_aval
 from jhop._slots import refuse_rounded
 from jhop._source import describe_hook, is_user_file, origin_of
@@ -88,6 +89,7 @@ class _Inliner:
         self._recorder = Recorder()
         self._session = Session(self._recorder)
         self._walk = Walk(hook_roots(gm, on_host))
+        self._repeats = Repeats([(hook, eqn) for hook, eqn in gm.hooks if eqn.primitive is trace_wrapped_p])
         self._hides_state = _runs_state_from_c(self._walk)
         self._hooked: dict[int, tuple[bool, Any]] = {}  # whether there are hooks in a jaxpr, by its id
         self._writes: list[_state.Write] = []
@@ -108,8 +110,10 @@ class _Inliner:
             self._session.close()
         self._refuse_leaks()
         jaxpr, consts = _compat.open_jaxpr(closed)
-        jaxpr, kept = expand(jaxpr)
+        jaxpr, kept, repeated = expand(jaxpr)
         info.update((variable, self._gm.info.get(variable, _CAPTURED)) for variable in kept)
+        for new in repeated:
+            info.update((new[variable], info[variable].renamed(new)) for variable in new if variable in info)
         jaxpr, slots = self._prune(jaxpr, len(given))
         if slots:
             refuse_rounded(jaxpr)
@@ -151,11 +155,13 @@ class _Inliner:
         self._top = _compat.staging()
         with _state.Lift(self._walk, symbols) as lift:
             self._lift, self._threads = lift, Threads(lift, self._session, self._evaluate)
+            self._repeats.begin(lift, flat[n:])
             reached = [container.obj for container in self._walk.containers]
             with inlining(self._run_inner_hook), kept_apart(reached), many_watches():
                 outs = Splice(self._gm.jaxpr, self._stays).evaluate(list(flat[:n]), self._rule, self._carry)
             self._collect(lift)
             self._unread = lift.untouched()
+            self._repeats.end()
             self._lift = self._threads = self._top = None
         outs, self._state_outs = [*outs, *self._state_outs], []
         self._session.close()
@@ -208,7 +214,7 @@ class _Inliner:
             if any(hook.base is other for other in self._on_host):
                 return leave(eqn, values, self._top, self._callbacks)
             with _compat.in_place_of(eqn, source=False):  # its equations have their own source
-                return self._run_hook(hook, values)
+                return self._run_or_repeat(hook, values)
         return None if self._stays(eqn) else self._inline_inner(eqn, values)
 
     def _stays(self, eqn: Any) -> bool:
@@ -257,6 +263,17 @@ class _Inliner:
                 "a hook inside what a hook itself compiles or repeats (by jax.jit, lax.scan and the like) writes "
                 f"Python state (`{changes[0].container.path}`). Let the outer hook write what the inner one returns."
             )
+        return outs
+
+    def _run_or_repeat(self, hook: HookFn, values: list[Any]) -> list[Any]:
+        place = self._repeats.place(hook, values)
+        if place is None:
+            return self._run_hook(hook, values)
+        outs = self._repeats.again(place, values)
+        if outs is None:
+            start = self._repeats.start()
+            outs = self._run_hook(hook, values)
+            self._repeats.note(place, start, values, outs)
         return outs
 
     def _run_hook(self, hook: HookFn, values: list[Any]) -> list[Any]:
@@ -330,7 +347,7 @@ class _Inliner:
 
 def hook_roots(gm: GraphModule, on_host: Sequence[Any] = ()) -> list[tuple[str, Any]]:
     """(path, callable) per hook equation that is inlined, in the order in which they run."""
-    hooks = [hook for hook, eqn in hooks_in(gm.jaxpr) if eqn.primitive is trace_wrapped_p]
+    hooks = [hook for hook, eqn in gm.hooks if eqn.primitive is trace_wrapped_p]
     places = gm.backward.hook_index if gm.backward is not None else range(len(hooks))
     found = [(f"L['hooks'][{place}]", hook.base) for place, hook in zip(places, hooks, strict=True)]
     return [(path, base) for path, base in found if not any(base is hook for hook in on_host)]

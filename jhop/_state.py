@@ -90,10 +90,10 @@ class Lift:
                 stand_in = self._lists[id(slot.value)] = AppendList(slot.value, list(slot.value))
             slot.container.put(slot.key, stand_in)
 
-    def mark(self) -> list[Mark]:
-        """What every container holds now, for `changes` and `back_to`."""
+    def mark(self, containers: list[Container] | None = None) -> list[Mark]:
+        """What every container holds now, or each of some; for `changes` and `back_to`."""
         marks = []
-        for container in self._walk.containers:
+        for container in self._walk.containers if containers is None else containers:
             stand_in = self._lists.get(id(container.obj)) if container.kind == "list" else None
             items = container.items() if stand_in is None else list(enumerate(stand_in.raw()))
             marks.append(Mark(container, stand_in, items, 0 if stand_in is None else stand_in.reads))

@@ -93,6 +93,7 @@ class Walk:
         strict: whether state that cannot be lifted is an error; otherwise it is passed over.
         without: for a function that is run once, when it is traced: code that is not looked into. What code only
             stores does not count then either.
+        limit: how many slots to look at, by default all; those left out count as `truncated`.
 
     Raises:
         Unsupported: there is state that cannot be lifted.
@@ -115,8 +116,10 @@ class Walk:
         *,
         strict: bool = True,
         without: frozenset[types.CodeType] | None = None,
+        limit: int | None = None,
     ):
         self._strict = strict
+        self._slots = limit
         self._without = without
         self._names: set[str] = set()
         self._everything = False
@@ -193,6 +196,9 @@ class Walk:
                 self._slot(container, key, value)
 
     def _slot(self, container: Container, key: Any, value: Any) -> None:
+        if self._slots is not None and len(self.fixed) + len(self.leaves) >= self._slots:
+            self.truncated = True
+            return
         path = container.path_of(key)
         # An object may say what it likes of its class, or raise when it is asked.
         if issubclass(type(value), _compat.Tracer):

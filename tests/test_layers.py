@@ -54,6 +54,7 @@ LAYERS = (
     "_slots",
     "_loops",
     "_thread",
+    "_repeats",
     "_inline",
     "backends",
     "_history",
