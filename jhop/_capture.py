@@ -2,8 +2,7 @@
 
 Tracing is `jax.make_jaxpr`; hooks are `trace_wrapped` equations in it whose functions have not run. A `Recorder`
 collects what the jaxpr itself cannot say: the user's names, source positions and operators of single values. It does
-so through public JAX alone: the traced function returns every recorded tracer as an extra output, which tells the
-variable that stands for it, and the extra outputs are cut off again.
+so for tracers, and when the trace ends asks each for the variable that stands for it.
 """
 
 from __future__ import annotations
@@ -139,20 +138,18 @@ def trace(fn: Callable[..., list[Any]], avals: list[Any], recorder: Recorder) ->
     Returns:
         (closed jaxpr, info by variable).
     """
-    n_outs = 0
+    variables: list[Any] = []
 
     def run(*flat: Any) -> list[Any]:
-        nonlocal n_outs
         recorder.anchor = flat[0] if flat else None
         outs = list(fn(*flat))
-        n_outs = len(outs)
-        return [*outs, *recorder.take()]
+        variables[:] = map(_compat.atom_of, recorder.take())
+        return outs
 
     closed = jax.make_jaxpr(run)(*avals)
     jaxpr, consts = _compat.open_jaxpr(closed)
-    info = recorder.resolve(jaxpr.outvars[n_outs:])
-    trimmed = jaxpr.replace(outvars=jaxpr.outvars[:n_outs], debug_info=jaxpr.debug_info._replace(result_paths=None))
-    return jex_core.ClosedJaxpr(trimmed, consts), info
+    plain = jaxpr.replace(debug_info=jaxpr.debug_info._replace(result_paths=None))
+    return jex_core.ClosedJaxpr(plain, consts), recorder.resolve(variables)
 
 
 def parameter_names(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:

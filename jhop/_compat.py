@@ -163,7 +163,7 @@ def stage_again(eqn: Any, args: list[Any]) -> list[Any] | None:
         The results; None where nothing was added, because the equation has to be bound.
     """
     trace, primitive = current_trace(), eqn.primitive
-    if eqn.effects or allocates(eqn) or not hasattr(trace, "emit_eqn"):
+    if eqn.effects or getattr(primitive, "ref_allocating", False) or not hasattr(trace, "emit_eqn"):
         return None
     names, source = source_info_util.current_name_stack(), eqn.source_info
     if names.stack:
@@ -181,48 +181,35 @@ def stage_again(eqn: Any, args: list[Any]) -> list[Any] | None:
     return trace.emit_eqn(tracers, avals, primitive, eqn.params, eqn.effects, source, eqn.ctx)
 
 
+def atom_of(tracer: Any) -> Any:
+    """The variable or literal that stands for a tracer in a jaxpr: to return it, the public way, takes longer."""
+    return tracer.val
+
+
 def variable_of(value: Any, trace: Any) -> Any:
-    """The variable that stands for a tracer in the jaxpr that a trace makes; None for constants and other values."""
-    if not is_of(value, trace) or not isinstance(getattr(value, "val", None), jex_core.Var):
+    """The variable of a tracer of a trace; None for constants and other values."""
+    known = is_of(value, trace) and isinstance(value.val, jex_core.Var) and trace.get_const(value) is None
+    return value.val if known else None
+
+
+def equations_of(trace: Any, start: int | None = None) -> Any:
+    """How many equations a trace has made, or those from the `start`th on; None where one of them has effects."""
+    made = trace.frame.tracing_eqns
+    if start is None:
+        return len(made)
+    if any(getattr(eqn, "effects", True) or getattr(eqn.primitive, "ref_allocating", False) for eqn in made[start:]):
         return None
-    return value.val if trace.get_const(value) is None else None
-
-
-def count_equations(trace: Any) -> int:
-    """How many equations a trace has made so far."""
-    return len(getattr(getattr(trace, "frame", None), "tracing_eqns", ()))
-
-
-def equations_since(trace: Any, start: int) -> list[Any] | None:
-    """The equations that a trace made after the first `start`; None where they are not known."""
-    found = getattr(getattr(trace, "frame", None), "tracing_eqns", [None])[start:]
-    if not all(hasattr(eqn, "in_tracers") for eqn in found):
-        return None
+    rest = ("outvars", "primitive", "params", "effects", "source_info", "ctx")
     return [
-        jex_core.JaxprEqn(
-            [tracer.val for tracer in eqn.in_tracers], eqn.outvars, eqn.primitive, eqn.params, eqn.effects,
-            eqn.source_info, eqn.ctx,
-        )
-        for eqn in found
-    ]  # fmt: skip
-
-
-def allocates(eqn: Any) -> bool:
-    """Whether an equation makes a reference, which is unlike all others."""
-    return getattr(eqn.primitive, "ref_allocating", False)
-
-
-def current_names() -> Any:
-    """The name stack of the equations that are made now."""
-    return source_info_util.current_name_stack()
+        jex_core.JaxprEqn([atom_of(tracer) for tracer in eqn.in_tracers], *(getattr(eqn, key) for key in rest))
+        for eqn in made[start:]
+    ]
 
 
 def moved(source: Any, before: Any, now: Any) -> Any:
     """An equation's source, for one like it in another place: `now` instead of `before` in front of its name stack."""
-    names, n = source.name_stack, len(before.stack)
-    if before.stack == now.stack or names.stack[:n] != before.stack:
-        return source
-    return source.replace(name_stack=now + type(now)(names.stack[n:]))
+    names, n = source.name_stack, len(before)
+    return source.replace(name_stack=now + names[n:]) if names.stack[:n] == before.stack else source
 
 
 def binds_axes(eqn: Any) -> bool:

@@ -193,7 +193,8 @@ class Container:
 MAX_BYTES = 1 << 20  # larger arrays are compared by identity alone
 
 
-CONTENTS_ONLY = (np.ndarray, bytearray, memoryview, array.array, contextvars.ContextVar)  # which `contents_of` knows
+# Which `contents_of` knows.
+CONTENTS_ONLY: tuple[type, ...] = (np.ndarray, bytearray, memoryview, array.array, contextvars.ContextVar)
 
 
 def contents_of(value: Any) -> Any:

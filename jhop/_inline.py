@@ -112,8 +112,8 @@ class _Inliner:
         jaxpr, consts = _compat.open_jaxpr(closed)
         jaxpr, kept, repeated = expand(jaxpr)
         info.update((variable, self._gm.info.get(variable, _CAPTURED)) for variable in kept)
-        for new in repeated:
-            info.update((new[variable], info[variable].renamed(new)) for variable in new if variable in info)
+        for new, made in repeated:
+            info.update((new[variable], info[variable].renamed(new)) for variable in made if variable in info)
         jaxpr, slots = self._prune(jaxpr, len(given))
         if slots:
             refuse_rounded(jaxpr)

@@ -31,7 +31,8 @@ def inner_jaxprs(eqn: Any) -> list[Any]:
 
     def find(values: Iterable[Any]) -> None:
         for value in values:
-            if not _may_hold_jaxprs(type(value)):  # most are numbers and names, and this is asked of every equation
+            kind: Any = type(value)
+            if not _may_hold_jaxprs(kind):  # most are numbers and names, and this is asked of every equation
                 continue
             if is_jaxpr(value):
                 found.append(value)
@@ -47,10 +48,10 @@ def inner_jaxprs(eqn: Any) -> list[Any]:
 
 
 @functools.lru_cache(maxsize=1024)
-def _may_hold_jaxprs(cls: type) -> bool:
+def _may_hold_jaxprs(cls: Any) -> bool:
     """Whether a parameter of a class is a jaxpr, or may have jaxprs in it."""
     kinds = (jex_core.Jaxpr, jex_core.ClosedJaxpr, tuple, list, dict)
-    return issubclass(cls, kinds) or (dataclasses.is_dataclass(cls) and not issubclass(cls, type))
+    return issubclass(cls, kinds) or dataclasses.is_dataclass(cls)
 
 
 def _fields_of(value: Any) -> dict[str, Any]:
@@ -59,7 +60,8 @@ def _fields_of(value: Any) -> dict[str, Any]:
 
 def _map_parts(value: Any, visit: Callable[[Any], Any]) -> Any:
     """A parameter with `visit(jaxpr)` in place of each jaxpr in it; itself where it has none."""
-    if not _may_hold_jaxprs(type(value)):
+    kind: Any = type(value)
+    if not _may_hold_jaxprs(kind):
         return value
     if is_jaxpr(value):
         return visit(value)

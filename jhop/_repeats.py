@@ -21,6 +21,8 @@ import operator
 from collections.abc import Collection, Sequence
 from typing import Any
 
+from jax.extend import source_info_util
+
 from jhop import _compat
 from jhop._container import CONTENTS_ONLY, MISSING
 from jhop._contract import HookFn
@@ -44,7 +46,7 @@ class _Reach:
         walk = Walk([("", hook)], strict=False, limit=MAX_SLOTS)
         if walk.truncated or walk.tracers or walk.holds_tracer:
             return None
-        return None if walk.instances(CONTENTS_ONLY, lambda _: True) else _Reach(walk)
+        return None if walk.instances(object, lambda value: isinstance(value, CONTENTS_ONLY)) else _Reach(walk)
 
     def begin(self, lift: Lift) -> None:
         """Notes what there is before any hook ran."""
@@ -132,26 +134,22 @@ class Repeats:
 
     def start(self) -> int:
         """Where the equations of a run will begin."""
-        return _compat.count_equations(self._trace)
+        return _compat.equations_of(self._trace)
 
     def note(self, place: Any, start: int, values: Sequence[Any], outs: Sequence[Any]) -> None:
         """Notes a run, so that it can be repeated."""
-        eqns = _compat.equations_since(self._trace, start)
-        if eqns is None or not self._is_as_before(place) or any(map(_has_effects, eqns)):
+        eqns = _compat.equations_of(self._trace, start)
+        if eqns is None or not self._is_as_before(place):
             return
         ins = [_compat.variable_of(value, self._trace) for value in values]
         made = {variable for eqn in eqns for variable in eqn.outvars}
         found = [_compat.variable_of(out, self._trace) for out in outs]
         variables = [variable if variable in made or variable in ins else None for variable in found]
         results = list(dict.fromkeys(variable for variable in variables if variable in made))
-        section = Section(eqns, ins, results, _compat.current_names())
+        section = Section(eqns, ins, results, source_info_util.current_name_stack())
         kept = [out if variable is None else None for out, variable in zip(outs, variables, strict=True)]
         self._runs[place] = _Run(section, kept, variables)
 
     def _is_as_before(self, place: Any) -> bool:
         assert self._lift is not None
         return self._reach[place[0]].is_as_before(self._lift)
-
-
-def _has_effects(eqn: Any) -> bool:
-    return bool(eqn.effects) or _compat.allocates(eqn)

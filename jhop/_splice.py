@@ -115,12 +115,12 @@ class Splice:
         return Section(eqns, ins, [variable for variable in made if self._last_use.get(variable, -1) >= end])
 
 
-def expand(jaxpr: Any) -> tuple[Any, list[Any], list[dict[Any, Any]]]:
+def expand(jaxpr: Any) -> tuple[Any, list[Any], list[tuple[dict[Any, Any], list[Any]]]]:
     """Puts each section's own equations in its place.
 
     Returns:
         (the open jaxpr, the variables in it that are those of the jaxpr which was evaluated, for each repetition of a
-        section the new variables by the old ones).
+        section the new variables by the old ones, and which of these it made).
     """
     eqns: list[Any] = []
     kept: list[Any] = []
@@ -136,7 +136,7 @@ def expand(jaxpr: Any) -> tuple[Any, list[Any], list[dict[Any, Any]]]:
             kept += inner
         else:
             new.update((variable, jex_core.Var(variable.aval)) for variable in inner)
-            repeated.append(new)
+            repeated.append((new, [*section.outs, *inner]))
         for old in section.eqns:
             invars = [atom if isinstance(atom, jex_core.Literal) else new.get(atom, atom) for atom in old.invars]
             source = old.source_info

@@ -35,7 +35,7 @@ from jhop._source import is_user_file
 
 MAX_CONTAINERS = 10_000
 # Code that uses one of these can reach any attribute, so names say nothing about what it reads.
-_REFLECTION = set("__dict__ vars setattr getattr hasattr delattr eval exec globals asdict astuple fields".split())
+REFLECTION = set("__dict__ vars setattr getattr hasattr delattr eval exec globals asdict astuple fields".split())
 _IMMUTABLE = {str, bytes, bool, complex, range, type(None), type(Ellipsis), type(NotImplemented)}
 _VIEWS: tuple[type, ...] = (types.MappingProxyType, type({}.keys()), type({}.values()), type({}.items()))
 # Their instances hold no Python state that a hook could read past JAX.
@@ -125,6 +125,8 @@ class Walk:
         self._everything = False
         while True:  # code met late may name attributes of objects met early: walk until no new names turn up
             known = (len(self._names), self._everything)
+            self._filtered = False  # whether names decided what was looked at
+            self._bare: list[Container] = []  # functions without attributes
             self.containers: list[Container] = []
             self.leaves: list[Leaf] = []
             self.tracers: list[Leaf] = []
@@ -144,6 +146,10 @@ class Walk:
                 while self._work:
                     self._visit_if_possible(*self._work.popleft())
             if (len(self._names), self._everything) == known:
+                break
+            if not (self._filtered or self._everything):
+                for container in self._bare:
+                    container.names = set(self._names)
                 break
 
     def mentions(self, *names: str) -> bool:
@@ -299,7 +305,7 @@ class Walk:
             return
         names, loaded, imported, cells = names_in_code(fn.__code__, self._without)
         self._names |= names
-        self._everything |= not _REFLECTION.isdisjoint(names)
+        self._everything |= not REFLECTION.isdisjoint(names)
         for index, (name, cell) in enumerate(zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True)):
             if name in cells:
                 self._add(cell, "cell", f"{path}.__closure__[{index}]")
@@ -317,12 +323,17 @@ class Walk:
         for name in sorted(imported):  # the same paths in every process
             self._work.append((sys.modules.get(name), f"G[{name!r}]"))
         self._add(fn.__dict__, "dict", f"{path}.__dict__", self._attribute_names())
+        if fn.__dict__:
+            self._filtered = True
+        elif (container := self._by_id.get((id(fn.__dict__), "dict"))) is not None:
+            self._bare.append(container)
 
     def _visit_module(self, module: types.ModuleType) -> None:
         filename = getattr(module, "__file__", None)
         root = module.__name__.split(".")[0]
         made = filename is None and root not in {*sys.stdlib_module_names, *sys.builtin_module_names, *OPAQUE_ROOTS}
         if made or (filename is not None and is_user_file(filename)):
+            self._filtered = True
             self._add(module.__dict__, "dict", f"G[{module.__name__!r}].__dict__", self._names - set(_NEVER))
 
     def _visit_class(self, cls: type) -> None:
@@ -330,6 +341,7 @@ class Walk:
             if not is_user_class(base) or (id(base) in self._seen and base is not cls):
                 continue
             self._seen[id(base)] = base
+            self._filtered = True
             self.attributes.append((base, "__bases__", base.__bases__))
             special = {
                 name
@@ -367,6 +379,7 @@ class Walk:
             return
         if is_opaque(cls):
             return
+        self._filtered = True
         mine = is_user_class(cls)
         node = mine and self._without is not None and not jax.tree_util.all_leaves([value])
         if mine:
