@@ -193,10 +193,6 @@ class Container:
 MAX_BYTES = 1 << 20  # larger arrays are compared by identity alone
 
 
-# Which `contents_of` knows.
-CONTENTS_ONLY: tuple[type, ...] = (np.ndarray, bytearray, memoryview, array.array, contextvars.ContextVar)
-
-
 def contents_of(value: Any) -> Any:
     """What is in an object that has no slots, as something to compare; None for all others, and for large ones."""
     if isinstance(value, np.ndarray):

@@ -24,7 +24,7 @@ from typing import Any
 from jax.extend import source_info_util
 
 from jhop import _compat
-from jhop._container import CONTENTS_ONLY, MISSING
+from jhop._container import MISSING
 from jhop._contract import HookFn
 from jhop._splice import Section, bind_section
 from jhop._state import Lift
@@ -44,9 +44,7 @@ class _Reach:
     def of(hook: Any) -> _Reach | None:
         """None where a change of it could go unseen, or cost too much to see."""
         walk = Walk([("", hook)], strict=False, limit=MAX_SLOTS)
-        if walk.truncated or walk.tracers or walk.holds_tracer:
-            return None
-        return None if walk.instances(object, lambda value: isinstance(value, CONTENTS_ONLY)) else _Reach(walk)
+        return None if walk.truncated or walk.tracers or walk.holds_tracer else _Reach(walk)
 
     def begin(self, lift: Lift) -> None:
         """Notes what there is before any hook ran."""
@@ -110,11 +108,13 @@ class Repeats:
         self._lift = self._trace = None
 
     def place(self, hook: HookFn, values: Sequence[Any]) -> Any:
-        """What must be equal for runs to be alike, state aside; None where the hook has to be run."""
+        """What must be equal for runs to be alike; None where the hook has to be run, whatever ran before."""
         if hook not in self._reach or _compat.current_trace() is not self._trace:
             return None
         variables = [_compat.variable_of(value, self._trace) for value in values]
         if None in variables or len(set(variables)) < len(variables) or not self._state.isdisjoint(variables):
+            return None
+        if not self._is_as_before(hook):
             return None
         # The token changes where a class is registered with an abstract one, of which `isinstance` may ask.
         context = _compat.trace_context(), abc.get_cache_token()
@@ -123,7 +123,7 @@ class Repeats:
     def again(self, place: Any, values: Sequence[Any]) -> list[Any] | None:
         """Repeats the equations of an earlier run that was alike; None where there is none."""
         run = self._runs.get(place)
-        if run is None or not self._is_as_before(place):
+        if run is None:
             return None
         made = dict(zip(run.section.ins, values, strict=True))
         made.update(zip(run.section.outs, bind_section(values, run.section), strict=True))
@@ -139,7 +139,7 @@ class Repeats:
     def note(self, place: Any, start: int, values: Sequence[Any], outs: Sequence[Any]) -> None:
         """Notes a run, so that it can be repeated."""
         eqns = _compat.equations_of(self._trace, start)
-        if eqns is None or not self._is_as_before(place):
+        if eqns is None or not self._is_as_before(place[0]):
             return
         ins = [_compat.variable_of(value, self._trace) for value in values]
         made = {variable for eqn in eqns for variable in eqn.outvars}
@@ -150,6 +150,6 @@ class Repeats:
         kept = [out if variable is None else None for out, variable in zip(outs, variables, strict=True)]
         self._runs[place] = _Run(section, kept, variables)
 
-    def _is_as_before(self, place: Any) -> bool:
+    def _is_as_before(self, hook: HookFn) -> bool:
         assert self._lift is not None
-        return self._reach[place[0]].is_as_before(self._lift)
+        return self._reach[hook].is_as_before(self._lift)
