@@ -439,6 +439,28 @@ def test_hooks_inside_loops_are_no_part_of_it(runs):
     assert len(runs) == 3
 
 
+def test_a_loop_in_which_a_value_from_around_it_is_hooked():
+    box = Box()
+
+    def keep(ct):
+        box.array = ct * 2.0
+
+    def give(ct):
+        return box.array
+
+    def body(c, _):
+        return jhop.trace_wrapped(jhop.trace_wrapped(c, fn=give), fn=squash) * 0.1, None
+
+    def fn(x):
+        x, _ = jax.lax.scan(body, jhop.trace_wrapped(x, fn=keep), None, length=2)
+        return jhop.trace_wrapped(x * 3.0, fn=squash), jhop.trace_wrapped(x * 5.0, fn=squash)
+
+    first = squash(X * 2.0) * 0.1
+    outs = inlined_outs(fn, X)
+    np.testing.assert_allclose(outs[0], squash(first * 3.0), rtol=1e-6)
+    np.testing.assert_allclose(outs[1], squash(first * 5.0), rtol=1e-6)
+
+
 @pytest.mark.leaks
 def test_nothing_of_the_trace_is_left():
     box = Box()
