@@ -15,8 +15,9 @@ from typing import Any
 from jhop import _state
 from jhop._copier import Copier, Run
 from jhop._errors import Unsupported
+from jhop._leaves import Leaf
 from jhop._source import describe_hook, hook_name
-from jhop._walk import Leaf, Walk
+from jhop._walk import Walk
 
 
 def closed_over_tracers(fn: Any) -> list[Leaf]:

@@ -181,6 +181,32 @@ def stage_again(eqn: Any, args: list[Any]) -> list[Any] | None:
     return trace.emit_eqn(tracers, avals, primitive, eqn.params, eqn.effects, source, eqn.ctx)
 
 
+def variable_of(value: Any, trace: Any) -> Any:
+    """The variable of a tracer of a trace; None for constants and other values."""
+    known = is_of(value, trace) and isinstance(value.val, jex_core.Var) and trace.get_const(value) is None
+    return value.val if known else None
+
+
+def equations_of(trace: Any, start: int | None = None) -> Any:
+    """How many equations a trace has made, or those from the `start`th on; None where one of them has effects."""
+    made = trace.frame.tracing_eqns
+    if start is None:
+        return len(made)
+    if any(getattr(eqn, "effects", True) or getattr(eqn.primitive, "ref_allocating", False) for eqn in made[start:]):
+        return None
+    rest = ("outvars", "primitive", "params", "effects", "source_info", "ctx")
+    return [
+        jex_core.JaxprEqn([tracer.val for tracer in eqn.in_tracers], *(getattr(eqn, key) for key in rest))
+        for eqn in made[start:]
+    ]
+
+
+def moved(source: Any, before: Any, now: Any) -> Any:
+    """An equation's source, for one like it in another place: `now` instead of `before` in front of its name stack."""
+    names, n = source.name_stack, len(before)
+    return source.replace(name_stack=now + names[n:]) if names.stack[:n] == before.stack else source
+
+
 def binds_axes(eqn: Any) -> bool:
     """Whether an equation's body has mesh axes in scope, so that it can be traced only while the equation is bound."""
     return eqn.primitive.name == "shard_map"

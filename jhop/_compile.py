@@ -216,7 +216,7 @@ class CompiledGraph(Explains):
     def _cut(self, flat: list[Any], refused: Unsupported, reason: str | None) -> _Entry | None:
         """A graph that is cut at the hooks that cannot be traced; None where that will not do."""
         transform = backends.transform_of(self._backend)
-        found = list({id(hook.base): hook.base for hook, _ in hooks_in(self.gm.jaxpr)}.values())
+        found = list({id(hook.base): hook.base for hook, _ in self.gm.hooks}.values())
         reasons: dict[int, str] = {}  # by place in `found`
         error: Unsupported | None = refused
         new: dict[int, str] = {}

@@ -39,6 +39,11 @@ class HookFn:
     def base(self) -> Any:
         return self._base.base if isinstance(self._base, Husk) else self._base
 
+    @property
+    def closes_over_values(self) -> bool:
+        """Whether the user's callable closed over tracers."""
+        return isinstance(self._base, Husk)
+
     def derive(self, rule: str, call: Callable[..., Any], *key: Any) -> HookFn:
         """A function derived from this one by a transformation; its state stays that of the same hook."""
         return HookFn(self._base, call, f"{rule}[{self.name}]", (rule, self.key, *key), self.kind)

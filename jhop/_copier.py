@@ -17,8 +17,9 @@ from typing import Any
 
 from jhop import _compat
 from jhop._container import MISSING, Container, builtin_kind
+from jhop._leaves import DECLARED, Leaf
 from jhop._library import attributes_of, bare, built_in, copied, held, is_jaxs, without_rules
-from jhop._walk import DECLARED, Leaf, Walk
+from jhop._walk import Walk
 
 
 class _Hole:

@@ -40,6 +40,20 @@ class Described(Mapping[Any, Info]):
         return self._all.get(variable, default)
 
 
+def info_of(known: dict[Any, Info], kept: dict[Any, Info], repeated: Any) -> dict[Any, Info]:
+    """What is known of the values of a graph.
+
+    Args:
+        known: of those that were traced.
+        kept: of those that stayed as they were.
+        repeated: per repetition of equations, their variables there by those that were traced, and the latter.
+    """
+    info = {**known, **kept}
+    for new, made in repeated:
+        info.update((new[variable], info[variable].renamed(new)) for variable in made if variable in info)
+    return info
+
+
 def _describe_hook_values(jaxpr: Any, info: dict[Any, Info]) -> dict[Any, Info]:
     """Adds source positions and the user's local names to values that hooks computed."""
     made: dict[Any, Any] = {}  # equations, by what hooks computed; the rest was carried over from the captured graph

@@ -13,10 +13,11 @@ import numpy as np
 from jhop import _compat
 from jhop._container import MISSING, Container
 from jhop._errors import Unsupported
+from jhop._leaves import Leaf, is_number
 from jhop._scalar import weak_aval
 from jhop._state import APPEND, Write
 from jhop._stored import may_change
-from jhop._walk import Leaf, Walk, is_number
+from jhop._walk import Walk
 from jhop._wording import is_plain
 
 Place = Any  # as `Container.slot` gives it

@@ -7,6 +7,7 @@ hooks and with lifted state, a backend turns it into a callable.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
@@ -48,6 +49,13 @@ class Info:
     operator: Operator | None = None
     aot: tuple[int, int] | None = None
     stage: str = ""
+
+    def renamed(self, new: Mapping[Any, Any]) -> Info:
+        """The same of a value that was computed alike from others: `new` has those by the variables of these."""
+        if self.operator is None:
+            return self
+        operands = (new.get(item, item) if isinstance(item, jex_core.Var) else item for item in self.operator.operands)
+        return dataclasses.replace(self, operator=Operator(name=self.operator.name, operands=tuple(operands)))
 
 
 NO_INFO = Info()
@@ -116,6 +124,11 @@ class GraphModule:
     def __post_init__(self) -> None:
         if not self.shapes:
             object.__setattr__(self, "shapes", symbol_places(self._avals()))
+
+    @functools.cached_property
+    def hooks(self) -> list[tuple[HookFn, Any]]:
+        """(hook, equation) for each opaque hook, as `hooks_in` finds them."""
+        return hooks_in(self.jaxpr)
 
     def _avals(self) -> list[Any]:
         return [v.aval for v in _compat.open_jaxpr(self.jaxpr)[0].invars]

@@ -19,8 +19,9 @@ import numpy as np
 
 from jhop._container import MISSING, Container, contents_of
 from jhop._expr import CODE_NAMES, Expr, leaves, to_code
+from jhop._leaves import Fixed, Leaf
 from jhop._slotcode import SlotCode
-from jhop._walk import Fixed, Leaf, Walk
+from jhop._walk import Walk
 from jhop._wording import in_words, is_plain, type_in_words
 
 _BY_VALUE = {str, bytes, complex, bool, int, float}

@@ -26,24 +26,27 @@ from jhop._close import kept_apart
 from jhop._container import MISSING, Container
 from jhop._contract import HookFn
 from jhop._cut import Callback, leave
-from jhop._describe import Described, explain
+from jhop._describe import Described, explain, info_of
 from jhop._effects import many_watches, watch
 from jhop._errors import JhopError, Unsupported
 from jhop._expr import Expr
-from jhop._graph import GraphModule, Info, Input, hooks_in
+from jhop._graph import GraphModule, Info, Input
 from jhop._guards import Guards
 from jhop._interp import ClosesOverTracer, evaluate, inner_jaxprs, rewrite
+from jhop._leaves import Leaf, is_number
 from jhop._lifted import Lifted, Session
 from jhop._rebuild import holds_constants, is_plain_call, is_sealed, rebuild
 from jhop._records import let_go, lift_tuples
+from jhop._repeats import Repeats
 from jhop._scalar import Scalar, device_kind, is_scalar, weak_aval
 from jhop._slots import refuse_rounded
 from jhop._source import describe_hook, is_user_file
 from jhop._splice import Splice, expand, retrace
-from jhop._template import Templates, map_outputs, plain
+from jhop._template import Templates, plain
 from jhop._thread import Threads
 from jhop._trace_wrapped import inlining, no_endless_hooks, trace_wrapped_p
-from jhop._walk import Leaf, Walk, is_number
+from jhop._walk import Walk
+from jhop._writeback import after_results, stay_numpy
 
 _CAPTURED = Info(stage="captured")
 
@@ -90,6 +93,7 @@ class _Inliner:
         self._session = Session(self._recorder)
         self._walk = Walk(hook_roots(gm, on_host))
         lift_tuples(self._walk)
+        self._repeats = Repeats([(hook, eqn) for hook, eqn in gm.hooks if eqn.primitive is trace_wrapped_p])
         self._hides_state = _runs_state_from_c(self._walk)
         self._hooked: dict[int, tuple[bool, Any]] = {}  # whether there are hooks in a jaxpr, by its id
         self._writes: list[_state.Write] = []
@@ -111,7 +115,7 @@ class _Inliner:
             self._session.close()
         self._refuse_leaks()
         jaxpr, consts = _compat.open_jaxpr(closed)
-        jaxpr, kept = expand(jaxpr)
+        jaxpr, kept, repeated = expand(jaxpr)
         before = self._gm.info
         jaxpr, slots = self._prune(jaxpr, len(given))
         if slots:
@@ -121,7 +125,7 @@ class _Inliner:
         lifted = Lifted(
             slots=slots,
             n_outs=n_outs,
-            writes=tuple(_after_results(self._writes, n_outs)),
+            writes=tuple(after_results(self._writes, n_outs)),
             guards=Guards(self._walk, self._session.answers, ignore=self._unread),
         )
         state_inputs = (
@@ -132,7 +136,7 @@ class _Inliner:
             self._gm,
             jaxpr=jex_core.ClosedJaxpr(jaxpr, consts),
             inputs=(*self._gm.inputs, *state_inputs),
-            info=Described(jaxpr, lambda: {**known(), **{v: before.get(v, _CAPTURED) for v in kept}}),
+            info=Described(jaxpr, lambda: info_of(known(), {v: before.get(v, _CAPTURED) for v in kept}, repeated)),
             name="GraphModule",
             made_by="inline",
             in_tree=self._gm.in_tree if not slots and not lifted.writes else None,
@@ -154,11 +158,13 @@ class _Inliner:
         self._top = _compat.staging()
         with _state.Lift(self._walk, symbols) as lift:
             self._lift, self._threads = lift, Threads(lift, self._session, self._evaluate)
+            self._repeats.begin(lift, flat[n:])
             reached = [container.obj for container in [*self._walk.containers, *self._walk.records]]
             with inlining(self._run_inner_hook), kept_apart(reached), many_watches():
                 outs = Splice(self._gm.jaxpr, self._stays).evaluate(list(flat[:n]), self._rule, self._carry)
             self._collect(lift)
             self._unread = lift.untouched()
+            self._repeats.end()
             self._lift = self._threads = self._top = None
         outs, self._state_outs = [*outs, *self._state_outs], []
         self._session.close()
@@ -202,7 +208,7 @@ class _Inliner:
                 value = templates.make(value, where)
             before = numpy.get((id(write.container), write.key))
             if before is not None and value is not MISSING and value[0] == "array":
-                value = _stay_numpy(value, before, where)
+                value = stay_numpy(value, before, where)
             self._writes.append(write._replace(key=plain(write.key), value=value))
         self._shared = templates.shared
 
@@ -212,7 +218,7 @@ class _Inliner:
             if any(hook.base is other for other in self._on_host):
                 return leave(eqn, values, self._top, self._callbacks)
             with _compat.in_place_of(eqn, source=False):  # its equations have their own source
-                return self._run_hook(hook, values)
+                return self._run_or_repeat(hook, values)
         return None if self._stays(eqn) else self._inline_inner(eqn, values)
 
     def _stays(self, eqn: Any) -> bool:
@@ -261,6 +267,17 @@ class _Inliner:
                 "a hook inside what a hook itself compiles or repeats (by jax.jit, lax.scan and the like) writes "
                 f"Python state (`{changes[0].container.path}`). Let the outer hook write what the inner one returns."
             )
+        return outs
+
+    def _run_or_repeat(self, hook: HookFn, values: list[Any]) -> list[Any]:
+        place = self._repeats.place(hook, values)
+        if place is None:
+            return self._run_hook(hook, values)
+        outs = self._repeats.again(place, values)
+        if outs is None:
+            start = self._repeats.start()
+            outs = self._run_hook(hook, values)
+            self._repeats.note(place, start, values, outs)
         return outs
 
     def _run_hook(self, hook: HookFn, values: list[Any]) -> list[Any]:
@@ -330,7 +347,7 @@ class _Inliner:
 
 def hook_roots(gm: GraphModule, on_host: Sequence[Any] = ()) -> list[tuple[str, Any]]:
     """(path, callable) per hook equation that is inlined, in the order in which they run."""
-    hooks = [hook for hook, eqn in hooks_in(gm.jaxpr) if eqn.primitive is trace_wrapped_p]
+    hooks = [hook for hook, eqn in gm.hooks if eqn.primitive is trace_wrapped_p]
     places = gm.backward.hook_index if gm.backward is not None else range(len(hooks))
     found = [(f"L['hooks'][{place}]", hook.base) for place, hook in zip(places, hooks, strict=True)]
     return [(path, base) for path, base in found if not any(base is hook for hook in on_host)]
@@ -357,22 +374,3 @@ def _runs_state_from_c(walk: Walk) -> bool:
 def _leaf_aval(value: Any) -> Any:
     """The aval of a lifted value's device twin."""
     return weak_aval(device_kind(value)) if is_number(value) else jax.typeof(value)
-
-
-def _stay_numpy(spec: Any, before: np.ndarray, where: str) -> Any:
-    """A NumPy array that a hook replaced by what it computed from it stays a NumPy array."""
-    if jax.dtypes.canonicalize_dtype(before.dtype) != before.dtype:
-        raise Unsupported(
-            f"a hook writes `{where}`, a NumPy array of dtype {before.dtype}, which JAX would narrow to "
-            f"{jax.dtypes.canonicalize_dtype(before.dtype)}. Use that dtype, or turn x64 on (JAX_ENABLE_X64=1)."
-        )
-    return ("numpy", spec[1])
-
-
-def _after_results(writes: list[_state.Write], n_outs: int) -> list[_state.Write]:
-    """Templates count state outputs from 0; the graph's outputs begin with its results."""
-    done: dict[int, Any] = {}
-    return [
-        write if write.value is MISSING else write._replace(value=map_outputs(write.value, lambda i: i + n_outs, done))
-        for write in writes
-    ]

@@ -8,7 +8,7 @@ context), so higher-order primitives need no rules of their own as long as their
 from __future__ import annotations
 
 import dataclasses
-import types
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -29,20 +29,40 @@ def inner_jaxprs(eqn: Any) -> list[Any]:
     """The jaxprs in an equation's parameters, those in tuples, dicts, dataclasses and JAX's "hi" primitives too."""
     found: list[Any] = []
 
-    def keep(jaxpr: Any) -> Any:
-        found.append(jaxpr)
-        return jaxpr
+    def find(values: Iterable[Any]) -> None:
+        for value in values:
+            kind: Any = type(value)
+            if not _may_hold_jaxprs(kind):  # most are numbers and names, and this is asked of every equation
+                continue
+            if is_jaxpr(value):
+                found.append(value)
+            elif isinstance(value, (tuple, list)):
+                find(value)
+            else:
+                find(value.values() if isinstance(value, dict) else _fields_of(value).values())
 
-    for value in (*eqn.params.values(), *vars(eqn.params.get("_prim", _NOTHING)).values()):
-        _map_parts(value, keep)
+    find(eqn.params.values())
+    if "_prim" in eqn.params:
+        find(vars(eqn.params["_prim"]).values())
     return found
 
 
-_NOTHING = types.SimpleNamespace()
+@functools.lru_cache(maxsize=1024)
+def _may_hold_jaxprs(cls: Any) -> bool:
+    """Whether a parameter of a class is a jaxpr, or may have jaxprs in it."""
+    kinds = (jex_core.Jaxpr, jex_core.ClosedJaxpr, tuple, list, dict)
+    return issubclass(cls, kinds) or dataclasses.is_dataclass(cls)
+
+
+def _fields_of(value: Any) -> dict[str, Any]:
+    return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
 
 
 def _map_parts(value: Any, visit: Callable[[Any], Any]) -> Any:
     """A parameter with `visit(jaxpr)` in place of each jaxpr in it; itself where it has none."""
+    kind: Any = type(value)
+    if not _may_hold_jaxprs(kind):
+        return value
     if is_jaxpr(value):
         return visit(value)
     if isinstance(value, (tuple, list)):
@@ -55,11 +75,8 @@ def _map_parts(value: Any, visit: Callable[[Any], Any]) -> Any:
         if all(new is old for new, old in zip(parts, value.values(), strict=True)):
             return value
         return type(value)(zip(value, parts, strict=True))
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-        changed = {key: new for key, old in fields.items() if (new := _map_parts(old, visit)) is not old}
-        return dataclasses.replace(value, **changed) if changed else value
-    return value
+    changed = {key: new for key, old in _fields_of(value).items() if (new := _map_parts(old, visit)) is not old}
+    return dataclasses.replace(value, **changed) if changed else value
 
 
 def evaluate(jaxpr: Any, args: list[Any], rule: Rule | None = None, *, note: Callable[..., None] | None = None) -> Any:

@@ -21,7 +21,7 @@ from jhop._close import closes_over_tracer
 from jhop._compile import MAX_ENTRIES, CompiledGraph
 from jhop._errors import JhopError
 from jhop._explain import Explains, hooks_of
-from jhop._graph import GraphModule, Input, hooks_in
+from jhop._graph import GraphModule, Input
 from jhop._guards import Guards, all_hold
 from jhop._history import History
 from jhop._lookups import Lookups
@@ -245,8 +245,7 @@ class Jitted(Explains):
             where="jhop.jit", history=self._history, first=reason,
             static=tuple(f"{name} = {in_words(value)}" for name, value in static),
         )  # fmt: skip
-        hooks = hooks_in(gm.jaxpr)
-        guards = lookups.guards([hook.base for hook, _ in hooks], gm.jaxpr)
+        guards = lookups.guards([hook.base for hook, _ in gm.hooks], gm.jaxpr)
         return _Version(guards, compiled, signature, traced.out_info)
 
     def _graph_of(self, traced: Any, args: Any, kwargs: Any) -> GraphModule:

@@ -23,12 +23,12 @@ from jhop._close import closed_over_tracers, substituted
 from jhop._errors import JhopError
 from jhop._graph import GraphModule, Info, Input, hooks_in
 from jhop._hook import HookList
+from jhop._leaves import Leaf, declare_state
 from jhop._lift import traced_result
 from jhop._node import grad_enabled, set_inside
 from jhop._source import hook_name, origin_of, user_frames
 from jhop._tensor import Tensor
 from jhop._text._aten import joint_names
-from jhop._walk import Leaf, declare_state
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

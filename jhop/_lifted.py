@@ -13,9 +13,9 @@ from jhop import _state
 from jhop._capture import Recorder
 from jhop._expr import Expr, free
 from jhop._guards import Guards
+from jhop._leaves import Leaf
 from jhop._scalar import Scalar
 from jhop._slotcode import SlotCode
-from jhop._walk import Leaf
 from jhop._writeback import write_back
 
 

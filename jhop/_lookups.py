@@ -18,12 +18,13 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from jhop import _compat
-from jhop._container import MISSING
+from jhop._container import MISSING, Container
 from jhop._guards import Guards
 from jhop._interp import inner_jaxprs
+from jhop._names import stores_outside
 from jhop._ran import note_code_that_runs
 from jhop._source import is_user_file, warn
-from jhop._walk import MAX_CONTAINERS, Walk
+from jhop._walk import MAX_CONTAINERS, REFLECTION, Walk
 
 
 class _Epoch:
@@ -75,7 +76,10 @@ class Lookups:
         if not _epoch.holds():
             _epoch = _Epoch()
         functions = self.walk.instances(types.FunctionType, lambda fn: is_user_file(fn.__code__.co_filename))
-        with _compat.cache_of(_epoch), note_code_that_runs([fn.__code__ for fn in functions]) as ran:
+        codes = [fn.__code__ for fn in functions]
+        # What reads no number and writes nothing may as well count as a part of the function: it makes no difference.
+        roughly = not _may_hold_state(self.walk) and not any(map(stores_outside, codes))
+        with _compat.cache_of(_epoch), note_code_that_runs(codes, roughly=roughly) as ran:
             yield
         _epoch.ran |= ran
 
@@ -112,6 +116,15 @@ class Lookups:
         if inner := _inner_functions(self.walk, jaxprs):
             _epoch.add(guards, inner)
         return guards
+
+
+def _may_hold_state(walk: Walk) -> bool:
+    """Whether there is more in reach than functions, modules and what is neither a number nor mutable."""
+
+    def is_namespace(container: Container) -> bool:
+        return container.kind in ("cell", "defaults") or (container.kind == "dict" and container.names is not None)
+
+    return walk.mentions(*REFLECTION) or bool(walk.leaves) or not all(map(is_namespace, walk.containers))
 
 
 def _inner_functions(walk: Walk, jaxprs: Iterable[Any]) -> list[Any]:

@@ -18,6 +18,7 @@ from jhop._container import Container
 from jhop._errors import Unsupported
 from jhop._expr import Expr, const, free, repeated, substitute
 from jhop._interp import evaluate
+from jhop._leaves import is_number
 from jhop._lifted import Session
 from jhop._replay import fits_device, number_of
 from jhop._scalar import Scalar, is_scalar, weak_aval
@@ -38,7 +39,6 @@ from jhop._slots import (
     variables,
 )
 from jhop._state import APPEND, Lift, Mark, Write
-from jhop._walk import is_number
 
 MAX_UNROLL = 64  # iterations
 _MAX_TRIES = 8  # traces of a body until the types of its state have settled

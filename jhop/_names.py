@@ -33,6 +33,19 @@ class Names(NamedTuple):
     cells: frozenset[str]
 
 
+_OUTSIDE = {"STORE_GLOBAL", "DELETE_GLOBAL", "STORE_NAME", "STORE_ATTR", "DELETE_ATTR", "STORE_SUBSCR", "DELETE_SUBSCR"}
+
+
+@functools.lru_cache(maxsize=4096)
+def stores_outside(code: types.CodeType) -> bool:
+    """Whether code, that nested in it included, has a statement that may write to more than its own variables."""
+    return any(
+        instruction.opname in _OUTSIDE
+        or (instruction.opname in ("STORE_DEREF", "DELETE_DEREF") and instruction.argval in code.co_freevars)
+        for instruction in dis.get_instructions(code)
+    ) or any(stores_outside(const) for const in code.co_consts if isinstance(const, types.CodeType))
+
+
 @functools.lru_cache(maxsize=4096)
 def names_in_code(code: types.CodeType, without: frozenset[types.CodeType] | None = None) -> Names:
     """What code names; with `without`, leaving out those code objects, and names that are only stored to."""

@@ -23,8 +23,9 @@ from typing import Any
 
 from jhop import _compat
 from jhop._container import Container
+from jhop._leaves import Fixed, Leaf, is_array, is_number
 from jhop._stored import may_change
-from jhop._walk import Fixed, Leaf, Walk, is_array, is_number
+from jhop._walk import Walk
 
 _HOLDERS = frozenset({"dict", "list", "deque", "cell", "partial", "defaults", "attrs", "slots", "class", "tuple"})
 _MAX_SEARCHED = 10_000  # objects

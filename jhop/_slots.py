@@ -16,12 +16,12 @@ from jhop._container import MISSING, Container
 from jhop._errors import Unsupported
 from jhop._expr import Expr, const, free, substitute
 from jhop._interp import inner_jaxprs
+from jhop._leaves import is_number
 from jhop._lifted import Session
 from jhop._replay import as_number, number_of
 from jhop._scalar import device_kind, is_rounded, is_scalar, weak_aval
 from jhop._state import APPEND, WHOLE, Mark, Write
 from jhop._template import Templates, rebuild
-from jhop._walk import is_number
 
 
 class DoesNotThread(Exception):
@@ -294,7 +294,7 @@ def variables(atoms: Iterable[Any]) -> set[Any]:
 
 def refusal(eqn: Any, change: Write, why: str = "") -> Unsupported:
     return Unsupported(
-        f"a hook inside `{eqn.primitive}` writes Python state (`{change.where()}`){why and f', {why}'}. Keep there what "
-        "changes in numbers and arrays of one shape and dtype, move the hooked value out, or carry the state "
+        f"a hook inside `{eqn.primitive}` writes Python state (`{change.where()}`){why and f', {why}'}. Keep there "
+        "what changes in numbers and arrays of one shape and dtype, move the hooked value out, or carry the state "
         "through it as an array."
     )

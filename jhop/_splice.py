@@ -1,14 +1,14 @@
 """Inlining into a jaxpr at the price of what is new: equations that stay as they are are not traced again.
 
 `Splice.evaluate` is `_interp.evaluate` for jaxprs most of whose equations keep their meaning. A stretch of these
-becomes one equation, `stretch`, while what replaces the others is traced around it; `Splice.expand` puts the stretch's
-own equations back, with their source, name stack and mesh context. That is quicker than binding each of them again, and
+becomes one equation, `section`, while what replaces the others is traced around it; `expand` puts the stretch's own
+equations back, with their source, name stack and mesh context. That is quicker than binding each of them again, and
 loses nothing of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,22 +17,33 @@ import jax.extend.core as jex_core
 from jhop import _compat
 from jhop._interp import Rule
 
-_stretch_p = jex_core.Primitive("stretch")
-_stretch_p.multiple_results = True
+_section_p = jex_core.Primitive("section")
+_section_p.multiple_results = True
 
 
-@_stretch_p.def_abstract_eval
-def _stretch_abstract_eval(*avals: Any, key: _Key) -> list[Any]:
-    return [variable.aval for variable in key.outs]
+@_section_p.def_abstract_eval
+def _section_abstract_eval(*avals: Any, section: Section) -> list[Any]:
+    return [variable.aval for variable in section.outs]
 
 
-class _Key:
-    """A stretch of equations, with the variables that it reads and those that are read after it."""
+class Section:
+    """Equations in a row, with the variables that they read and those that are read after them.
 
-    def __init__(self, eqns: list[Any], ins: list[Any], outs: list[Any]):
+    Args:
+        names: for equations that are repeated elsewhere: the name stack in which they were made. Each repetition has
+            variables of its own, and the name stack of its place.
+    """
+
+    def __init__(self, eqns: list[Any], ins: list[Any], outs: list[Any], names: Any = None):
         self.eqns = eqns
         self.ins = ins
         self.outs = outs
+        self.names = names
+
+
+def bind_section(values: Sequence[Any], section: Section) -> list[Any]:
+    """One equation that stands for a section's until it is expanded; `values` stand for what that reads."""
+    return _section_p.bind(*values, section=section)
 
 
 class Splice:
@@ -76,11 +87,11 @@ class Splice:
 
         def settle(end: int) -> None:
             eqns, waiting[:] = list(waiting), []
-            key = self._key(eqns, end)
+            section = self._section(eqns, end)
             # What replaced an equation may have given a value of another type (weak, sharded); so may the arguments.
-            fits = all(jax.typeof(env[variable]) == variable.aval for variable in key.ins)
+            fits = all(jax.typeof(env[variable]) == variable.aval for variable in section.ins)
             if len(eqns) > 1 and fits:
-                write(key.outs, _stretch_p.bind(*(env[variable] for variable in key.ins), key=key))
+                write(section.outs, bind_section([env[variable] for variable in section.ins], section))
             else:
                 one_by_one(eqns)
 
@@ -97,31 +108,43 @@ class Splice:
         settle(len(self._opened.eqns))
         return [read(atom) for atom in self._opened.outvars]
 
-    def _key(self, eqns: list[Any], end: int) -> _Key:
+    def _section(self, eqns: list[Any], end: int) -> Section:
         made = {variable: None for eqn in eqns for variable in eqn.outvars}
         read = {atom: None for eqn in eqns for atom in eqn.invars if not isinstance(atom, jex_core.Literal)}
         ins = [variable for variable in read if variable not in made]
-        return _Key(eqns, ins, [variable for variable in made if self._last_use.get(variable, -1) >= end])
+        return Section(eqns, ins, [variable for variable in made if self._last_use.get(variable, -1) >= end])
 
 
-def expand(jaxpr: Any) -> tuple[Any, list[Any]]:
-    """Puts each stretch's own equations in its place.
+def expand(jaxpr: Any) -> tuple[Any, list[Any], list[tuple[dict[Any, Any], list[Any]]]]:
+    """Puts each section's own equations in its place.
 
     Returns:
-        (the open jaxpr, the variables in it that are those of the jaxpr which was evaluated).
+        (the open jaxpr, the variables in it that are those of the jaxpr which was evaluated, for each repetition of a
+        section the new variables by the old ones, and which of these it made).
     """
-    eqns, kept = [], []
+    eqns: list[Any] = []
+    kept: list[Any] = []
+    repeated = []
     for eqn in jaxpr.eqns:
-        if eqn.primitive is not _stretch_p:
+        if eqn.primitive is not _section_p:
             eqns.append(eqn)
             continue
-        key = eqn.params["key"]
-        new = dict(zip([*key.ins, *key.outs], [*eqn.invars, *eqn.outvars], strict=True))
-        for old in key.eqns:
+        section = eqn.params["section"]
+        new = dict(zip([*section.ins, *section.outs], [*eqn.invars, *eqn.outvars], strict=True))
+        inner = [variable for old in section.eqns for variable in old.outvars if variable not in new]
+        if section.names is None:
+            kept += inner
+        else:
+            new.update((variable, jex_core.Var(variable.aval)) for variable in inner)
+            repeated.append((new, [*section.outs, *inner]))
+        for old in section.eqns:
             invars = [atom if isinstance(atom, jex_core.Literal) else new.get(atom, atom) for atom in old.invars]
-            eqns.append(old.replace(invars=invars, outvars=[new.get(variable, variable) for variable in old.outvars]))
-            kept += [variable for variable in old.outvars if variable not in new]
-    return jaxpr.replace(eqns=eqns), kept
+            source = old.source_info
+            if section.names is not None:
+                source = _compat.moved(source, section.names, eqn.source_info.name_stack)
+            outvars = [new.get(variable, variable) for variable in old.outvars]
+            eqns.append(old.replace(invars=invars, outvars=outvars, source_info=source))
+    return jaxpr.replace(eqns=eqns), kept, repeated
 
 
 def retrace(

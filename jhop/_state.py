@@ -121,8 +121,13 @@ class Lift:
                 stand_in = self._lists[id(slot.value)] = AppendList(slot.value, list(slot.value))
             slot.container.put(slot.key, stand_in)
 
-    def mark(self) -> list[Mark]:
-        """What every container holds now, those that hooks made included, for `changes` and `back_to`."""
+    def mark(self, containers: list[Container] | None = None) -> list[Mark]:
+        """What every container holds now, those that hooks made included, or each of some.
+
+        For `changes` and `back_to`.
+        """
+        if containers is not None:
+            return [self._mark(container) for container in containers]
         marks = [self._mark(container) for container in self.walk.containers]
         met = set[int]()
         for mark in marks:  # which grows

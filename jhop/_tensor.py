@@ -17,8 +17,8 @@ import numpy as np
 from jhop import _compat, _engine
 from jhop._errors import HookError, JhopError
 from jhop._hook import HookList, RemovableHandle
+from jhop._leaves import declare_state
 from jhop._node import AccumulateGrad, Edge, Node, inside
-from jhop._walk import declare_state
 
 
 class Tensor:

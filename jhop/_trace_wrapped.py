@@ -229,8 +229,8 @@ def run_pure(fn: HookFn, args: Sequence[Any]) -> list[Any]:
     if writes:
         raise Unsupported(
             f"{describe_hook(fn.base)} writes Python state (`{writes[0].where()}`), but the function that it hooks was "
-            "compiled by plain `jax.jit`, which would run it once and never again. Compile with `jhop.jit` instead: it makes "
-            "the state an input and an output of the graph and writes it back after every run."
+            "compiled by plain `jax.jit`, which would run it once and never again. Compile with `jhop.jit` instead: it "
+            "makes the state an input and an output of the graph and writes it back after every run."
         )
     return outs
 

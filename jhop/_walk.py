@@ -20,7 +20,7 @@ import sys
 import types
 import weakref
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -29,13 +29,14 @@ from jhop import _compat
 from jhop._classes import OPAQUE_ROOTS, is_generated, is_opaque, is_user_class, why_not_lifted
 from jhop._container import Container, builtin_kind
 from jhop._errors import Unsupported
+from jhop._leaves import DECLARED, Fixed, Leaf, is_array, is_number
 from jhop._library import FUNCTIONS, cells_of, held, inside
 from jhop._names import TEXT, TEXT_METHODS, names_in_code, names_in_value, slot_names
 from jhop._source import is_user_file
 
 MAX_CONTAINERS = 10_000
 # Code that uses one of these can reach any attribute, so names say nothing about what it reads.
-_REFLECTION = set("__dict__ vars setattr getattr hasattr delattr eval exec globals asdict astuple fields".split())
+REFLECTION = set("__dict__ vars setattr getattr hasattr delattr eval exec globals asdict astuple fields".split())
 _IMMUTABLE = {str, bytes, bool, complex, range, type(None), type(Ellipsis), type(NotImplemented)}
 _VIEWS: tuple[type, ...] = (types.MappingProxyType, type({}.keys()), type({}.values()), type({}.items()))
 # Their instances hold no Python state that a hook could read past JAX.
@@ -43,46 +44,6 @@ _STANDARD_CONTAINERS = {"collections", "types", "argparse", "weakref", "_weakref
 _BUILTINS = frozenset(dir(builtins))  # those that Python comes with are taken for granted
 _NEVER = ("__dict__", "__weakref__", "__doc__", "__module__", "__slots__", "__qualname__")
 T = TypeVar("T")
-
-
-class Leaf(NamedTuple):
-    """A slot with a number, array or tracer."""
-
-    container: Container
-    key: Any
-    path: str
-    value: Any
-
-
-class Fixed(NamedTuple):
-    """A slot whose value the traced graph takes for granted."""
-
-    container: Container
-    key: Any
-    value: Any
-
-
-def is_number(value: Any) -> bool:
-    """Numbers that are lifted; bools are flags, and steer control flow too often to be worth lifting."""
-    return type(value) is int or type(value) is float
-
-
-def is_array(value: Any) -> bool:
-    """Arrays that are lifted."""
-    cls = type(value)
-    library = cls.__module__.partition(".")[0] in OPAQUE_ROOTS
-    if not library or not (isinstance(value, jax.Array) or cls is np.ndarray) or issubclass(cls, _compat.Tracer):
-        return False  # a NumPy scalar is a value like a string: exact, and guarded
-    return _compat.has_arrays_of(value.dtype)
-
-
-# Library classes that hold state a hook may read, with the slots that hold it.
-DECLARED: dict[type, tuple[str, ...]] = {}
-
-
-def declare_state(cls: type, *slots: str) -> None:
-    """Says which slots of a library class hold state: jhop's own classes are not walked like a user's."""
-    DECLARED[cls] = slots
 
 
 class Walk:
@@ -93,6 +54,7 @@ class Walk:
         strict: whether state that cannot be lifted is an error; otherwise it is passed over.
         without: for a function that is run once, when it is traced: code that is not looked into. What code only
             stores does not count then either.
+        limit: how many slots to look at, by default all; those left out count as `truncated`.
 
     Raises:
         Unsupported: there is state that cannot be lifted.
@@ -119,14 +81,18 @@ class Walk:
         *,
         strict: bool = True,
         without: frozenset[types.CodeType] | None = None,
+        limit: int | None = None,
     ):
         self._strict = strict
+        self._slots = limit
         self._without = without
         self._names: set[str] = set()
         self._everything = False
         self._generated: set[types.CodeType] = set()  # of methods that `dataclass` made
         while True:  # code met late may name attributes of objects met early: walk until no new names turn up
             known = (len(self._names), self._everything)
+            self._filtered = False  # whether names decided what was looked at
+            self._bare: list[Container] = []  # functions without attributes
             self.containers: list[Container] = []
             self.leaves: list[Leaf] = []
             self.tracers: list[Leaf] = []
@@ -150,6 +116,10 @@ class Walk:
                 while self._work:
                     self._visit_if_possible(*self._work.popleft())
             if (len(self._names), self._everything) == known:
+                break
+            if not (self._filtered or self._everything):
+                for container in self._bare:
+                    container.names = set(self._names)
                 break
 
     def mentions(self, *names: str) -> bool:
@@ -211,6 +181,9 @@ class Walk:
                 self._slot(container, key, value)
 
     def _slot(self, container: Container, key: Any, value: Any) -> None:
+        if self._slots is not None and len(self.fixed) + len(self.leaves) >= self._slots:
+            self.truncated = True
+            return
         path = container.path_of(key)
         # An object may say what it likes of its class, or raise when it is asked.
         if issubclass(type(value), _compat.Tracer):
@@ -321,7 +294,7 @@ class Walk:
             return
         names, loaded, imported, cells = names_in_code(fn.__code__, self._without)
         self._names |= names - {"type"} if fn.__code__ in self._generated else names
-        self._everything |= not _REFLECTION.isdisjoint(names)
+        self._everything |= not REFLECTION.isdisjoint(names)
         for index, (name, cell) in enumerate(zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True)):
             if name in cells:
                 self._add(cell, "cell", f"{path}.__closure__[{index}]")
@@ -339,12 +312,17 @@ class Walk:
         for name in sorted(imported):  # the same paths in every process
             self._work.append((sys.modules.get(name), f"G[{name!r}]"))
         self._add(fn.__dict__, "dict", f"{path}.__dict__", self._attribute_names())
+        if fn.__dict__:
+            self._filtered = True
+        elif (container := self._by_id.get((id(fn.__dict__), "dict"))) is not None:
+            self._bare.append(container)
 
     def _visit_module(self, module: types.ModuleType) -> None:
         filename = getattr(module, "__file__", None)
         root = module.__name__.split(".")[0]
         made = filename is None and root not in {*sys.stdlib_module_names, *sys.builtin_module_names, *OPAQUE_ROOTS}
         if made or (filename is not None and is_user_file(filename)):
+            self._filtered = True
             self._add(module.__dict__, "dict", f"G[{module.__name__!r}].__dict__", self._names - set(_NEVER))
 
     def _visit_class(self, cls: type) -> None:
@@ -352,6 +330,7 @@ class Walk:
             if not is_user_class(base) or (id(base) in self._seen and base is not cls):
                 continue
             self._seen[id(base)] = base
+            self._filtered = True
             self.attributes.append((base, "__bases__", base.__bases__))
             special = {
                 name
@@ -395,6 +374,7 @@ class Walk:
             return
         if is_opaque(cls):
             return
+        self._filtered = True
         mine = is_user_class(cls)
         node = mine and self._without is not None and not jax.tree_util.all_leaves([value])
         if mine:

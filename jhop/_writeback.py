@@ -5,10 +5,33 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
+import numpy as np
+
 from jhop import _state
 from jhop._container import MISSING
+from jhop._errors import Unsupported
 from jhop._slotcode import SlotCode
-from jhop._template import NUMBER_TYPES, rebuild
+from jhop._template import NUMBER_TYPES, map_outputs, rebuild
+
+
+def stay_numpy(spec: Any, before: np.ndarray, where: str) -> Any:
+    """A NumPy array that a hook replaced by what it computed from it stays a NumPy array."""
+    if jax.dtypes.canonicalize_dtype(before.dtype) != before.dtype:
+        raise Unsupported(
+            f"a hook writes `{where}`, a NumPy array of dtype {before.dtype}, which JAX would narrow to "
+            f"{jax.dtypes.canonicalize_dtype(before.dtype)}. Use that dtype, or turn x64 on (JAX_ENABLE_X64=1)."
+        )
+    return ("numpy", spec[1])
+
+
+def after_results(writes: list[_state.Write], n_outs: int) -> list[_state.Write]:
+    """Templates count state outputs from 0; the graph's outputs begin with its results."""
+    done: dict[int, Any] = {}
+    return [
+        write if write.value is MISSING else write._replace(value=map_outputs(write.value, lambda i: i + n_outs, done))
+        for write in writes
+    ]
 
 
 def write_back(writes: Sequence[_state.Write], n_outs: int) -> Callable[[Sequence[Any]], None]:

@@ -26,11 +26,11 @@ from jhop._forward import CompiledNode
 from jhop._graph import GraphModule, Info, Input
 from jhop._hook import run_hooks
 from jhop._interp import evaluate
+from jhop._leaves import declare_state
 from jhop._node import AccumulateGrad, Edge, Node, OpNode
 from jhop._schedule import schedule
 from jhop._source import describe_hook
 from jhop._trace_wrapped import trace_wrapped, trace_wrapped_p
-from jhop._walk import declare_state
 
 # Captures by structure of the tape, the least recently used first. It holds hooks, so it must not grow for ever.
 _cache: collections.OrderedDict[Any, Callable[..., Any]] = collections.OrderedDict()

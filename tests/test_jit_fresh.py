@@ -10,6 +10,7 @@ import pytest
 from jax import lax
 
 import jhop
+from jhop import _lookups
 
 X = np.array([0.5, -2.0, 3.0], np.float32)
 SCALE = 2.0
@@ -375,3 +376,40 @@ def test_what_changes_at_every_call_is_warned_of(model):
         assert fn(X).tolist() == (X * 20).tolist()
     model.scale = 21.0
     assert fn(X).tolist() == (X * 21).tolist()
+
+
+def double(ct):
+    return ct * 2.0
+
+
+def write_global(ct):
+    global SCALE
+    SCALE = SCALE
+    return ct * 3.0
+
+
+def write_attribute(ct):
+    double.seen = True
+    return ct * 5.0
+
+
+HOLDS_STATE = {
+    double: False, write_global: True, write_attribute: True, lambda ct: ct * SCALE: True,
+    lambda ct, table={}: ct * len(table): True, lambda ct: ct * Model.bias: True, lambda ct: vars(double) and ct: True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("hook", HOLDS_STATE)
+def test_what_runs_is_watched_closely_where_hooks_may_have_state(hook, monkeypatch):
+    """On Python 3.11 that makes tracing twice as slow, so it is left out for others."""
+    roughly = []
+
+    def noted(codes, **options):
+        roughly.append(options["roughly"])
+        return note(codes, **options)
+
+    note = _lookups.note_code_that_runs
+    monkeypatch.setattr(_lookups, "note_code_that_runs", noted)
+    step = jhop.jit(jax.grad(lambda x: jhop.hook(x, hook).sum()))
+    step.eval_shape(X)
+    assert roughly == [not HOLDS_STATE[hook]]
