@@ -190,11 +190,11 @@ class _Inliner:
                 self._state_outs.append(jax.numpy.copy(twin) if alike else twin)
             return index
 
-        templates = Templates(self._walk, note)
+        templates = Templates(self._walk.knows, note)
         arrays = [leaf for leaf in self._walk.leaves if type(leaf.value) is np.ndarray]
         numpy = {(id(leaf.container), leaf.key): leaf.value for leaf in arrays}
         for write in lift.writes():
-            value, where = write.value, write.container.path_of(plain(write.key))
+            value, where = write.value, write.where()
             if value is not MISSING:
                 value = templates.make(value, where)
             before = numpy.get((id(write.container), write.key))

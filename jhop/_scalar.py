@@ -196,8 +196,9 @@ class Scalar:
         # Anything else that a number has (is_integer, bit_length, real) depends on the value.
         if name.startswith("__array"):
             raise AttributeError(name)
-        if name == "dtype" and _compat.asked_by_jax():  # which knows the dtype of a Python number, by its exact type
-            return self._twin.dtype
+        # JAX knows these of a Python number, by its exact type.
+        if name in ("dtype", "aval") and _compat.asked_by_jax():
+            return getattr(self._twin, name)
         return getattr(self._specialise(), name)
 
 

@@ -19,7 +19,8 @@ from jhop._interp import inner_jaxprs
 from jhop._lifted import Session
 from jhop._replay import as_number, number_of
 from jhop._scalar import device_kind, is_rounded, is_scalar, weak_aval
-from jhop._state import APPEND, Mark, Write
+from jhop._state import APPEND, WHOLE, Mark, Write
+from jhop._template import Templates, rebuild
 from jhop._walk import is_number
 
 
@@ -63,30 +64,29 @@ class Slot:
 class Written:
     """What a body wrote, and how it is told outside: arrays are results of the body, numbers are expressions."""
 
-    def __init__(self, changes: list[Write], session: Session, outside: set[Expr]):
-        self._changes = changes
+    def __init__(self, changes: list[Write], session: Session, outside: set[Expr], known: Callable[[Any], bool]):
         self._session = session
+        self._numbers: list[Expr] = []
         self._tracers: list[Any] = []
-        numbers = [value._expr for change in changes for value in values_of(change) if is_scalar(value)]
-        self._parts = arrays_of(numbers, outside)
-        self._specs = [(c.container, c.key, self._spec(c)) for c in changes]
+        templates, places = Templates(known, self._note), []
+        for change in changes:
+            made = [templates.make(value, change.where()) for value in values_of(change)]
+            places.append((change._replace(value=None), change.value is MISSING, made))
+        self._places = places
+        self._parts = arrays_of(self._numbers, outside)
         self._tracers += [session.arrays[part] for part in self._parts]
 
-    def _spec(self, change: Write) -> Any:
-        return [self._spec_of(value) for value in values_of(change)]
-
-    def _spec_of(self, value: Any) -> Any:
+    def _note(self, value: Any, where: str) -> int:
+        """Numbers are told by places from -1 down, arrays by those from 0 up."""
         if is_scalar(value):
-            return ("number", value._expr)
-        if isinstance(value, _compat.Tracer):
-            self._tracers.append(value)
-            return ("array", len(self._tracers) - 1)
-        return ("const", value)
+            self._numbers.append(value._expr)
+            return -len(self._numbers)
+        self._tracers.append(value)
+        return len(self._tracers) - 1
 
     def take(self) -> list[Any]:
         """The tracers, which are let go of."""
         tracers, self._tracers = self._tracers, []
-        self._changes = []
         return tracers
 
     def filled(self, arrays: list[Any]) -> list[Write]:
@@ -94,22 +94,19 @@ class Written:
         first = len(arrays) - len(self._parts)
         keys = dict(zip(self._parts, map(self._session.array, arrays[first:]), strict=True))
 
-        def value(kind: str, content: Any) -> Any:
-            if kind == "number":
-                return number_of(self._session, substitute([content], keys.get)[0])
-            return arrays[content] if kind == "array" else content
-
-        changes = []
-        for container, key, specs in self._specs:
-            values = [value(*spec) for spec in specs]
-            changes.append(Write(container, key, values if key is APPEND else values[0] if values else None))
+        numbers = [number_of(self._session, expr) for expr in substitute(self._numbers, keys.get)]
+        outs, made, changes = [*arrays[:first], *reversed(numbers)], dict[int, Any](), []
+        for change, gone, templates in self._places:
+            values = [rebuild(template, outs, made) for template in templates]
+            many = change.key is APPEND or change.key is WHOLE
+            changes.append(change._replace(value=MISSING if gone else values if many else values[0]))
         return changes
 
 
 def values_of(change: Write) -> list[Any]:
-    if change.key is None:
-        return []
-    return list(change.value) if change.key is APPEND else [change.value]
+    if change.key is APPEND or change.key is WHOLE:
+        return list(change.value)
+    return [] if change.value is MISSING else [change.value]
 
 
 ZERO = const(0)
@@ -134,7 +131,7 @@ def expr_of(number: Any) -> Expr:
 
 def new_slot(change: Write, start: list[Mark]) -> Slot:
     """The slot for something that was found to be written."""
-    if change.key is None or change.value is MISSING:
+    if change.key is WHOLE or change.value is MISSING:
         raise DoesNotThread("what it holds gets other entries")
     slot = slot_before(change.container, change.key, start)
     if slot is None:
@@ -296,11 +293,8 @@ def variables(atoms: Iterable[Any]) -> set[Any]:
 
 
 def refusal(eqn: Any, change: Write, why: str = "") -> Unsupported:
-    place = change.container.path if change.key is None else change.container.path_of(change.key)
-    if change.key is APPEND:
-        place = change.container.path
     return Unsupported(
-        f"a hook inside `{eqn.primitive}` writes Python state (`{place}`){why and f', {why}'}. Keep there what "
-        "changes in numbers and arrays of one shape and dtype, move the hooked value out, or carry the state "
+        f"a hook inside `{eqn.primitive}` writes Python state (`{change.where()}`){why and f', {why}'}. Keep there "
+        "what changes in numbers and arrays of one shape and dtype, move the hooked value out, or carry the state "
         "through it as an array."
     )

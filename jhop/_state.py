@@ -8,13 +8,21 @@ to the real objects after the compiled graph ran: all of them, or none.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+import types
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
+
+import jax
+import numpy as np
 
 from jhop import _compat
 from jhop._append import AppendList
-from jhop._container import MISSING, Container
+from jhop._classes import is_opaque
+from jhop._container import MISSING, Container, builtin_kind
 from jhop._errors import Unsupported
+from jhop._names import slot_names
+from jhop._scalar import Scalar
+from jhop._template import plain
 from jhop._walk import Walk
 
 # One trace at a time: while hooks are traced, their objects hold symbols that another thread must not see.
@@ -26,14 +34,36 @@ _READERS = """join heappush heappop heapify heapreplace heappushpop merge nlarge
 concatenate dumps dump fromiter pack type""".split()
 
 APPEND: Any = object()  # the key of a write that appends to a list
+WHOLE: Any = object()  # the key of one that gives a list, set or deque other contents; its value has them all
+
+
+_PLAIN = frozenset({int, float, bool, str, type(None), Scalar})
+_FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinMethodType)
+_NOT_MADE = (jax.Array, np.ndarray, AppendList, *_FUNCTIONS, types.ModuleType, type)
+
+
+def _containers_of(value: Any, path: str) -> list[Container]:
+    """The containers of an object that a hook made."""
+    if is_opaque(type(value)):
+        return []
+    if (kind := builtin_kind(value)) is not None:
+        return [Container(value, kind, path)]
+    found = [Container(value, "attrs", path)] if isinstance(getattr(value, "__dict__", None), dict) else []
+    slots = slot_names(type(value))
+    return [*found, Container(value, "slots", path, slots)] if slots else found
 
 
 class Write(NamedTuple):
-    """A slot that the hooks changed. The key is None where the container is written as a whole."""
+    """A slot that the hooks changed, or `APPEND`, or `WHOLE`. The value is MISSING where the slot is gone."""
 
     container: Container
     key: Any
     value: Any
+
+    def where(self) -> str:
+        """Python source that reaches what was written."""
+        whole = self.key is APPEND or self.key is WHOLE
+        return self.container.path if whole else self.container.path_of(plain(self.key))
 
 
 class Mark(NamedTuple):
@@ -52,19 +82,20 @@ class Lift:
     """
 
     def __init__(self, walk: Walk, symbols: list[Any]):
-        self._walk = walk
+        self.walk = walk
         self._symbols = symbols
         self._snapshots: list[tuple[Container, list[tuple[Any, Any]]]] = []
         self._placed: list[list[tuple[Any, Any]]] = []
         self._lists: dict[int, AppendList] = {}  # by id of the list that each stands for
+        self._new: dict[int, list[Container]] = {}  # by id of an object that a hook made
 
     def __enter__(self) -> Lift:
-        self._snapshots = [(container, container.items()) for container in self._walk.containers]
+        self._snapshots = [(container, container.items()) for container in self.walk.containers]
         try:
-            for leaf, symbol in zip(self._walk.leaves, self._symbols, strict=True):
+            for leaf, symbol in zip(self.walk.leaves, self._symbols, strict=True):
                 leaf.container.put(leaf.key, symbol)
             self._place_lists()
-            self._placed = [container.items() for container in self._walk.containers]
+            self._placed = [container.items() for container in self.walk.containers]
         except BaseException:
             self.__exit__()
             raise
@@ -72,16 +103,16 @@ class Lift:
 
     def _place_lists(self) -> None:
         """Puts a list that tells of reads wherever a slot holds a list."""
-        lists = {id(c.obj): c for c in self._walk.containers if c.kind == "list" and type(c.obj) is list}
-        for pinned in self._walk.pinned:
+        lists = {id(c.obj): c for c in self.walk.containers if c.kind == "list" and type(c.obj) is list}
+        for pinned in self.walk.pinned:
             lists.pop(pinned, None)
-        if self._walk.mentions(*_READERS):
+        if self.walk.mentions(*_READERS):
             return
         # The innermost first, so that what holds a list is copied with the list's stand-in in it.
-        for slot in self._walk.fixed:
+        for slot in self.walk.fixed:
             if slot.container.kind in ("set", "partial", "defaults"):  # tuples, as far as the hook can tell
                 lists.pop(id(slot.value), None)
-        for slot in reversed(self._walk.fixed):
+        for slot in reversed(self.walk.fixed):
             found = lists.get(id(slot.value))
             if found is None:
                 continue
@@ -91,18 +122,41 @@ class Lift:
             slot.container.put(slot.key, stand_in)
 
     def mark(self) -> list[Mark]:
-        """What every container holds now, for `changes` and `back_to`."""
-        marks = []
-        for container in self._walk.containers:
-            stand_in = self._lists.get(id(container.obj)) if container.kind == "list" else None
-            items = container.items() if stand_in is None else list(enumerate(stand_in.raw()))
-            marks.append(Mark(container, stand_in, items, 0 if stand_in is None else stand_in.reads))
+        """What every container holds now, those that hooks made included, for `changes` and `back_to`."""
+        marks = [self._mark(container) for container in self.walk.containers]
+        met = set[int]()
+        for mark in marks:  # which grows
+            for key, value in mark.items:
+                if type(value) not in _PLAIN:
+                    marks += map(self._mark, self._made(value, mark.container, key, met))
         return marks
 
+    def _mark(self, container: Container) -> Mark:
+        stand_in = self._lists.get(id(container.obj)) if container.kind == "list" else None
+        items = container.items() if stand_in is None else list(enumerate(stand_in.raw()))
+        return Mark(container, stand_in, items, 0 if stand_in is None else stand_in.reads)
+
+    def _made(self, value: Any, holder: Container, key: Any, met: set[int]) -> list[Container]:
+        """The containers in a value, less those that were there before hooks ran; `met` grows by what was found."""
+        if isinstance(value, _NOT_MADE) or self.walk.knows(value) or id(value) in met:
+            return []
+        if isinstance(value, tuple):
+            return [found for item in value for found in self._made(item, holder, key, met)]
+        met.add(id(value))
+        if id(value) not in self._new:  # kept alive, so that ids stay their own
+            self._new[id(value)] = _containers_of(value, holder.path_of(plain(key)))
+        return self._new[id(value)]
+
+    def knew(self, marks: list[Mark]) -> Callable[[Any], bool]:
+        """A function that tells whether an object was there at a mark."""
+        made = {id(mark.container.obj) for mark in marks}
+        return lambda value: id(value) in made or self.walk.knows(value)
+
     def changes(self, since: list[Mark]) -> list[Write]:
-        """The slots that differ from those at a mark. The key is None where a container has other slots than then."""
+        """What differs from a mark."""
         found = []
-        for mark, now in zip(since, self.mark(), strict=True):
+        for mark in since:
+            now = self._mark(mark.container)
             before, present = dict(mark.items), dict(now.items)
             if mark.container.whole and before.keys() != present.keys():
                 kept = [value for _, value in now.items[: len(mark.items)]]
@@ -110,10 +164,10 @@ class Lift:
                 unread = now.stand_in is not None and now.reads == mark.reads
                 appended = unread and grown and len(kept) == len(mark.items)
                 added = [value for _, value in now.items[len(mark.items) :]]
-                found.append(Write(mark.container, APPEND, added) if appended else Write(mark.container, None, None))
+                values = [value for _, value in now.items]
+                found.append(Write(mark.container, APPEND, added) if appended else Write(mark.container, WHOLE, values))
                 continue
-            keys = [key for key in {**before, **present} if before.get(key, MISSING) is not present.get(key, MISSING)]
-            found += [Write(mark.container, key, present.get(key, MISSING)) for key in keys]
+            found += _changed_slots(mark.container, before, present)
         return found
 
     def back_to(self, marks: list[Mark]) -> None:
@@ -125,10 +179,16 @@ class Lift:
                 list.__setitem__(mark.stand_in, slice(None), [value for _, value in mark.items])
 
     def put(self, container: Container, key: Any, value: Any) -> None:
-        """Writes one slot as a hook would, or, with `APPEND` as the key, adds values to a list."""
+        """Writes as a hook would what `Write` says."""
         stand_in = self._lists.get(id(container.obj)) if container.kind == "list" else None
         if key is APPEND:
             list.extend(container.obj if stand_in is None else stand_in, value)
+        elif key is WHOLE and stand_in is None:
+            container.replace(value)
+        elif key is WHOLE and stand_in is not None:
+            stand_in[:] = value
+        elif value is MISSING:
+            container.put_back(key, MISSING)
         elif stand_in is not None:
             stand_in[key] = value  # more than appending
         else:
@@ -138,7 +198,7 @@ class Lift:
         """Lists that hooks did not read: at most they appended to them."""
         return [
             container
-            for container in self._walk.containers
+            for container in self.walk.containers
             if id(container.obj) in self._lists and not self._lists[id(container.obj)].reads
         ]
 
@@ -148,7 +208,7 @@ class Lift:
 
     def writes(self) -> Iterator[Write]:
         """The slots that differ from what was swapped in, containers in order of meeting."""
-        for container, before in zip(self._walk.containers, self._placed, strict=True):
+        for container, before in zip(self.walk.containers, self._placed, strict=True):
             now = container.items()
             stand_in = self._lists.get(id(container.obj)) if container.kind == "list" else None
             if stand_in is not None:
@@ -163,20 +223,23 @@ class Lift:
                     value is old for (_, value), (_, old) in zip(now, before, strict=True)
                 )
                 if not same:
-                    yield Write(container, None, [value for _, value in now])
+                    yield Write(container, WHOLE, [value for _, value in now])
                 continue
-            placed, present = dict(before), dict(now)
-            kept = [key for key in placed if key in present]
-            if container.kind == "dict" and container.names is None and kept != list(present)[: len(kept)]:
-                for key in placed:  # put in another order: written anew, from first to last
-                    yield Write(container, key, MISSING)
-                placed = {}
-            for key, value in present.items():
-                if placed.get(key, MISSING) is not value:
-                    yield Write(container, key, value)
-            for key in placed:
-                if key not in present:
-                    yield Write(container, key, MISSING)
+            yield from _changed_slots(container, dict(before), dict(now))
+
+
+def _changed_slots(container: Container, before: dict[Any, Any], now: dict[Any, Any]) -> Iterator[Write]:
+    kept = [key for key in before if key in now]
+    if container.kind == "dict" and container.names is None and kept != list(now)[: len(kept)]:
+        for key in before:  # put in another order: written anew, from first to last
+            yield Write(container, key, MISSING)
+        before = {}
+    for key, value in now.items():
+        if before.get(key, MISSING) is not value:
+            yield Write(container, key, value)
+    for key in before:
+        if key not in now:
+            yield Write(container, key, MISSING)
 
 
 def commit(writes: list[Write]) -> None:
@@ -188,8 +251,8 @@ def commit(writes: list[Write]) -> None:
                 done.append((container, APPEND, len(container.obj)))
                 container.obj.extend(value)
                 continue
-            if container.whole:
-                done.append((container, None, [item for _, item in container.items()]))
+            if key is WHOLE:
+                done.append((container, WHOLE, [item for _, item in container.items()]))
                 container.replace(value)
                 continue
             done.append((container, key, container.get(key)))
@@ -201,7 +264,7 @@ def commit(writes: list[Write]) -> None:
         for container, key, old in reversed(done):
             if key is APPEND:
                 del container.obj[old:]
-            elif container.whole:
+            elif key is WHOLE:
                 container.replace(old)
             else:
                 container.put_back(key, old)

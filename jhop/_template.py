@@ -28,7 +28,7 @@ from jhop._append import AppendList
 from jhop._errors import Unsupported
 from jhop._names import slot_names
 from jhop._scalar import is_scalar
-from jhop._walk import MAX_CONTAINERS, Walk
+from jhop._walk import MAX_CONTAINERS
 
 _SHARED = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType, type, np.dtype)
 _FROZEN = (int, float, complex, str, bytes, bool, type(None), range, enum.Enum, np.generic, frozenset)
@@ -42,11 +42,11 @@ class Templates:
     """Makes templates of the values that one trace stored.
 
     Args:
-        known: what the hooks could reach before they ran; such objects stay themselves.
+        known: tells whether an object was there before the hooks ran; such objects stay themselves.
         note_output: hands out the number of the output that a tracer becomes.
     """
 
-    def __init__(self, known: Walk, note_output: Callable[[Any, str], int]):
+    def __init__(self, known: Callable[[Any], bool], note_output: Callable[[Any, str], int]):
         self._known = known
         self._note = note_output
         self._made: dict[int, Any] = {}  # by id: one object that is stored twice stays one
@@ -65,7 +65,7 @@ class Templates:
             return ("array", self._note(value, where))
         if isinstance(value, AppendList):
             return ("const", value.original)
-        if self._known.knows(value) or isinstance(value, _FROZEN) and not _holds_symbol(value):
+        if self._known(value) or isinstance(value, _FROZEN) and not _holds_symbol(value):
             return ("const", value)
         if id(value) in self._made:
             return self._made[id(value)]
@@ -153,7 +153,7 @@ def rebuild(spec: Any, outs: list[Any], made: dict[int, Any]) -> Any:
     if kind == "number":
         value = outs[content]
         # A backend that compiled the whole graph gives an array; the state is a Python number all the same.
-        return value if type(value) in NUMBER_TYPES else spec[2](value)
+        return value if type(value) in NUMBER_TYPES or is_scalar(value) else spec[2](value)
     if kind == "array":
         return outs[content]
     if kind == "numpy":

@@ -37,7 +37,7 @@ from jhop._slots import (
     traced_with,
     values_of,
 )
-from jhop._state import APPEND, Lift, Write, explain_leak
+from jhop._state import Lift, Write, explain_leak
 
 _RULES = frozenset({*RUNS_IN_PLACE, *RUNS_ONCE, "scan", "while", "cond"}) - {"shard_map"}
 
@@ -106,9 +106,8 @@ class Threads:
             for change in changes:
                 tracers = [value for value in values_of(change) if isinstance(value, _compat.Tracer)]
                 if (stray := next((v for v in tracers if not _compat.is_staged(v)), None)) is not None:
-                    place = change.container.path_of(None if change.key is APPEND else change.key)
-                    raise explain_leak(place, stray)
-            arrays = len(Written(changes, self._session, outside).take())
+                    raise explain_leak(change.where(), stray)
+            arrays = len(Written(changes, self._session, outside, self._lift.knew(start)).take())
             self._noted += [(change._replace(value=None), arrays) for change in changes]
         return result
 
@@ -215,7 +214,7 @@ class Threads:
         def run(jaxpr: Any, args: list[Any]) -> list[Any]:
             with self._loops.putting_back(start):
                 outs = self._run(jaxpr, args)
-                found[:] = [Written(self._lift.changes(start), self._session, outside)]
+                found[:] = [Written(self._lift.changes(start), self._session, outside, self._lift.knew(start))]
                 arrays = found[0].take()
                 if _compat.binds_axes(eqn):
                     check_the_same_everywhere(eqn, arrays)
@@ -224,8 +223,6 @@ class Threads:
         outs = rebuild(eqn, values, run, more=more)
         n = len(eqn.outvars)
         for change in found[0].filled(outs[n:]):
-            if change.key is None:
-                raise refusal(eqn, change, "whose entries are no longer the same")
             self._lift.put(*change)
         return outs[:n]
 
