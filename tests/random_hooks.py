@@ -10,6 +10,7 @@ promises to trace; three modes say where hooks sit, which bounds what they do:
 """
 
 import dataclasses
+import itertools
 import random
 import re
 from collections.abc import Callable
@@ -50,7 +51,7 @@ def leap(o):
     return o.n % 3
 
 
-HELPERS = [bump, leap]
+HELPERS = [bump]
 """
 
 # Fields of objects: what each begins as, and the places in it that hold a value of a kind, where `@` is the field.
@@ -351,23 +352,25 @@ class Generator:
         lines, values = ["v0 = x * SCALE"], ["v0"]
         where = {"plain": 3, "loops": 6, "branches": 7}[self.mode]
         for i in range(1, self.number(1, 3) + 1):
-            v, p = self.one(values), lambda: f"point({self.number(0, n - 1)}, "
+            v = self.one(values)
             kinds = [
-                f"{p()}jnp.sin({v}) * 1.5)",
-                f"{p()}{p()}{v} * 0.75) + 0.5)",
-                f"flow.checkpoint(lambda v: jnp.sin({p()}jnp.cos(v)) * 2))({v})",
-                f"flow.jit(lambda v: {p()}jnp.sin({p()}v)) * 2))({v})",
-                f"flow.scan(lambda c, s: ({p()}jnp.sin(c) * s), None), {v}, XS, reverse={self.chance(5)})[0]",
-                f"flow.fori(0, 3, lambda i, c: jnp.cos({p()}c * 1.25)), {v})",
-                f"flow.scan(flow.checkpoint(lambda c, s: ({p()}jnp.sin(c)) * s, c.sum())), {v}, XS[:2])[0]",
-                f"flow.cond(up, lambda v: {p()}jnp.sin(v)), lambda v: v * {p()}{p()}v)), {v})",
-                f"flow.scan(lambda c, s: (flow.cond(s > 1, lambda c: {p()}c * s), jnp.sin, c), None), {v}, XS)[0]",
+                f"point(#, jnp.sin({v}) * 1.5)",
+                f"point(#, point(#, {v} * 0.75) + 0.5)",
+                f"flow.checkpoint(lambda v: jnp.sin(point(#, jnp.cos(v)) * 2))({v})",
+                f"flow.jit(lambda v: point(#, jnp.sin(point(#, v)) * 2))({v})",
+                f"flow.scan(lambda c, s: (point(#, jnp.sin(c) * s), None), {v}, XS, reverse={self.chance(5)})[0]",
+                f"flow.fori(0, 3, lambda i, c: jnp.cos(point(#, c * 1.25)), {v})",
+                f"flow.scan(flow.checkpoint(lambda c, s: (point(#, jnp.sin(c)) * s, c.sum())), {v}, XS[:2])[0]",
+                f"flow.cond(up, lambda v: point(#, jnp.sin(v)), lambda v: v * point(#, point(#, v)), {v})",
+                f"flow.scan(lambda c, s: (flow.cond(s > 1, lambda c: point(#, c * s), jnp.sin, c), None), {v}, XS)[0]",
             ]
             kinds = kinds[:4] if where == 3 else kinds[:7] if where == 6 else kinds
             values.append(f"v{i}")
             lines.append(f"v{i} = {self.one(kinds)}")
+        used = itertools.count()  # each hook once before any is used again: what is there to no use costs traces
+        text = re.sub("#", lambda _: str(i if (i := next(used)) < n else self.number(0, n - 1)), "\n".join(lines))
         total = " + ".join(f"{0.5 + 0.25 * i} * {v}" for i, v in enumerate(values))
-        return ["def program(flow, point, x, up):", *indent([*lines, f"return (({total}) ** 2).sum()"])]
+        return ["def program(flow, point, x, up):", *indent([*text.splitlines(), f"return (({total}) ** 2).sum()"])]
 
     # Between the steps.
 
@@ -377,7 +380,7 @@ class Generator:
         if choice == 0:
             return self.one(["K = 5", "RATE = 0.75", "TOTALS['n'] = 8", "SCALE = 1.25", "TOTALS = {'n': 2, 'x': 1.5}"])
         if choice == 1:
-            return self.one(["bump = leap", "HELPERS[:] = [leap]", "HELPERS.reverse()"])
+            return self.one(["bump = leap", "HELPERS[:] = [leap]", "HELPERS[0] = bump"])
         if choice == 2:
             return f"HOOKS[{self.number(0, n - 1)}] = HOOKS[{self.number(0, n - 1)}]"
         if choice == 3:
@@ -406,7 +409,9 @@ class Generator:
         lines += ["E = A", ""] if "E" in self.objects else []
         for source, _ in hooks:
             lines += [*source, ""] if source else []
-        lines += [f"HOOKS = [{', '.join(expression for _, expression in hooks)}]", "", *self.program(n), ""]
+        program = self.program(n)
+        n = min(n, "".join(program).count("point("))
+        lines += [f"HOOKS = [{', '.join(expression for _, expression in hooks[:n])}]", "", *program, ""]
         most = self.one([0, 2])
         steps = range(self.number(2, 4))
         changes = [[self.change(n) for _ in range(self.number(0, most))] for _ in steps]

@@ -171,13 +171,13 @@ def check(program, **options):
 
 
 def share(of):
-    """A part of the profile's examples: these take a second each."""
+    """A part of the profile's examples: these take a while."""
     return hypothesis.settings(max_examples=max(1, hypothesis.settings().max_examples // of))
 
 
 @pytest.mark.parametrize("mode", ["plain", "loops", "branches"])
 def test_traced(mode):
-    @share(2)
+    @share(1)
     @hypothesis.given(programs(mode))
     def run(program):
         check(program, fullgraph=True)
@@ -187,7 +187,7 @@ def test_traced(mode):
 
 @pytest.mark.parametrize("mode", ["plain", "loops", "branches"])
 def test_some_on_the_host(mode):
-    @share(5)
+    @share(3)
     @hypothesis.given(programs(mode, marks=True))
     def run(program):
         with warnings.catch_warnings():
