@@ -10,7 +10,10 @@ promises to trace; three modes say where hooks sit, which bounds what they do:
 """
 
 import dataclasses
+import itertools
+import random
 import re
+from collections.abc import Callable
 from typing import Any
 
 from hypothesis import strategies as st
@@ -48,7 +51,7 @@ def leap(o):
     return o.n % 3
 
 
-HELPERS = [bump, leap]
+HELPERS = [bump]
 """
 
 # Fields of objects: what each begins as, and the places in it that hold a value of a kind, where `@` is the field.
@@ -128,8 +131,9 @@ EXPRESSIONS = {
               "(ct * $_npscalar)", "(ct * $_scalar)", "$_pair[1]", "($_array - $int % 7)", "jnp.full(3, $float)"],
     "list": ["$_list"],
 }  # fmt: skip
-RETURNS = ["ct", "ct", "None", "", "ct * $float", "ct + 0.5 * $_array", "ct * (0.5 + 0.1 * ($int % 7))", "jnp.tanh(ct) * $float",
-           "ct.clip(-2.0, 2.0)", "$float * ct + $int % 3", "jnp.where(ct > 0, ct, ct * $float)", "ct * $_scalar"]  # fmt: skip
+RETURNS = ["ct", "ct", "None", "", "ct * $float", "ct + 0.5 * $_array", "ct * (0.5 + 0.1 * ($int % 7))",
+           "jnp.tanh(ct) * $float", "ct.clip(-2.0, 2.0)", "$float * ct + $int % 3", "ct * $_scalar",
+           "jnp.where(ct > 0, ct, ct * $float)"]  # fmt: skip
 ASKS = ("bool(", "not ", " if ", "min(", "max(", "for ", "len(", "int($", "sum(", "in @")
 
 # What happens between calls, by kind.
@@ -169,18 +173,31 @@ class Program:
 
 
 class Generator:
-    """Draws one program."""
+    """Makes one program.
 
-    def __init__(self, draw: Any, mode: str, marks: bool):
-        self.draw, self.mode, self.marks = draw, mode, marks
+    Args:
+        number: gives an int from one to another, both included.
+    """
+
+    def __init__(self, number: Callable[[int, int], int], mode: str, marks: bool):
+        self.number, self.mode, self.marks = number, mode, marks
         self.objects: dict[str, str] = {}  # global name -> class
         self.fields: dict[str, list[str]] = {}  # class -> fields
+        # Few kinds of state in most programs: where there are many, something in each step costs a trace, and a guard
+        # that is missing does not show.
+        kinds = PLAIN if mode == "branches" else tuple(WRITES)
+        self.kinds = {"int", *(kinds if self.chance(3) else self.some(kinds, 1, 2))}
 
     def one(self, choices: Any) -> Any:
-        return self.draw(st.sampled_from(list(choices)))
+        choices = list(choices)
+        return choices[self.number(0, len(choices) - 1)]
+
+    def some(self, choices: Any, least: int, most: int) -> list[Any]:
+        rest = list(choices)
+        return [rest.pop(self.number(0, len(rest) - 1)) for _ in range(self.number(least, min(most, len(rest))))]
 
     def chance(self, in_ten: int) -> bool:
-        return self.draw(st.integers(0, 9)) >= 10 - in_ten
+        return self.number(0, 9) >= 10 - in_ten
 
     # Objects.
 
@@ -197,8 +214,8 @@ class Generator:
             made = [f"    {f}: object = dataclasses.field(default_factory=lambda: {v})" for f, v in values.items()]
             return ["@dataclasses.dataclass(eq=False)", f"class {cls}:", *made, *body]
         if style == "property":
-            own = ["    @property", "    def n(self):", "        return self._n", "", "    @n.setter",
-                   "    def n(self, value):", f"        self._n = {self.one(['value', 'value', 'value + 1'])}"]  # fmt: skip
+            own = ["    @property", "    def n(self):", "        return self._n", "", "    @n.setter"]
+            own += ["    def n(self, value):", f"        self._n = {self.one(['value', 'value', 'value + 1'])}"]
             return [f"class {cls}:", *init, "", *own, *body]
         if style == "class attribute":
             return [f"class {cls}:", f"    n = {values['n']}", "", *(s for s in init if " self.n " not in s), *body]
@@ -239,8 +256,7 @@ class Generator:
         return HOLE.sub(made, text)
 
     def statement(self, places: Places) -> str:
-        kinds = [kind for kind in WRITES if places.get(kind) and (self.mode != "branches" or kind in PLAIN)]
-        kind = self.one(kinds)
+        kind = self.one(kind for kind in WRITES if places.get(kind) and kind in self.kinds)
         text = self.one([form for form in WRITES[kind] if self.fits(form, places)])
         if "$list" in text:
             other = self.one(places["list"])
@@ -250,13 +266,13 @@ class Generator:
     def block(self, places: Places, deep: int) -> list[str]:
         lines: list[str] = []
         places = {kind: list(found) for kind, found in places.items()}  # locals of this block are its own
-        for _ in range(self.draw(st.integers(1, 4 if deep else 2))):
+        for _ in range(self.number(1, 4 if deep else 2)):
             branching = deep and self.mode != "branches" and self.chance(3)
             lines += self.compound(places, deep) if branching else self.simple(places)
         return lines
 
     def simple(self, places: Places) -> list[str]:
-        choice = self.draw(st.integers(0, 11))
+        choice = self.number(0, 11)
         if choice == 0:
             name = f"v{len(places['int'])}"
             line = f"{name} = {self.fill('$int', places)}"
@@ -294,7 +310,7 @@ class Generator:
         return f"return {self.fill(form, places)}".rstrip()
 
     def body(self, index: int, places: Places) -> list[str]:
-        lines = [f"MARKS.append(({index}, float(ct[0])))"] if self.marks and self.chance(5) else []
+        lines = [f"MARKS.append(({index}, np.asarray(ct)))"] if self.marks and self.chance(5) else []
         return indent([*lines, *self.block(places, 2), self.returned(places)])
 
     def hook(self, i: int, methods: dict[str, list[str]]) -> tuple[list[str], str]:
@@ -335,36 +351,38 @@ class Generator:
     def program(self, n: int) -> list[str]:
         lines, values = ["v0 = x * SCALE"], ["v0"]
         where = {"plain": 3, "loops": 6, "branches": 7}[self.mode]
-        for i in range(1, self.draw(st.integers(2, 4)) + 1):
-            v, p = self.one(values), lambda: f"point({self.draw(st.integers(0, n - 1))}, "
+        for i in range(1, self.number(1, 3) + 1):
+            v = self.one(values)
             kinds = [
-                f"{p()}jnp.sin({v}) * 1.5)",
-                f"{p()}{p()}{v} * 0.75) + 0.5)",
-                f"flow.checkpoint(lambda v: jnp.sin({p()}jnp.cos(v)) * 2))({v})",
-                f"flow.jit(lambda v: {p()}jnp.sin({p()}v)) * 2))({v})",
-                f"flow.scan(lambda c, s: ({p()}jnp.sin(c) * s), None), {v}, XS, reverse={self.draw(st.booleans())})[0]",
-                f"flow.fori(0, 3, lambda i, c: jnp.cos({p()}c * 1.25)), {v})",
-                f"flow.scan(flow.checkpoint(lambda c, s: ({p()}jnp.sin(c)) * s, c.sum())), {v}, XS[:2])[0]",
-                f"flow.cond(up, lambda v: {p()}jnp.sin(v)), lambda v: v * {p()}{p()}v)), {v})",
-                f"flow.scan(lambda c, s: (flow.cond(s > 1, lambda c: {p()}c * s), jnp.sin, c), None), {v}, XS)[0]",
+                f"point(#, jnp.sin({v}) * 1.5)",
+                f"point(#, point(#, {v} * 0.75) + 0.5)",
+                f"flow.checkpoint(lambda v: jnp.sin(point(#, jnp.cos(v)) * 2))({v})",
+                f"flow.jit(lambda v: point(#, jnp.sin(point(#, v)) * 2))({v})",
+                f"flow.scan(lambda c, s: (point(#, jnp.sin(c) * s), None), {v}, XS, reverse={self.chance(5)})[0]",
+                f"flow.fori(0, 3, lambda i, c: jnp.cos(point(#, c * 1.25)), {v})",
+                f"flow.scan(flow.checkpoint(lambda c, s: (point(#, jnp.sin(c)) * s, c.sum())), {v}, XS[:2])[0]",
+                f"flow.cond(up, lambda v: point(#, jnp.sin(v)), lambda v: v * point(#, point(#, v)), {v})",
+                f"flow.scan(lambda c, s: (flow.cond(s > 1, lambda c: point(#, c * s), jnp.sin, c), None), {v}, XS)[0]",
             ]
             kinds = kinds[:4] if where == 3 else kinds[:7] if where == 6 else kinds
             values.append(f"v{i}")
             lines.append(f"v{i} = {self.one(kinds)}")
+        used = itertools.count()  # each hook once before any is used again: what is there to no use costs traces
+        text = re.sub("#", lambda _: str(i if (i := next(used)) < n else self.number(0, n - 1)), "\n".join(lines))
         total = " + ".join(f"{0.5 + 0.25 * i} * {v}" for i, v in enumerate(values))
-        return ["def program(flow, point, x, up):", *indent([*lines, f"return (({total}) ** 2).sum()"])]
+        return ["def program(flow, point, x, up):", *indent([*text.splitlines(), f"return (({total}) ** 2).sum()"])]
 
     # Between the steps.
 
     def change(self, n: int) -> str:
         places = self.places(self.objects)
-        choice = self.draw(st.integers(0, 9))
+        choice = self.number(0, 9)
         if choice == 0:
             return self.one(["K = 5", "RATE = 0.75", "TOTALS['n'] = 8", "SCALE = 1.25", "TOTALS = {'n': 2, 'x': 1.5}"])
         if choice == 1:
-            return self.one(["bump = leap", "HELPERS[:] = [leap]", "HELPERS.reverse()"])
+            return self.one(["bump = leap", "HELPERS[:] = [leap]", "HELPERS[0] = bump"])
         if choice == 2:
-            return f"HOOKS[{self.draw(st.integers(0, n - 1))}] = HOOKS[{self.draw(st.integers(0, n - 1))}]"
+            return f"HOOKS[{self.number(0, n - 1)}] = HOOKS[{self.number(0, n - 1)}]"
         if choice == 3:
             name = self.one(self.objects)
             return f"{name} = {self.objects[name]}()"
@@ -374,15 +392,16 @@ class Generator:
         return self.one(CHANGES[kind]).replace("@", self.one(places[kind]))
 
     def make(self) -> Program:
-        for name, cls in zip("ABD"[: self.draw(st.integers(1, 3))], ("C0", "C1", "C2"), strict=False):
-            others = [field for field in FIELDS if field != "n"]
-            self.fields[cls] = ["n", *self.draw(st.lists(st.sampled_from(others), unique=True, min_size=2, max_size=7))]
+        for name, cls in zip("ABD"[: self.number(1, 3)], ("C0", "C1", "C2"), strict=False):
+            written = [field for field, (_, kinds) in FIELDS.items() if not self.kinds.isdisjoint(kinds)]
+            fields = self.some(written, 1, 5) + self.some(FIELDS, 0, 3)
+            self.fields[cls] = list(dict.fromkeys(["n", *fields]))
             self.objects[name] = cls
         made = dict(self.objects)
         if self.chance(3):
             self.objects["E"] = "C0"  # an alias
         methods: dict[str, list[str]] = {cls: [] for cls in self.fields}
-        n = self.draw(st.integers(1, 4))
+        n = self.number(1, 4)
         hooks = [self.hook(i, methods) for i in range(n)]
         lines = [HEAD]
         for name, cls in made.items():
@@ -390,10 +409,12 @@ class Generator:
         lines += ["E = A", ""] if "E" in self.objects else []
         for source, _ in hooks:
             lines += [*source, ""] if source else []
-        lines += [f"HOOKS = [{', '.join(expression for _, expression in hooks)}]", "", *self.program(n), ""]
-        changes = [
-            [self.change(n) for _ in range(self.draw(st.integers(0, 2)))] for _ in range(self.draw(st.integers(2, 5)))
-        ]
+        program = self.program(n)
+        n = min(n, "".join(program).count("point("))
+        lines += [f"HOOKS = [{', '.join(expression for _, expression in hooks[:n])}]", "", *program, ""]
+        most = self.one([0, 2])
+        steps = range(self.number(2, 4))
+        changes = [[self.change(n) for _ in range(self.number(0, most))] for _ in steps]
         return Program("\n".join(lines), changes, self.mode)
 
 
@@ -401,7 +422,18 @@ def indent(lines: list[str]) -> list[str]:
     return ["    " + line if line else line for line in lines]
 
 
-@st.composite
-def programs(draw: Any, mode: str, *, marks: bool = False) -> Program:
-    """Programs of a mode; with `marks`, some hooks note in `MARKS` that they ran, and what they saw."""
-    return Generator(draw, mode, marks).make()
+def programs(mode: str, *, marks: bool = False) -> st.SearchStrategy[Program]:
+    """Programs of a mode; with `marks`, some hooks note in `MARKS` that they ran, and what they saw.
+
+    Half of them are made from a seed: they are as unlike each other as can be. Those that Hypothesis draws, it makes
+    smaller when they fail, but it begins with many that are small and much alike.
+    """
+
+    @st.composite
+    def drawn(draw: Any) -> Program:
+        return Generator(lambda least, most: draw(st.integers(least, most)), mode, marks).make()
+
+    def seeded(seed: int) -> Program:
+        return Generator(random.Random(seed).randint, mode, marks).make()
+
+    return drawn() | st.integers(0, 2**32).map(seeded)

@@ -137,7 +137,22 @@ def keeps_numpy(box):
     return hook
 
 
-THREADED = [counts, counts_and_uses, decays, mixes, averages, becomes_an_array, accumulates, keeps_numpy]
+def keeps_variables(box):
+    """In the function around the hook."""
+    n, mean = 0, jnp.zeros(3)
+
+    def hook(ct):
+        nonlocal n, mean
+        n, mean = n + 1, 0.5 * mean + ct
+        box.n += n
+        return ct * n + mean
+
+    return hook
+
+
+THREADED = [
+    counts, counts_and_uses, decays, mixes, averages, becomes_an_array, accumulates, keeps_numpy, keeps_variables,
+]  # fmt: skip
 
 
 def every_other(box):
@@ -178,6 +193,53 @@ def logs_numbers(box):
 
 
 UNROLLED = [every_other, flags, notes_new_keys, logs_numbers]
+
+
+def keeps_a_window(box):
+    box.log.append(jnp.ones(3))
+
+    def hook(ct):
+        box.log.append(ct)
+        if len(box.log) > 2:
+            box.log.pop(0)
+        return ct + sum(box.log)
+
+    return hook
+
+
+def keeps_a_pair(box):
+    box.pair = (0, jnp.zeros(3))
+
+    def hook(ct):
+        box.pair = (box.pair[0] + box.n, box.pair[1] * 0.5 + ct)
+        return ct * box.pair[0] + box.pair[1]
+
+    return hook
+
+
+def puts_keys_in_another_order(box):
+    def hook(ct):
+        box.table["last"] = ct
+        box.table["sum"] = box.table.pop("sum") + box.table.get("first", 0.5)
+        box.table["first"] = box.table.pop("last")
+        return ct * len(box.table)
+
+    return hook
+
+
+def collects(box):
+    box.seen, box.tree = {0}, {"a": [1, [jnp.ones(3)]]}
+
+    def hook(ct):
+        box.seen.add(len(box.seen))
+        box.tree["a"] = [box.tree["a"][0] + len(box.seen), [ct, box.tree["a"][1][0]]]
+        del box.tree["a"][1][1:]
+        return ct * box.tree["a"][0]
+
+    return hook
+
+
+RESHAPES = [keeps_a_window, keeps_a_pair, puts_keys_in_another_order, collects]
 
 
 # Programs: `program(flow, point, x)`.
@@ -281,7 +343,7 @@ BRANCHES = [
 def agree(got, expected):
     assert jax.tree.structure(got) == jax.tree.structure(expected)
     for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-        if isinstance(theirs, (int, float)):
+        if isinstance(theirs, (int, float, set)):
             assert (type(ours), ours) == (type(theirs), theirs)
         else:
             np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=1e-6)
@@ -320,10 +382,93 @@ def test_list_that_is_appended_to(program):
     check(program, logs)
 
 
-@named("make", UNROLLED)
+@named("make", UNROLLED + RESHAPES)
 @named("program", LOOPS)
 def test_loop_is_unrolled_where_it_must(program, make):
     check(program, make, versions=None)
+
+
+@named("make", UNROLLED + RESHAPES)
+@named("program", CALLS)
+def test_call_may_leave_anything(program, make):
+    check(program, make, versions=None)
+
+
+# What one hook makes, another one changes inside.
+
+
+def makes(box):
+    def hook(ct):
+        box.log, box.table = [ct], {"sum": ct, "calls": 1}
+        box.made = types.SimpleNamespace(n=box.n, rate=0.5, last=ct)
+        return ct * 1.5
+
+    return hook
+
+
+def changes_its_list(box):
+    def hook(ct):
+        box.log.append(ct)
+        return ct * len(box.log)
+
+    return hook
+
+
+def changes_its_object(box):
+    def hook(ct):
+        box.made.n += 1
+        box.made.last, box.made.rate = box.made.last * 0.5 + ct, box.made.rate * 0.5
+        return ct * box.made.n + box.made.last * box.made.rate
+
+    return hook
+
+
+def adds_to_its_object(box):
+    def hook(ct):
+        box.made.again = [box.made.last]
+        box.made.again.append(ct)
+        return ct + sum(box.made.again)
+
+    return hook
+
+
+def changes_its_dict(box):
+    def hook(ct):
+        box.table["calls"] += 2
+        box.table["sum"] = box.table["sum"] + ct * box.table["calls"]
+        return ct + box.table["sum"]
+
+    return hook
+
+
+@named("make", [changes_its_list, changes_its_object, adds_to_its_object, changes_its_dict])
+@named("program", LOOPS + CALLS + [in_cond_in_scan])
+def test_object_that_a_hook_made_is_changed_inside(program, make):
+    """Bodies are traced more than once: what they did to it counts once all the same."""
+    if program is in_cond_in_scan and make in (changes_its_list, adds_to_its_object):
+        pytest.skip("no list grows in a branch")
+
+    def of(flow, box):
+        made, changed = makes(box), make(box)
+
+        def loss(x):  # hooks run from last to first
+            x = program(flow, lambda value: jhop.hook(value, changed), x) * x
+            return (jhop.hook(x, made) ** 2).sum()
+
+        return jax.grad(loss)
+
+    boxes = Box(), Box()
+    for box in boxes:
+        box.made = None
+    eager, step = of(PYTHON, boxes[0]), jhop.jit(of(JAX, boxes[1]), fullgraph=True)
+    for i in range(3):
+        x = X * (1 - 0.5 * i)
+        agree(step(x), eager(x))
+        made = [vars(box.made) for box in boxes]
+        agree(made[1], made[0])
+        for box in boxes:
+            box.made = None
+        agree(boxes[1].state(), boxes[0].state())
 
 
 # What is counted stays exact, and costs no further trace.

@@ -53,6 +53,22 @@ def test_value_is_that_of_eager(kind):
     assert fn.versions() == (1 if kind in ANY_NUMBER else 3)
 
 
+def test_array_full_of_a_number_takes_the_dtype_that_it_meets():
+    """It is weakly typed, as JAX makes it of a Python number."""
+    box = Box(k=1.5, kept=None)
+
+    def hook(ct):
+        box.kept = jnp.full(3, box.k)
+        return ct * box.kept
+
+    fn = jhop.jit(jax.grad(lambda x: (jhop.hook(x, hook) ** 2).sum()), fullgraph=True)
+    x = X[0].astype(jnp.bfloat16)
+    for box.k in (1.5, -0.25):
+        got, kept = fn(x), box.kept
+        agree(got, hook(2 * x))
+        assert kept.weak_type and kept.tolist() == [box.k] * 3
+
+
 def test_number_that_outgrows_a_dtype_is_the_error_of_eager():
     box = Box(n=100)
     fn = jhop.jit(jax.grad(lambda x: (jhop.hook(x, lambda ct: ct * jnp.int8(box.n)) ** 2).sum()), fullgraph=True)

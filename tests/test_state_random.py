@@ -27,22 +27,17 @@ REFUSALS = ["counts there to more than the device's ints hold"]
 # Python's own loops and branches stand for JAX's.
 
 
-def reference_point(hooks):
-    def point(i, value):
-        hook = hooks()[i]
+def reference(value, hook):
+    def backward(_, ct):
+        out = hook(ct)
+        return (ct if out is None else jax.lax.convert_element_type(out, ct.dtype),)  # no weak type goes on
 
-        def backward(_, ct):
-            out = hook(ct)
-            return (ct if out is None else out,)
+    @jax.custom_vjp
+    def same(value):
+        return value
 
-        @jax.custom_vjp
-        def same(value):
-            return value
-
-        same.defvjp(lambda value: (value, None), backward)
-        return same(value)
-
-    return point
+    same.defvjp(lambda value: (value, None), backward)
+    return same(value)
 
 
 def python_fori(lower, upper, body, init):
@@ -53,22 +48,29 @@ REFERENCE = types.SimpleNamespace(**vars(PYTHON), fori=python_fori)
 COMPILED = types.SimpleNamespace(**vars(JAX), fori=jax.lax.fori_loop)
 
 
+# A part of the module: the function reaches by names what it uses, and not all objects, which it would be guarded for.
+LOSS = """
+
+def point(i, value):
+    return PUT(value, HOOKS[i])
+
+
+def loss(x, up):
+    return program(FLOW, point, x, up)
+"""
+
+
 class World:
     """One run of a program's source: `gradient(x, up)` and all that its names reach."""
 
     def __init__(self, source, compiled, **options):
         self.scope = {"__name__": "random_program", "MARKS": []}
-        name = f"/random/program_{next(counter)}.py"
+        self.scope["PUT"], self.scope["FLOW"] = (jhop.hook, COMPILED) if compiled else (reference, REFERENCE)
+        name, source = f"/random/program_{next(counter)}.py", source + LOSS
         linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
         exec(compile(source, name, "exec"), self.scope)
-        if compiled:
-            point = lambda i, value: jhop.hook(value, self.scope["HOOKS"][i])  # noqa: E731
-            self.gradient = jhop.jit(jax.grad(self.of(COMPILED, point)), **options)
-        else:
-            self.gradient = jax.grad(self.of(REFERENCE, reference_point(lambda: self.scope["HOOKS"])))
-
-    def of(self, flow, point):
-        return lambda x, up: self.scope["program"](flow, point, x, up)
+        gradient = jax.grad(self.scope["loss"])
+        self.gradient = jhop.jit(gradient, **options) if compiled else gradient
 
     def step(self, i):
         """The gradient, or the class of the exception."""
@@ -86,7 +88,8 @@ class World:
         return True
 
     def state(self):
-        return Snapshot().of({name: value for name, value in self.scope.items() if not name.startswith("__")})
+        names = self.scope.keys() - {"__builtins__", "PUT", "FLOW"}
+        return Snapshot().of({name: self.scope[name] for name in sorted(names)})
 
 
 class Snapshot:
@@ -147,7 +150,7 @@ def agree(got, expected, where=""):
         assert got == expected, f"{where}: {got} instead of {expected}"
 
 
-def check(program, steps=None, **options):
+def check(program, **options):
     """Compiled, a program does what it does in Python, in each of several steps with changes between them."""
     theirs, ours = World(program.source, False), World(program.source, True, **options)
     agree(ours.state(), theirs.state(), "before")
@@ -167,11 +170,14 @@ def check(program, steps=None, **options):
         agree(ours.state(), theirs.state(), f"step {i}")
 
 
-named = pytest.mark.parametrize
+def share(of):
+    """A part of the profile's examples: these take a while."""
+    return hypothesis.settings(max_examples=max(1, hypothesis.settings().max_examples // of))
 
 
-@named("mode", ["plain", "loops", "branches"])
+@pytest.mark.parametrize("mode", ["plain", "loops", "branches"])
 def test_traced(mode):
+    @share(1)
     @hypothesis.given(programs(mode))
     def run(program):
         check(program, fullgraph=True)
@@ -179,8 +185,9 @@ def test_traced(mode):
     run()
 
 
-@named("mode", ["plain", "loops", "branches"])
+@pytest.mark.parametrize("mode", ["plain", "loops", "branches"])
 def test_some_on_the_host(mode):
+    @share(3)
     @hypothesis.given(programs(mode, marks=True))
     def run(program):
         with warnings.catch_warnings():
