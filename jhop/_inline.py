@@ -33,10 +33,9 @@ from jhop._expr import Expr
 from jhop._graph import GraphModule, Info, Input, Operator, hooks_in
 from jhop._guards import Guards
 from jhop._interp import ClosesOverTracer, evaluate, inner_jaxprs, rewrite
-from jhop._lifted import Lifted, Session
+from jhop._lifted import Lifted, Session, check_needs
 from jhop._rebuild import holds_constants, is_plain_call, is_sealed, rebuild
 from jhop._scalar import Scalar, device_kind, is_scalar, weak_aval
-from jhop._slots import refuse_rounded
 from jhop._source import describe_hook, is_user_file, origin_of
 from jhop._splice import Splice, expand, retrace
 from jhop._template import Templates, map_outputs, plain
@@ -111,8 +110,6 @@ class _Inliner:
         jaxpr, kept = expand(jaxpr)
         info.update((variable, self._gm.info.get(variable, _CAPTURED)) for variable in kept)
         jaxpr, slots = self._prune(jaxpr, len(given))
-        if slots:
-            refuse_rounded(jaxpr)
         n_outs = len(self._jaxpr.outvars)
         lifted = Lifted(
             slots=slots,
@@ -148,13 +145,14 @@ class _Inliner:
             if is_scalar(symbol):
                 self._session.symbols[symbol._expr] = symbol
                 self._session.note_step(symbol)
-        self._top = _compat.staging()
+        self._top = self._session.top = _compat.staging()
         with _state.Lift(self._walk, symbols) as lift:
             self._lift, self._threads = lift, Threads(lift, self._session, self._evaluate)
             reached = [container.obj for container in self._walk.containers]
             with inlining(self._run_inner_hook), kept_apart(reached), many_watches():
                 outs = Splice(self._gm.jaxpr, self._stays).evaluate(list(flat[:n]), self._rule, self._carry)
             self._collect(lift)
+            check_needs(self._session)
             self._unread = lift.untouched()
             self._lift = self._threads = self._top = None
         outs, self._state_outs = [*outs, *self._state_outs], []
@@ -262,6 +260,7 @@ class _Inliner:
     def _run_hook(self, hook: HookFn, values: list[Any]) -> list[Any]:
         answers, clean, staging = len(self._session.answers), False, self._staging
         self._staging = _compat.staging()
+        self._session.hook = describe_hook(hook.base)
         try:
             with (
                 _compat.hook_traces(),

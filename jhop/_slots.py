@@ -15,10 +15,9 @@ from jhop import _compat
 from jhop._container import MISSING, Container
 from jhop._errors import Unsupported
 from jhop._expr import Expr, const, free, substitute
-from jhop._interp import inner_jaxprs
-from jhop._lifted import Session
+from jhop._lifted import Need, Session
 from jhop._replay import as_number, number_of
-from jhop._scalar import device_kind, is_rounded, is_scalar, weak_aval
+from jhop._scalar import device_kind, is_scalar, weak_aval
 from jhop._state import APPEND, Mark, Write
 from jhop._walk import is_number
 
@@ -51,7 +50,7 @@ class Slot:
         """A value of the slot as the device has it."""
         if self.number is None:
             check_holds(self.aval, value)
-        value = jnp.asarray(value._twin if is_scalar(value) else value)
+        value = jnp.asarray(value._session.twins_of([value])[0] if is_scalar(value) else value)
         if jax.typeof(value) == self.aval:
             return value
         if self.number is not None:
@@ -61,14 +60,19 @@ class Slot:
 
 
 class Written:
-    """What a body wrote, and how it is told outside: arrays are results of the body, numbers are expressions."""
+    """What a body wrote, and how it is told outside: arrays are results of the body, numbers are expressions.
 
-    def __init__(self, changes: list[Write], session: Session, outside: set[Expr]):
+    Args:
+        needs: those of the body; they become the session's.
+    """
+
+    def __init__(self, changes: list[Write], session: Session, outside: set[Expr], needs: list[Need]):
+        self._needs = needs
         self._changes = changes
         self._session = session
         self._tracers: list[Any] = []
         numbers = [value._expr for change in changes for value in values_of(change) if is_scalar(value)]
-        self._parts = arrays_of(numbers, outside)
+        self._parts = arrays_of([*numbers, *(need.expr for need in needs)], outside)
         self._specs = [(c.container, c.key, self._spec(c)) for c in changes]
         self._tracers += [session.arrays[part] for part in self._parts]
 
@@ -93,6 +97,8 @@ class Written:
         """The changes, with values of the trace around the body."""
         first = len(arrays) - len(self._parts)
         keys = dict(zip(self._parts, map(self._session.array, arrays[first:]), strict=True))
+
+        self._session.needs += renamed(self._needs, keys.get)
 
         def value(kind: str, content: Any) -> Any:
             if kind == "number":
@@ -119,6 +125,12 @@ def arrays_of(exprs: Iterable[Expr], outside: Collection[Expr] = ()) -> list[Exp
     """What expressions read from the device, less what is known `outside`."""
     parts = dict.fromkeys(part for expr in exprs for part in free(expr))
     return [part for part in parts if part.op == "device" and part not in outside]
+
+
+def renamed(needs: list[Need], change: Callable[[Expr], Expr | None]) -> list[Need]:
+    """Needs with other names for what they read."""
+    exprs = substitute([need.expr for need in needs], change)
+    return [need._replace(expr=expr) for need, expr in zip(needs, exprs, strict=True)]
 
 
 def number_type(value: Any) -> type | None:
@@ -266,28 +278,6 @@ def less_dead(closed: Any, dead: Collection[int] = ()) -> Any:
         debug_info=opened.debug_info._replace(arg_names=None, result_paths=None),
     )
     return jex_core.ClosedJaxpr(jaxpr, [const for _, const in kept])
-
-
-def check_exact(closed: Any) -> Any:
-    """A body, if what it does with numbers on the device is what the host does."""
-    if any(map(is_rounded, _compat.open_jaxpr(closed)[0].eqns)):
-        raise DoesNotThread("counts there to more than the device's ints hold, which it then takes apart")
-    return closed
-
-
-def refuse_rounded(jaxpr: Any) -> None:
-    """Raises where the bodies in a graph do with ints what is wrong once they were rounded."""
-    for eqn in _compat.open_jaxpr(jaxpr)[0].eqns:
-        for inner in inner_jaxprs(eqn):
-            opened, consts = _compat.open_jaxpr(inner)
-            less = less_dead(jex_core.ClosedJaxpr(opened, consts))
-            try:
-                check_exact(less)
-            except DoesNotThread as error:
-                raise Unsupported(
-                    f"a hook inside `{eqn.primitive}` {error}. Move the hooked value out, or count in an array."
-                ) from None
-            refuse_rounded(less)
 
 
 def variables(atoms: Iterable[Any]) -> set[Any]:
