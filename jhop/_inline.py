@@ -33,6 +33,7 @@ from jhop._expr import Expr
 from jhop._graph import GraphModule, Info, Input, Operator, hooks_in
 from jhop._guards import Guards
 from jhop._interp import ClosesOverTracer, evaluate, inner_jaxprs, rewrite
+from jhop._late import compares_identity
 from jhop._lifted import Lifted, Session, check_needs
 from jhop._rebuild import holds_constants, is_plain_call, is_sealed, rebuild
 from jhop._scalar import Scalar, device_kind, is_scalar, weak_aval
@@ -87,6 +88,8 @@ class _Inliner:
         self._recorder = Recorder()
         self._session = Session(self._recorder)
         self._walk = Walk(hook_roots(gm, on_host))
+        self._session.asks_identity = functools.cache(lambda: _asks_identity(self._walk))
+        self._session.asks_type = functools.partial(self._walk.mentions, "type")
         self._hides_state = _runs_state_from_c(self._walk)
         self._hooked: dict[int, tuple[bool, Any]] = {}  # whether there are hooks in a jaxpr, by its id
         self._writes: list[_state.Write] = []
@@ -351,6 +354,12 @@ def _runs_state_from_c(walk: Walk) -> bool:
         or walk.instances(types.BuiltinMethodType, has_owner)
         or walk.instances(types.MethodWrapperType, has_owner)
     )
+
+
+def _asks_identity(walk: Walk) -> bool:
+    """Whether hooks compare by `is`, or ask for types."""
+    functions = walk.instances(types.FunctionType, lambda fn: is_user_file(fn.__code__.co_filename))
+    return walk.mentions("type", "is_", "is_not") or compares_identity(fn.__code__ for fn in functions)
 
 
 def _leaf_aval(value: Any) -> Any:

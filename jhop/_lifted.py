@@ -83,6 +83,9 @@ class Session:
         self.needs: list[Need] = []
         self.hook = ""
         self.top: Any = None  # the trace of the graph
+        self.tables: dict[Any, list[Any]] = {}  # of the flags that slots hold at times, by id of the container and key
+        self.asks_identity: Callable[[], bool] = lambda: False  # whether hooks compare by `is`
+        self.asks_type: Callable[[], bool] = lambda: False  # whether hooks ask for types by `type`
         self.on_top: dict[Expr, Any] = {}  # what stands there for numbers that the host knows
         self._recorder = recorder
         self._scalars: list[Scalar] = []
@@ -172,6 +175,7 @@ class Session:
         self.symbols.clear()
         self.arrays.clear()
         self.on_top.clear()
+        self.tables.clear()
         self.needs.clear()
         self.top = None
 

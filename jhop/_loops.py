@@ -18,6 +18,7 @@ from jhop._container import Container
 from jhop._errors import Unsupported
 from jhop._expr import OUT_OF_REACH, Expr, const, repeated, substitute
 from jhop._interp import evaluate
+from jhop._late import is_late
 from jhop._lifted import Need, Session, too_large
 from jhop._replay import fits_device, in_all_turns, is_known, number_of
 from jhop._scalar import Scalar, is_scalar
@@ -82,7 +83,7 @@ class Loops:
         self._lift = lift
         self._session = session
         self._run = run
-        self.expected = Expected()
+        self.expected = Expected(session)
 
     def trace_body(self, jaxpr: Any, consts: list[Any], avals: list[Any], slots: list[Slot], loop: int) -> Body:
         """Traces a body once.
@@ -96,6 +97,7 @@ class Loops:
             DoesNotThread: hooks do something else to state than to give slots new numbers and arrays.
         """
         start, outside, asked = self._lift.mark(), set(self._session.arrays), self._session.mark()
+        kinds = [slot.kind for slot in slots]
 
         def traced(*flat: Any) -> tuple[Body, list[Any]]:
             with self.putting_back(start):
@@ -110,7 +112,7 @@ class Loops:
         closed, body = traced_with(traced, [*(slot.aval for slot in slots), *avals])
         if loop in self._session.varied:
             raise DoesNotThread("Python control flow depends on it")
-        return body._replace(jaxpr=closed)
+        return body._replace(jaxpr=closed, settled=body.settled and kinds == [slot.kind for slot in slots])
 
     @contextlib.contextmanager
     def putting_back(self, start: list[Mark]) -> Iterator[None]:
@@ -127,12 +129,13 @@ class Loops:
             symbol = value
             if slot.number is not None:
                 expr = Expr("loop", (loop, j))
-                now = slot.init._value if is_scalar(slot.init) else slot.init
+                now = slot.taken(slot.init)
+                now = now._value if is_scalar(now) else now
                 rounded = slot.number is int and jnp.issubdtype(slot.aval.dtype, jnp.inexact)
                 needs = (const(OUT_OF_REACH) if rounded else expr,)
                 symbol = self._session.symbols[expr] = Scalar(self._session, expr, slot.number(now), value, needs)
                 self._session.note_step(symbol)
-            self._lift.put(slot.container, slot.key, symbol)
+            self._lift.put(slot.container, slot.key, slot.held(symbol))
             symbols.append(symbol)
         return symbols
 
@@ -145,19 +148,20 @@ class Loops:
         wanted, finals, updates = [], [], []
         for slot, symbol in zip(slots, symbols, strict=True):
             change = changed.pop(slot.place, None)
-            final = symbol if change is None else change.value
-            wanted.append(fitting(slot, final))
+            final = slot.held(symbol) if change is None else change.value
+            wanted.append(fitting(slot, final, self._session))
+            final = slot.taken(final)
             finals.append(final)
             updates.append(final._expr if is_scalar(final) else const(final if is_number(final) else 0))
         appended, lists = [], []
         for change in changed.values():
             if change.key is APPEND:
-                if not all(isinstance(value, jax.Array) for value in change.value):
+                if not all(not is_late(value) and isinstance(value, jax.Array) for value in change.value):
                     raise DoesNotThread("where it appends what is no array to a list")
                 appended += change.value
                 lists.append((change.container, len(change.value)))
             else:
-                wanted.append(new_slot(change, start))
+                wanted.append(new_slot(change, start, self._session))
         settled = len(wanted) == len(slots) and all(map(alike, wanted, slots))
         of_slots = [self._session.needs_of(final) if is_scalar(final) else [] for final in finals]
         device = arrays_of([*updates, *(need.expr for group in [needs, *of_slots] for need in group)], outside)
@@ -234,7 +238,7 @@ class Loops:
             return (state, own), outs[n_state + n_carry :]
 
         options = {key: params[key] for key in ("length", "reverse", "unroll", "_split_transpose") if key in params}
-        start = [slot.on_device(slot.init) for slot in carried]
+        start = [slot.on_device(slot.taken(slot.init)) for slot in carried]
         (state, carry), ys = jax.lax.scan(step, (start, carry), xs, **options)
         appended, device = ys[n_own : len(ys) - len(body.device)], ys[len(ys) - len(body.device) :]
         if params["reverse"]:
@@ -298,7 +302,7 @@ class Loops:
             held = [zero if slot.aval is None else next(state) for slot, zero in zip(body.slots, unread, strict=True)]
             return evaluate(condition[0], [*held, *carry[2]])[0]
 
-        start = [slot.on_device(slot.init) for slot in carried]
+        start = [slot.on_device(slot.taken(slot.init)) for slot in carried]
         count, state, outs = jax.lax.while_loop(goes_on, step, (jnp.int32(0), start, init))
         self._leave_loop(body, loop, self._session.array(count), state, [])
         return outs
@@ -338,7 +342,7 @@ class Loops:
             value = next(arrays) if slot.aval is not None else None
             if slot.number is not None:
                 expr = repeated(slot.number, loop, length, j, inits, updates, keys)
-                value = slot.init if expr is inits[j] else number_of(self._session, expr)
+                value = slot.init if expr is inits[j] else slot.held(number_of(self._session, expr))
             finals.append(value)
         for slot, value in zip(body.slots, finals, strict=True):
             self._lift.put(slot.container, slot.key, value)
@@ -347,7 +351,7 @@ class Loops:
 
 
 def _inits(body: Body) -> tuple[Expr, ...]:
-    return tuple(ZERO if slot.number is None else expr_of(slot.init) for slot in body.slots)
+    return tuple(ZERO if slot.number is None else expr_of(slot.taken(slot.init)) for slot in body.slots)
 
 
 def _less_what_nobody_reads(body: Body, read: Collection[int]) -> Body:

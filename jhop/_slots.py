@@ -15,6 +15,7 @@ from jhop import _compat
 from jhop._container import MISSING, Container
 from jhop._errors import Unsupported
 from jhop._expr import Expr, const, free, substitute
+from jhop._late import at_place, is_late, may_be_late, place_in
 from jhop._lifted import Need, Session
 from jhop._replay import as_number, number_of
 from jhop._scalar import device_kind, is_scalar, weak_aval
@@ -34,6 +35,7 @@ class Slot:
         init: what it holds before.
         number: the Python type of a number; None for an array.
         aval: of what stands for it in the body.
+        table: of the values that it holds at times, where these are neither: its number is the place of one.
     """
 
     container: Container
@@ -41,6 +43,24 @@ class Slot:
     init: Any
     number: type | None
     aval: Any
+    table: list[Any] | None = None
+
+    def taken(self, value: Any) -> Any:
+        """The number or array for a value of the slot."""
+        if self.table is None:
+            return value
+        if not may_be_late(value, lambda: False):
+            raise DoesNotThread(f"it holds a {type(value).__name__} then")
+        return place_in(self.table, value)
+
+    def held(self, value: Any) -> Any:
+        """What the slot holds for a number or array."""
+        return value if self.table is None else at_place(self.table, value)
+
+    @property
+    def kind(self) -> Any:
+        """What else must be the same when a body is traced again."""
+        return self.number, self.aval, self.table and len(self.table)
 
     @property
     def place(self) -> tuple[int, Any]:
@@ -71,7 +91,9 @@ class Written:
         self._changes = changes
         self._session = session
         self._tracers: list[Any] = []
-        numbers = [value._expr for change in changes for value in values_of(change) if is_scalar(value)]
+        values = [value for change in changes for value in values_of(change)]
+        numbers = [value._expr for value in values if is_scalar(value)]
+        numbers += [value._number._expr for value in values if is_late(value)]
         self._parts = arrays_of([*numbers, *(need.expr for need in needs)], outside)
         self._specs = [(c.container, c.key, self._spec(c)) for c in changes]
         self._tracers += [session.arrays[part] for part in self._parts]
@@ -82,6 +104,8 @@ class Written:
     def _spec_of(self, value: Any) -> Any:
         if is_scalar(value):
             return ("number", value._expr)
+        if is_late(value):
+            return ("late", (value._number._expr, value._table))
         if isinstance(value, _compat.Tracer):
             self._tracers.append(value)
             return ("array", len(self._tracers) - 1)
@@ -103,6 +127,8 @@ class Written:
         def value(kind: str, content: Any) -> Any:
             if kind == "number":
                 return number_of(self._session, substitute([content], keys.get)[0])
+            if kind == "late":
+                return at_place(content[1], number_of(self._session, substitute([content[0]], keys.get)[0]))
             return arrays[content] if kind == "array" else content
 
         changes = []
@@ -144,29 +170,33 @@ def expr_of(number: Any) -> Expr:
     return number._expr if is_scalar(number) else const(number)
 
 
-def new_slot(change: Write, start: list[Mark]) -> Slot:
+def new_slot(change: Write, start: list[Mark], session: Session) -> Slot:
     """The slot for something that was found to be written."""
     if change.key is None or change.value is MISSING:
         raise DoesNotThread("what it holds gets other entries")
-    slot = slot_before(change.container, change.key, start)
+    slot = slot_before(change.container, change.key, start, session)
     if slot is None:
         raise DoesNotThread("what it holds gets other entries")
-    return fitting(slot, change.value)
+    return fitting(slot, change.value, session)
 
 
-def slot_before(container: Container, key: Any, start: list[Mark]) -> Slot | None:
+def slot_before(container: Container, key: Any, start: list[Mark], session: Session) -> Slot | None:
     """A slot as it is at a mark; None where there is none.
 
     Raises:
-        DoesNotThread: it holds neither a number nor an array.
+        DoesNotThread: it holds what can only be known in advance.
     """
     items = next(dict(mark.items) for mark in start if mark.container is container)
     if key not in items:
         return None
     init = items[key]
     number = number_type(init)
-    if number is None and not isinstance(init, (jax.Array, np.ndarray)):
-        raise DoesNotThread(f"it holds a {type(init).__name__}")
+    if number is None and not _is_array(init):
+        if not may_be_late(init, session.asks_identity):
+            raise DoesNotThread(f"it holds a {type(init).__name__}{_if_identity(session)}")
+        return Slot(container, key, init, int, weak_aval(int), session.tables.setdefault((id(container), key), []))
+    if number is not None and session.asks_type():
+        raise DoesNotThread("hooks ask for types by `type(...)`, not isinstance")
     if number is None or is_scalar(init):
         return Slot(container, key, init, number, jax.typeof(init if number is None else init._twin))
     return Slot(container, key, init, number, weak_aval(device_kind(init)))
@@ -175,7 +205,8 @@ def slot_before(container: Container, key: Any, start: list[Mark]) -> Slot | Non
 class Expected:
     """The slots that bodies wrote when they were traced before, say for the loop around them: they need no search."""
 
-    def __init__(self) -> None:
+    def __init__(self, session: Session) -> None:
+        self._session = session
         self._known: dict[int, tuple[Any, list[tuple[Any, Any]]]] = {}  # by id of what is kept here
 
     def slots(self, body: Any, start: list[Mark]) -> list[Slot]:
@@ -184,7 +215,7 @@ class Expected:
         slots = []
         for (container, key, *before), after in noted:
             try:
-                slot = slot_before(container, key, start)
+                slot = slot_before(container, key, start, self._session)
             except DoesNotThread:
                 return []
             if slot is None or [slot.number, slot.aval] != before:
@@ -195,21 +226,25 @@ class Expected:
     def note(self, body: Any, slots: list[Slot], start: list[Mark]) -> None:
         noted = []
         for slot in slots:
-            before = slot_before(slot.container, slot.key, start)
+            before = slot_before(slot.container, slot.key, start, self._session)
             assert before is not None
             noted.append(((slot.container, slot.key, before.number, before.aval), (slot.number, slot.aval)))
         self._known[id(body)] = body, noted
 
 
-def fitting(slot: Slot, value: Any) -> Slot:
+def fitting(slot: Slot, value: Any, session: Session) -> Slot:
     """A slot that can hold a value too which a body put there."""
+    if slot.table is not None:
+        if not may_be_late(value, session.asks_identity):
+            raise DoesNotThread(f"it holds a {type(value).__name__} then")
+        return slot
     number = number_type(value)
     if slot.number is not None and number is not None:
         kind = float if float in (slot.number, number) else int
         if is_scalar(value) and jnp.issubdtype(value._twin.dtype, jnp.inexact):  # an int that the device had to round
             return dataclasses.replace(slot, number=kind, aval=weak_aval(float))
         return slot if kind is slot.number else dataclasses.replace(slot, number=kind, aval=weak_aval(kind))
-    if not isinstance(value, (jax.Array, np.ndarray)):
+    if not _is_array(value):
         raise DoesNotThread(f"it holds a {type(value).__name__} then")
     aval = jax.typeof(value)
     if slot.number is not None:
@@ -219,6 +254,14 @@ def fitting(slot: Slot, value: Any) -> Slot:
         return dataclasses.replace(slot, number=None, aval=aval)
     same_type(slot, aval)
     return slot if slot.aval == aval else dataclasses.replace(slot, aval=aval)
+
+
+def _is_array(value: Any) -> bool:
+    return not is_late(value) and isinstance(value, (jax.Array, np.ndarray))
+
+
+def _if_identity(session: Session) -> str:
+    return ", and hooks compare by `is`" if session.asks_identity() else ""
 
 
 def check_holds(aval: Any, value: Any) -> None:

@@ -19,6 +19,7 @@ from jhop import _compat
 from jhop._errors import Unsupported
 from jhop._expr import Expr, free, substitute
 from jhop._interp import evaluate
+from jhop._late import is_late
 from jhop._lifted import Need, Session
 from jhop._loops import Loops, Run
 from jhop._rebuild import RUNS_IN_PLACE, RUNS_ONCE, rebuild
@@ -104,7 +105,7 @@ class Threads:
             result = fn(*args)
             changes = self._lift.changes(start)
             for change in changes:
-                tracers = [value for value in values_of(change) if isinstance(value, _compat.Tracer)]
+                tracers = [v for v in values_of(change) if not is_late(v) and isinstance(v, _compat.Tracer)]
                 if (stray := next((v for v in tracers if not _compat.is_staged(v)), None)) is not None:
                     place = change.container.path_of(None if change.key is APPEND else change.key)
                     raise explain_leak(place, stray)
@@ -144,9 +145,8 @@ class Threads:
                 continue
             exprs = [updates[j] for updates in known]
             same = all(expr == exprs[0] for expr in exprs)
-            finals.append(
-                number_of(self._session, exprs[0] if same else Expr("choose", (slot.number, which, *exprs)))
-            )
+            expr = exprs[0] if same else Expr("choose", (slot.number, which, *exprs))
+            finals.append(slot.held(number_of(self._session, expr)))
         for slot, value in zip(slots, finals, strict=True):
             self._lift.put(slot.container, slot.key, value)
         return list(own)
@@ -189,7 +189,7 @@ class Threads:
             with self._loops.putting_back(start):
                 outs = self._run(branch, list(flat))
                 changed = {(id(c.container), c.key): c.value for c in self._lift.changes(start)}
-                finals = [changed.pop(slot.place, slot.init) for slot in slots]
+                finals = [slot.taken(changed.pop(slot.place, slot.init)) for slot in slots]
                 if changed:
                     raise DoesNotThread("it is written at times only")
                 for slot, final in zip(slots, finals, strict=True):
