@@ -210,7 +210,8 @@ def on_top(session: Any, scalar: Scalar) -> Any:
         return scalar._twin
     twin = session.on_top.get(scalar._expr)
     if twin is None:
-        closed, read = _closed(session, scalar._expr)
+        expr = scalar._expr
+        closed, read = _closed(session, expr.args[0].expr if expr.op == "cut" else expr)
         kind = float if jnp.issubdtype(scalar._twin.dtype, jnp.inexact) else int
         with _compat.under(session.top):
             operands = [on_top(session, session.symbols[part]) for part in read]
