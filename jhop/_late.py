@@ -97,7 +97,7 @@ def _swapped(apply: Callable[..., Any]) -> Callable[..., Any]:
     return lambda value, other: apply(other, value)
 
 
-_QUESTIONS = {
+_QUESTIONS: dict[str, Callable[..., Any]] = {
     "bool": bool, "hash": hash, "str": str, "repr": repr, "len": len, "iter": iter, "int": int, "float": float,
     "complex": complex, "index": operator.index, "format": format, "round": round, "bytes": bytes, "array": np.asarray,
     "contains": operator.contains, "call": operator.call,

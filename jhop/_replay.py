@@ -242,8 +242,8 @@ def inner_needs(expr: Expr, given: Callable[[Expr], bool], *, rounded: bool) -> 
         return [] if given(expr) else inner_needs(expr.args[0].expr, given, rounded=rounded)
     if expr.op == "choose":
         python, which, *branches = expr.args
-        needs = [inner_needs(part, given, rounded=rounded) for part in branches]
-        return [Expr("choose", (python, which, *(Expr("extent", tuple(need)) for need in needs)))] if any(needs) else []
+        inner = [Expr("extent", tuple(inner_needs(part, given, rounded=rounded))) for part in branches]
+        return [Expr("choose", (python, which, *inner))] if any(extent.args for extent in inner) else []
     parts = parts_of(expr, updates=False)
     needs = [need for part in parts for need in inner_needs(part, given, rounded=rounded)]
     if expr.op == "repeat":
@@ -263,9 +263,9 @@ def in_all_turns(loop: int, length: Expr, inits: Any, updates: Any, each: Any, e
             found.append(expr)
             continue
         read, plus = (expr.args[0], expr.args[1].args[0]) if adds_int(expr) else (expr, 0)
-        own = read.op == "loop" and read.args[0] == loop
-        update = updates[read.args[1]] if own else None
-        if own and (update == read or (adds_int(update) and update.args[0] == read)):  # the first and the last
+        update = updates[read.args[1]] if read.op == "loop" and read.args[0] == loop else None
+        steady = update is not None and (update == read or (adds_int(update) and update.args[0] == read))
+        if update is not None and steady:  # the first and the last
             init, by = inits[read.args[1]], 0 if update == read else update.args[1].args[0]
             last = added(init, by, const(length.args[0] - 1) if length.op == "const" else length)
             found += [folded("add", [end, const(plus)]) for end in (init, last)]

@@ -489,7 +489,7 @@ def test_question_of_a_number_that_depends_on_the_data():
     assert box.n == 3
 
 
-@named("make", [flags, notes_new_keys, logs])
+@named("make", [notes_new_keys, logs])
 def test_branch_says_what_it_cannot_do(make):
     box = Box()
     hook = make(box)

@@ -1,4 +1,9 @@
-"""Ints that hooks compute in loops and branches: what eager has, or an error, and never what the device's ints wrap to."""
+"""Ints that hooks compute in loops and branches: those of eager, or an error; never what the device wraps them to."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -6,20 +11,14 @@ import numpy as np
 import pytest
 from jax import lax
 from test_state_control_flow import (
-    BRANCHES,
-    CALLS,
-    JAX,
-    LOOPS,
     PYTHON,
     Box,
-    X,
     agree,
     compiled,
     counts,
     in_checkpoint,
     in_cond,
     in_cond_in_scan,
-    in_jit,
     in_nested_scans,
     in_scan,
     in_scan_in_cond,
@@ -29,6 +28,7 @@ from test_state_control_flow import (
 import jhop
 
 LARGEST = 2 ** (63 if jax.config.jax_enable_x64 else 31) - 1
+X = jnp.array([0.5, -1.0, 2.0])
 # What makes an int of the middle outgrow the device's, as the bits of these do.
 BITS = LARGEST.bit_length()
 
@@ -106,17 +106,21 @@ HOOKS = [large_in_between, squares, takes_away, far_from_zero, reads_only]
 
 
 @named("make", HOOKS)
-@named("program", [*LOOPS, *CALLS, *BRANCHES])
+@named("program", [in_cond, in_cond_in_scan])
 def test_int_is_right_or_refused(program, make):
-    right_or_refused(program, make, (3, 21473, 5))
+    right_or_refused(program, make, (3, 21473))
 
 
 @named("make", HOOKS)
-@named("program", [in_scan, in_nested_scans, in_scan_in_cond, in_checkpoint, in_jit])
+@named("program", [in_scan, in_scan_in_cond, in_checkpoint])
 def test_int_that_the_host_knows_is_right(program, make):
-    starts = (3, 40, 2**BITS + 5) if make in (large_in_between, reads_only) else (3, 40)
+    starts = (40, 2**BITS + 5) if make in (large_in_between, reads_only) else (40,)
     start = (4 * LARGEST,) if make is far_from_zero else starts
-    assert all(right_or_refused(program, make, start, inputs=(X, 0.3 * X)))
+    assert all(right_or_refused(program, make, start, inputs=(X,)))
+
+
+def test_int_in_nested_scans_is_right():
+    assert all(right_or_refused(in_nested_scans, squares, (40,), inputs=(X,)))
 
 
 def test_int_that_outgrows_the_device_in_one_branch():
@@ -214,7 +218,7 @@ def test_while_loop_in_which_the_device_counts_too_far():
     for turns, right in ((3, True), (20, False), (2, True)):
         before = box.n = 3
         if not right:
-            with pytest.raises(jhop.Unsupported, match=r"`hook` .*uses an int there that grows past .*Nothing was writ"):
+            with pytest.raises(jhop.Unsupported, match=r"`hook` .* int there that grows past .*Nothing was writ"):
                 step(jnp.int32(turns), X)
             assert box.n == before
             continue
@@ -263,7 +267,7 @@ def test_error_of_the_check_leaves_other_state_as_it_was():
 
     def hook(ct):
         box.n += 2 ** (BITS - 1)
-        box.last = jnp.sum(ct)
+        box.last = jnp.sum(ct).astype(jnp.float32)
         box.rate *= 0.5
         return ct * (box.n * 0.5**BITS)
 
@@ -278,3 +282,15 @@ def test_error_of_the_check_leaves_other_state_as_it_was():
         step(jnp.array([1.0, 2.0, 3.0]))
     assert str(box.state()) == before
     np.testing.assert_allclose(step(-jnp.ones(3)), 27.0)
+
+
+@pytest.mark.skipif(jax.config.jax_enable_x64, reason="this is it")
+def test_with_x64():
+    """The device's ints are larger then, and not without end."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "while or before_each"],
+        env={**os.environ, "JAX_ENABLE_X64": "1"},
+        capture_output=True, text=True, timeout=300, cwd=Path(__file__).parents[1],
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    assert " passed" in done.stdout
