@@ -178,6 +178,7 @@ class Session:
         self.tables.clear()
         self.needs.clear()
         self.top = None
+        self.asks_identity = self.asks_type = lambda: False  # what hooks reach is not kept alive
 
 
 def check_needs(session: Session) -> None:
