@@ -65,6 +65,11 @@ def staging() -> Any:
     return trace
 
 
+def under(trace: Any) -> Any:
+    """A context in which operations are handed to a trace around the present one."""
+    return _core.set_current_trace(trace)
+
+
 def tracing() -> bool:
     """Whether operations in this thread are staged into a jaxpr."""
     return staging() is not None

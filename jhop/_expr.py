@@ -7,6 +7,8 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
+from jhop._errors import Unsupported
+
 INFIX = {
     "add": "+", "sub": "-", "mul": "*", "truediv": "/", "floordiv": "//", "mod": "%", "pow": "**",
     "and_": "&", "or_": "|", "xor": "^", "lshift": "<<", "rshift": ">>",
@@ -28,6 +30,8 @@ class Expr(NamedTuple):
       (loop, index); where there are arrays, they have the length;
     - `choose` (type, which, first, second, ...): one of several expressions;
     - `cut` (Cut,): an expression that is a part of a larger one, or of several;
+    - `extent`: how far the ints among several numbers are from zero; `lost`: see there; `check` (text, extent): the
+      extent, or an error with that text if the device's ints do not go as far;
     - an operator over expressions.
     """
 
@@ -59,12 +63,19 @@ def cut(expr: Expr) -> Expr:
 def folded(op: str, args: Sequence[Expr]) -> Expr:
     """An operator over expressions whose result is an int; of what is added to an int, only the sum."""
     made = Expr(op, tuple(args))
-    if op == "add" and _adds_int(made) and _adds_int(args[0]):
+    if op == "add" and adds_int(made) and adds_int(args[0]):
         return Expr("add", (args[0].args[0], const(args[0].args[1].args[0] + args[1].args[0])))
     return made
 
 
-def _adds_int(expr: Expr) -> bool:
+def added(start: Expr, each: int, times: Expr) -> Expr:
+    """An int to which another is added a number of times."""
+    if times.op == "const":
+        return folded("add", [start, const(each * times.args[0])])
+    return Expr("add", (start, Expr("mul", (times, const(each)))))
+
+
+def adds_int(expr: Expr) -> bool:
     return expr.op == "add" and expr.args[1].op == "const" and type(expr.args[1].args[0]) is int
 
 
@@ -150,6 +161,9 @@ def _code(expr: Expr, leaf: Callable[[Any], str], names: dict[Cut, str]) -> str:
         items = ", ".join(_code(part, leaf, names) for part in each)
         turns = f"zip({items})" if each else f"range({_code(length, leaf, names)})"
         return f"reduce(lambda v{loop}, e{loop}: {after}, {turns}, {start})[{index}]"
+    if expr.op == "check":
+        text, value, limit = expr.args
+        return f"check({text!r}, {_code(value, leaf, names)}, {limit})"
     if expr.op == "choose":
         which, *branches = (_code(part, leaf, names) for part in expr.args[1:])
         chosen = [f"{branch} if {which} == {i} else " for i, branch in enumerate(branches[:-1])]
@@ -157,13 +171,33 @@ def _code(expr: Expr, leaf: Callable[[Any], str], names: dict[Cut, str]) -> str:
     return step_code(expr.op, [_code(arg, leaf, names) for arg in expr.args])
 
 
-CODE_NAMES = {"reduce": functools.reduce}  # what that source uses besides Python's own
+def extent(*numbers: Any) -> int:
+    """How far the ints among some numbers are from zero."""
+    return max((max(n, ~n) for n in numbers if type(n) is int), default=0)
+
+
+def lost(a: Any, b: Any, total: Any) -> int:
+    """An extent out of reach if a sum of rounded ints is so much smaller than they are that it means nothing."""
+    return 0 if 2 * abs(total) >= max(abs(a), abs(b)) else OUT_OF_REACH
+
+
+def check(text: str, value: int, limit: int) -> int:
+    if value > limit:
+        raise Unsupported(text)
+    return value
+
+
+OUT_OF_REACH = 2**200
+# What that source uses besides Python's own.
+CODE_NAMES = {"reduce": functools.reduce, "extent": extent, "lost": lost, "check": check}
 
 
 def step_code(op: str, args: Sequence[str]) -> str:
     """Python source of one operation."""
     if op in PREFIX:
         return f"({PREFIX[op]}{args[0]})"
+    if op in ("extent", "lost"):
+        return f"{op}({', '.join(args)})"
     if op == "is_nan":
         return f"({args[0]} != {args[0]})"
     if op == "is_minus_zero":
@@ -199,7 +233,7 @@ def parts_of(expr: Expr, *, updates: bool = True) -> list[Expr]:
 
 def reads_device(expr: Expr) -> bool:
     """Whether an expression asks which branch was taken, or goes through an array with a loop."""
-    if expr.op == "choose" or (expr.op == "repeat" and expr.args[-1]):
+    if expr.op in ("choose", "check") or (expr.op == "repeat" and expr.args[-1]):
         return True
     return any(map(reads_device, (part for part in parts_of(expr)))) or any(
         reads_device(part.expr) for part in _cuts_in(expr)
@@ -236,8 +270,8 @@ def repeated(number: type, loop: int, length: Expr, j: int, inits: Any, updates:
     update, me = updates[j], Expr("loop", (loop, j))
     if update == me:
         return inits[j]
-    if number is int and length.op == "const" and update.op == "add" and update.args[0] == me and _adds_int(update):
-        return folded("add", [inits[j], const(update.args[1].args[0] * length.args[0])])
+    if number is int and update.op == "add" and update.args[0] == me and adds_int(update):
+        return added(inits[j], update.args[1].args[0], length)
     # Only what it depends on goes through the loop with it.
     needed, work = {j}, [j]
     while work:

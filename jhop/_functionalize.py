@@ -45,7 +45,7 @@ from jhop._program import DoesNotFit, Program
 from jhop._questions import listed, refuse_questions
 from jhop._records import lift_tuples
 from jhop._replay import as_number
-from jhop._scalar import I32_MAX, I32_MIN, weak_aval
+from jhop._scalar import largest_int, weak_aval
 from jhop._source import hook_name, warn
 from jhop._walk import MAX_CONTAINERS, Walk
 
@@ -234,7 +234,7 @@ class _Pure:
         if not isinstance(value, _compat.Tracer):
             return _Given(entry, value, kind(value.item()), True)
         like = kind(entry.first)
-        if kind is int and weak_aval(int).dtype.itemsize < 8 and not I32_MIN <= like <= I32_MAX:
+        if kind is int and max(like, ~like) > largest_int():
             like = 1  # the device has it as an int
         return _Given(entry, value, like, True)
 

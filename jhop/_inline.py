@@ -33,13 +33,13 @@ from jhop._expr import Expr
 from jhop._graph import GraphModule, Info, Input
 from jhop._guards import Guards
 from jhop._interp import ClosesOverTracer, evaluate, inner_jaxprs, rewrite
+from jhop._late import compares_identity
 from jhop._leaves import Leaf, is_number
-from jhop._lifted import Lifted, Session
+from jhop._lifted import Lifted, Session, check_needs
 from jhop._rebuild import holds_constants, is_plain_call, is_sealed, rebuild
 from jhop._records import let_go, lift_tuples
 from jhop._repeats import Repeats
 from jhop._scalar import Scalar, device_kind, is_scalar, weak_aval
-from jhop._slots import refuse_rounded
 from jhop._source import describe_hook, is_user_file
 from jhop._splice import Splice, expand, retrace
 from jhop._template import Templates, plain
@@ -94,6 +94,8 @@ class _Inliner:
         self._walk = Walk(hook_roots(gm, on_host))
         lift_tuples(self._walk)
         self._repeats = Repeats([(hook, eqn) for hook, eqn in gm.hooks if eqn.primitive is trace_wrapped_p])
+        self._session.asks_identity = functools.cache(lambda: _asks_identity(self._walk))
+        self._session.asks_type = functools.partial(self._walk.mentions, "type")
         self._hides_state = _runs_state_from_c(self._walk)
         self._hooked: dict[int, tuple[bool, Any]] = {}  # whether there are hooks in a jaxpr, by its id
         self._writes: list[_state.Write] = []
@@ -118,8 +120,6 @@ class _Inliner:
         jaxpr, kept, repeated = expand(jaxpr)
         before = self._gm.info
         jaxpr, slots = self._prune(jaxpr, len(given))
-        if slots:
-            refuse_rounded(jaxpr)
         n_outs = len(self._jaxpr.outvars)
         let_go(self._walk, self._shared)
         lifted = Lifted(
@@ -155,7 +155,7 @@ class _Inliner:
             if is_scalar(symbol):
                 self._session.symbols[symbol._expr] = symbol
                 self._session.note_step(symbol)
-        self._top = _compat.staging()
+        self._top = self._session.top = _compat.staging()
         with _state.Lift(self._walk, symbols) as lift:
             self._lift, self._threads = lift, Threads(lift, self._session, self._evaluate)
             self._repeats.begin(lift, flat[n:])
@@ -163,6 +163,7 @@ class _Inliner:
             with inlining(self._run_inner_hook), kept_apart(reached), many_watches():
                 outs = Splice(self._gm.jaxpr, self._stays).evaluate(list(flat[:n]), self._rule, self._carry)
             self._collect(lift)
+            check_needs(self._session)
             self._unread = lift.untouched()
             self._repeats.end()
             self._lift = self._threads = self._top = None
@@ -283,6 +284,7 @@ class _Inliner:
     def _run_hook(self, hook: HookFn, values: list[Any]) -> list[Any]:
         answers, clean, staging = len(self._session.answers), False, self._staging
         self._staging = _compat.staging()
+        self._session.hook = describe_hook(hook.base)
         try:
             with (
                 _compat.hook_traces(),
@@ -369,6 +371,12 @@ def _runs_state_from_c(walk: Walk) -> bool:
         or walk.instances(types.BuiltinMethodType, has_owner)
         or walk.instances(types.MethodWrapperType, has_owner)
     )
+
+
+def _asks_identity(walk: Walk) -> bool:
+    """Whether hooks compare by `is`, or ask for types."""
+    functions = walk.instances(types.FunctionType, lambda fn: is_user_file(fn.__code__.co_filename))
+    return walk.mentions("type", "is_", "is_not") or compares_identity(fn.__code__ for fn in functions)
 
 
 def _leaf_aval(value: Any) -> Any:

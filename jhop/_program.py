@@ -18,7 +18,7 @@ from jhop._expr import CODE_NAMES, step_code, to_code
 from jhop._graph import GraphModule
 from jhop._interp import evaluate, symbols_in
 from jhop._replay import replay_p
-from jhop._scalar import I32_MAX, I32_MIN, fill, scalar_p
+from jhop._scalar import fill, scalar_p
 
 
 class DoesNotFit(Exception):
@@ -63,7 +63,7 @@ class Program:
         ]  # fmt: skip
         device_outs = [v for v, place in zip(jaxpr.outvars, self._places, strict=True) if place == "device"]
         late_outs = [v for v, place in zip(jaxpr.outvars, self._places, strict=True) if place == "late"]
-        late_eqns = _needed(late_eqns, late_outs)
+        late_eqns = _needed(late_eqns, late_outs, always=_is_check)
         inputs = dict.fromkeys(v for v in _variables(late_eqns) if v not in late)
         kept, waits = [v for v in inputs if v in host], [v for v in inputs if v not in host]
         self._n_waits = len(waits)
@@ -149,6 +149,12 @@ def _order(places: list[str]) -> list[int]:
 
 _KINDS = ("device", "host", "late")
 _NUMBER = (scalar_p, replay_p)
+_LARGEST = {size: 2 ** (8 * size - 1) - 1 for size in (4, 8)}  # ints, by their bytes
+
+
+def _is_check(eqn: Any) -> bool:
+    """Whether an equation is there to raise an error."""
+    return eqn.primitive is replay_p and eqn.params["expr"].op == "check"
 
 
 def _variables(eqns: list[Any]) -> list[Any]:
@@ -207,10 +213,10 @@ def _host_code(inputs: list[Any], eqns: list[Any], groups: list[list[Any]], feed
 
 def _feed(value: Any, aval: Any) -> Any:
     """A lifted number as the device takes it."""
-    if type(value) is not int or aval.dtype.itemsize == 8:
+    if type(value) is not int:
         return value
     if jax.numpy.issubdtype(aval.dtype, jax.numpy.inexact):
         return float(value)
-    if not I32_MIN <= value <= I32_MAX:
+    if max(value, ~value) > _LARGEST[aval.dtype.itemsize]:
         raise DoesNotFit
     return value

@@ -15,7 +15,7 @@ from jhop._graph import GraphModule
 from jhop._guards import Answer
 from jhop._interp import inner_jaxprs
 from jhop._replay import replay_p
-from jhop._scalar import I32_MAX, I32_MIN, scalar_p, weak_aval
+from jhop._scalar import largest_int, scalar_p, weak_aval
 
 
 def refuse_questions(gm: GraphModule, places: dict[Place, str], name: str) -> None:
@@ -52,9 +52,8 @@ def _holds_on_device(answer: Answer) -> bool:
     """Whether a question is one whether ints fit into the device's, where they wrap."""
     bound = answer.expr.args[-1] if answer.expr.args else None
     ints = all(type(slot.value) is int for slot in answer.slots)
-    bounds = {"ge": I32_MIN, "le": I32_MAX}
-    is_bound = isinstance(bound, Expr) and bound.op == "const" and bound.args[0] == bounds.get(answer.expr.op)
-    return ints and is_bound and answer.then and weak_aval(int).dtype.itemsize < 8
+    is_bound = isinstance(bound, Expr) and bound.op == "const" and bound.args[0] == largest_int()
+    return ints and is_bound and answer.expr.op == "le" and answer.then and weak_aval(int).dtype.itemsize < 8
 
 
 def _raises_int_to_number(jaxpr: Any) -> bool:

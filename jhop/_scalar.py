@@ -25,10 +25,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jhop import _compat
-from jhop._expr import COMPARE, INFIX, MAX_SIZE, Expr, const, cut, folded, free
+from jhop._expr import COMPARE, INFIX, MAX_SIZE, OUT_OF_REACH, Expr, const, cut, folded, free
 
 NUMBERS = (bool, int, float)
-I32_MIN, I32_MAX = -(2**31), 2**31 - 1
 
 
 # -- scalar_p: one step of host arithmetic, visible in the graph -------------------------------------------------------
@@ -54,13 +53,18 @@ def fill(template: tuple[Any, ...], values: Sequence[Any]) -> list[Any]:
 
 
 def device_kind(value: Any, twins: Sequence[Any] = ()) -> type:
-    """The type that a number has on the device: ints too large for JAX's int32 are rounded to floats, as where JAX
-    itself meets such an int and a floating array.
+    """The type that a number has on the device: ints too large for JAX's are rounded to floats, as where JAX itself
+    meets such an int and a floating array.
     """
-    if type(value) is not int or weak_aval(int).dtype.itemsize == 8:
+    if type(value) is not int:
         return type(value)
-    large = not I32_MIN <= value <= I32_MAX
+    large = max(value, ~value) > largest_int()
     return float if large or any(jnp.issubdtype(twin.dtype, jnp.inexact) for twin in twins) else int
+
+
+def largest_int() -> int:
+    """The largest int that the device counts to: that of int64 with x64 on."""
+    return 2 ** (8 * weak_aval(int).dtype.itemsize - 1) - 1
 
 
 def on_device(value: Any) -> Any:
@@ -68,11 +72,17 @@ def on_device(value: Any) -> Any:
     return float(value) if device_kind(value) is float else value
 
 
-def is_rounded(eqn: Any) -> bool:
-    """Whether an equation takes an int that outgrew the device's, and was rounded to a float, for one of ints."""
-    if eqn.primitive is not scalar_p or eqn.params["python"] is not int or eqn.params["op"] not in _OF_INTS:
-        return False
-    return any(jnp.issubdtype(v.aval.dtype, jnp.inexact) for v in eqn.invars)
+def need_of(op: str, args: Sequence[Expr], expr: Expr, *, rounded: bool) -> tuple[Expr, ...]:
+    """What the device may not have too large, to compute an int.
+
+    Args:
+        rounded: whether it has floats for ints there. These may be added, less what leaves little of them.
+    """
+    if not rounded:
+        return (expr,)
+    if op in ("add", "sub"):
+        return (Expr("lost", (*args, expr)),)
+    return (const(OUT_OF_REACH),) if op in _OF_INTS else ()
 
 
 _OF_INTS = frozenset({"floordiv", "mod", "and_", "or_", "xor", "lshift", "rshift", "invert"})
@@ -109,10 +119,13 @@ _compat.register_transforms(scalar_p, _scalar_impl)
 class Scalar:
     """A lifted int, float or bool while a hook is traced. `isinstance(s, int)` answers as for the number itself."""
 
-    __slots__ = ("_expr", "_session", "_size", "_twin", "_value")
+    __slots__ = ("_expr", "_needs", "_session", "_size", "_twin", "_value")
 
-    def __init__(self, session: Any, expr: Expr, value: Any, twin: Any):
+    def __init__(self, session: Any, expr: Expr, value: Any, twin: Any, needs: Any = None):
         self._session = session  # has .guard(expr, answer)
+        # What the device may not have too large when it computes the twin: expressions, in tuples, as deep as the
+        # steps. None where the host knows the number before the device runs: it need not compute it there.
+        self._needs = needs
         self._expr = expr
         self._value = value
         self._twin = twin  # the device scalar
@@ -139,7 +152,7 @@ class Scalar:
         self._session.symbols.setdefault(self._expr, self)
 
     def __jax_array__(self) -> Any:
-        return self._twin
+        return self._session.used(self)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         # Whether a number fits into its twin's dtype, or any floating one, is looked at before each run.
@@ -249,9 +262,13 @@ def step(op: str, *operands: Any) -> Any:
     if expr.args[0] is not exprs[0]:
         size -= 1
     template = tuple(None if is_scalar(item) else item for item in operands)
-    twins = [item._twin for item in operands if is_scalar(item)]
-    twin = scalar_p.bind(*twins, op=op, template=template, kind=device_kind(value, twins), python=type(value))
-    result = Scalar(session, expr, value, twin)
+    twins = session.twins_of([item for item in operands if is_scalar(item)])
+    kind = device_kind(value, twins)
+    twin = scalar_p.bind(*twins, op=op, template=template, kind=kind, python=type(value))
+    needs = [item._needs for item in operands if is_scalar(item) and item._needs is not None]
+    if needs and type(value) is int:
+        needs.append(need_of(op, exprs, expr, rounded=kind is float))
+    result = Scalar(session, expr, value, twin, tuple(needs) or None)
     result._size = size
     session.note_step(result)
     return result
@@ -266,7 +283,8 @@ def _binary(op: str, *, swapped: bool = False) -> Callable[[Any, Any], Any]:
         if is_scalar(other) or type(other) in NUMBERS:
             return step(op, other, self) if swapped else step(op, self, other)
         if isinstance(other, (jax.Array, np.ndarray)):
-            return apply(other, self._twin) if swapped else apply(self._twin, other)
+            twin = self._session.used(self)
+            return apply(other, twin) if swapped else apply(twin, other)
         return NotImplemented
 
     return method
@@ -285,7 +303,7 @@ def _comparison(op: str) -> Callable[[Any, Any], Any]:
             self._session.guard(Expr(op, (self._expr, right)), answer)
             return answer
         if isinstance(other, (jax.Array, np.ndarray)):
-            return apply(self._twin, other)
+            return apply(self._session.used(self), other)
         return NotImplemented
 
     return method
@@ -302,5 +320,7 @@ for _name in ("neg", "abs", "invert"):
 
 
 # A Scalar passed to a primitive or to a jitted function is its device twin there.
-_compat.register_value(Scalar, lambda s: s._twin)
-jax.tree_util.register_pytree_node(Scalar, lambda s: ((s._twin,), None), lambda _, children: children[0])
+_compat.register_value(Scalar, lambda s: s._session.used(s))
+jax.tree_util.register_pytree_node(
+    Scalar, lambda s: ((s._session.used(s),), None), lambda _, children: children[0]
+)

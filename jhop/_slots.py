@@ -15,11 +15,11 @@ from jhop import _compat
 from jhop._container import MISSING, Container
 from jhop._errors import Unsupported
 from jhop._expr import Expr, const, free, substitute
-from jhop._interp import inner_jaxprs
+from jhop._late import at_place, is_late, may_be_late, place_in
 from jhop._leaves import is_number
-from jhop._lifted import Session
+from jhop._lifted import Need, Session
 from jhop._replay import as_number, number_of
-from jhop._scalar import device_kind, is_rounded, is_scalar, weak_aval
+from jhop._scalar import device_kind, is_scalar, weak_aval
 from jhop._state import APPEND, WHOLE, Mark, Write
 from jhop._template import Templates, rebuild
 
@@ -36,6 +36,7 @@ class Slot:
         init: what it holds before.
         number: the Python type of a number; None for an array.
         aval: of what stands for it in the body.
+        table: of the values that it holds at times, where these are neither: its number is the place of one.
     """
 
     container: Container
@@ -43,6 +44,24 @@ class Slot:
     init: Any
     number: type | None
     aval: Any
+    table: list[Any] | None = None
+
+    def taken(self, value: Any) -> Any:
+        """The number or array for a value of the slot."""
+        if self.table is None:
+            return value
+        if not may_be_late(value, lambda: False):
+            raise DoesNotThread(f"it holds a {type(value).__name__} then")
+        return place_in(self.table, value)
+
+    def held(self, value: Any) -> Any:
+        """What the slot holds for a number or array."""
+        return value if self.table is None else at_place(self.table, value)
+
+    @property
+    def kind(self) -> Any:
+        """What else must be the same when a body is traced again."""
+        return self.number, self.aval, self.table and len(self.table)
 
     @property
     def place(self) -> tuple[int, Any]:
@@ -52,7 +71,7 @@ class Slot:
         """A value of the slot as the device has it."""
         if self.number is None:
             check_holds(self.aval, value)
-        value = jnp.asarray(value._twin if is_scalar(value) else value)
+        value = jnp.asarray(value._session.twins_of([value])[0] if is_scalar(value) else value)
         if jax.typeof(value) == self.aval:
             return value
         if self.number is not None:
@@ -62,9 +81,23 @@ class Slot:
 
 
 class Written:
-    """What a body wrote, and how it is told outside: arrays are results of the body, numbers are expressions."""
+    """What a body wrote, and how it is told outside: arrays are results of the body, numbers are expressions.
 
-    def __init__(self, changes: list[Write], session: Session, outside: set[Expr], known: Callable[[Any], bool]):
+
+    Args:
+        known: tells what was there before the body ran.
+        needs: those of the body; they become the session's.
+    """
+
+    def __init__(
+        self,
+        changes: list[Write],
+        session: Session,
+        outside: set[Expr],
+        known: Callable[[Any], bool],
+        needs: list[Need],
+    ):
+        self._needs = needs
         self._session = session
         self._numbers: list[Expr] = []
         self._tracers: list[Any] = []
@@ -73,7 +106,7 @@ class Written:
             made = [templates.make(value, change.where()) for value in values_of(change)]
             places.append((change._replace(value=None), change.value is MISSING, made))
         self._places = places
-        self._parts = arrays_of(self._numbers, outside)
+        self._parts = arrays_of([*self._numbers, *(need.expr for need in needs)], outside)
         self._tracers += [session.arrays[part] for part in self._parts]
 
     def _note(self, value: Any, where: str) -> int:
@@ -94,6 +127,7 @@ class Written:
         first = len(arrays) - len(self._parts)
         keys = dict(zip(self._parts, map(self._session.array, arrays[first:]), strict=True))
 
+        self._session.needs += renamed(self._needs, keys.get)
         numbers = [number_of(self._session, expr) for expr in substitute(self._numbers, keys.get)]
         outs, made, changes = [*arrays[:first], *reversed(numbers)], dict[int, Any](), []
         for change, gone, templates in self._places:
@@ -118,6 +152,12 @@ def arrays_of(exprs: Iterable[Expr], outside: Collection[Expr] = ()) -> list[Exp
     return [part for part in parts if part.op == "device" and part not in outside]
 
 
+def renamed(needs: list[Need], change: Callable[[Expr], Expr | None]) -> list[Need]:
+    """Needs with other names for what they read."""
+    exprs = substitute([need.expr for need in needs], change)
+    return [need._replace(expr=expr) for need, expr in zip(needs, exprs, strict=True)]
+
+
 def number_type(value: Any) -> type | None:
     """The type of a number, lifted or not; None for anything else."""
     if is_scalar(value):
@@ -129,29 +169,33 @@ def expr_of(number: Any) -> Expr:
     return number._expr if is_scalar(number) else const(number)
 
 
-def new_slot(change: Write, start: list[Mark]) -> Slot:
+def new_slot(change: Write, start: list[Mark], session: Session) -> Slot:
     """The slot for something that was found to be written."""
     if change.key is WHOLE or change.value is MISSING:
         raise DoesNotThread("what it holds gets other entries")
-    slot = slot_before(change.container, change.key, start)
+    slot = slot_before(change.container, change.key, start, session)
     if slot is None:
         raise DoesNotThread("what it holds gets other entries")
-    return fitting(slot, change.value)
+    return fitting(slot, change.value, session)
 
 
-def slot_before(container: Container, key: Any, start: list[Mark]) -> Slot | None:
+def slot_before(container: Container, key: Any, start: list[Mark], session: Session) -> Slot | None:
     """A slot as it is at a mark; None where there is none.
 
     Raises:
-        DoesNotThread: it holds neither a number nor an array.
+        DoesNotThread: it holds what can only be known in advance.
     """
     items = next(dict(mark.items) for mark in start if mark.container is container)
     if key not in items:
         return None
     init = items[key]
     number = number_type(init)
-    if number is None and not isinstance(init, (jax.Array, np.ndarray)):
-        raise DoesNotThread(f"it holds a {type(init).__name__}")
+    if number is None and not _is_array(init):
+        if not may_be_late(init, session.asks_identity):
+            raise DoesNotThread(f"it holds a {type(init).__name__}{_if_identity(session)}")
+        return Slot(container, key, init, int, weak_aval(int), session.tables.setdefault((id(container), key), []))
+    if number is not None and session.asks_type():
+        raise DoesNotThread("hooks ask for types by `type(...)`, not isinstance")
     if number is None or is_scalar(init):
         return Slot(container, key, init, number, jax.typeof(init if number is None else init._twin))
     return Slot(container, key, init, number, weak_aval(device_kind(init)))
@@ -160,7 +204,8 @@ def slot_before(container: Container, key: Any, start: list[Mark]) -> Slot | Non
 class Expected:
     """The slots that bodies wrote when they were traced before, say for the loop around them: they need no search."""
 
-    def __init__(self) -> None:
+    def __init__(self, session: Session) -> None:
+        self._session = session
         self._known: dict[int, tuple[Any, list[tuple[Any, Any]]]] = {}  # by id of what is kept here
 
     def slots(self, body: Any, start: list[Mark]) -> list[Slot]:
@@ -169,7 +214,7 @@ class Expected:
         slots = []
         for (container, key, *before), after in noted:
             try:
-                slot = slot_before(container, key, start)
+                slot = slot_before(container, key, start, self._session)
             except DoesNotThread:
                 return []
             if slot is None or [slot.number, slot.aval] != before:
@@ -180,21 +225,25 @@ class Expected:
     def note(self, body: Any, slots: list[Slot], start: list[Mark]) -> None:
         noted = []
         for slot in slots:
-            before = slot_before(slot.container, slot.key, start)
+            before = slot_before(slot.container, slot.key, start, self._session)
             assert before is not None
             noted.append(((slot.container, slot.key, before.number, before.aval), (slot.number, slot.aval)))
         self._known[id(body)] = body, noted
 
 
-def fitting(slot: Slot, value: Any) -> Slot:
+def fitting(slot: Slot, value: Any, session: Session) -> Slot:
     """A slot that can hold a value too which a body put there."""
+    if slot.table is not None:
+        if not may_be_late(value, session.asks_identity):
+            raise DoesNotThread(f"it holds a {type(value).__name__} then")
+        return slot
     number = number_type(value)
     if slot.number is not None and number is not None:
         kind = float if float in (slot.number, number) else int
         if is_scalar(value) and jnp.issubdtype(value._twin.dtype, jnp.inexact):  # an int that the device had to round
             return dataclasses.replace(slot, number=kind, aval=weak_aval(float))
         return slot if kind is slot.number else dataclasses.replace(slot, number=kind, aval=weak_aval(kind))
-    if not isinstance(value, (jax.Array, np.ndarray)):
+    if not _is_array(value):
         raise DoesNotThread(f"it holds a {type(value).__name__} then")
     aval = jax.typeof(value)
     if slot.number is not None:
@@ -204,6 +253,14 @@ def fitting(slot: Slot, value: Any) -> Slot:
         return dataclasses.replace(slot, number=None, aval=aval)
     same_type(slot, aval)
     return slot if slot.aval == aval else dataclasses.replace(slot, aval=aval)
+
+
+def _is_array(value: Any) -> bool:
+    return not is_late(value) and isinstance(value, (jax.Array, np.ndarray))
+
+
+def _if_identity(session: Session) -> str:
+    return ", and hooks compare by `is`" if session.asks_identity() else ""
 
 
 def check_holds(aval: Any, value: Any) -> None:
@@ -263,28 +320,6 @@ def less_dead(closed: Any, dead: Collection[int] = ()) -> Any:
         debug_info=opened.debug_info._replace(arg_names=None, result_paths=None),
     )
     return jex_core.ClosedJaxpr(jaxpr, [const for _, const in kept])
-
-
-def check_exact(closed: Any) -> Any:
-    """A body, if what it does with numbers on the device is what the host does."""
-    if any(map(is_rounded, _compat.open_jaxpr(closed)[0].eqns)):
-        raise DoesNotThread("counts there to more than the device's ints hold, which it then takes apart")
-    return closed
-
-
-def refuse_rounded(jaxpr: Any) -> None:
-    """Raises where the bodies in a graph do with ints what is wrong once they were rounded."""
-    for eqn in _compat.open_jaxpr(jaxpr)[0].eqns:
-        for inner in inner_jaxprs(eqn):
-            opened, consts = _compat.open_jaxpr(inner)
-            less = less_dead(jex_core.ClosedJaxpr(opened, consts))
-            try:
-                check_exact(less)
-            except DoesNotThread as error:
-                raise Unsupported(
-                    f"a hook inside `{eqn.primitive}` {error}. Move the hooked value out, or count in an array."
-                ) from None
-            refuse_rounded(less)
 
 
 def variables(atoms: Iterable[Any]) -> set[Any]:

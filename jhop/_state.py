@@ -20,6 +20,7 @@ from jhop._append import AppendList
 from jhop._classes import is_opaque
 from jhop._container import MISSING, Container, builtin_kind
 from jhop._errors import Unsupported
+from jhop._late import Late
 from jhop._names import slot_names
 from jhop._scalar import Scalar
 from jhop._template import plain
@@ -37,7 +38,7 @@ APPEND: Any = object()  # the key of a write that appends to a list
 WHOLE: Any = object()  # the key of one that gives a list, set or deque other contents; its value has them all
 
 
-_PLAIN = frozenset({int, float, bool, str, type(None), Scalar})
+_PLAIN = frozenset({int, float, bool, str, type(None), Scalar, Late})
 _FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinMethodType)
 _NOT_MADE = (jax.Array, np.ndarray, AppendList, *_FUNCTIONS, types.ModuleType, type)
 
@@ -67,12 +68,13 @@ class Write(NamedTuple):
 
 
 class Mark(NamedTuple):
-    """What one container held at some moment."""
+    """What one container held at some moment; for a tuple, `obj` is the tuple."""
 
     container: Container
     stand_in: AppendList | None
     items: list[tuple[Any, Any]]
     reads: int
+    obj: Any = None
 
 
 class Lift:
@@ -134,16 +136,26 @@ class Lift:
             for key, value in mark.items:
                 if type(value) not in _PLAIN:
                     marks += map(self._mark, self._made(value, mark.container, key, met))
+        # After what holds them, which is put back first.
+        marks += [self._mark(record) for record in self.walk.records if self._holds_tuple(record)]
         return marks
 
     def _mark(self, container: Container) -> Mark:
         stand_in = self._lists.get(id(container.obj)) if container.kind == "list" else None
         items = container.items() if stand_in is None else list(enumerate(stand_in.raw()))
-        return Mark(container, stand_in, items, 0 if stand_in is None else stand_in.reads)
+        obj = container.obj if container.kind == "tuple" else None
+        return Mark(container, stand_in, items, 0 if stand_in is None else stand_in.reads, obj)
+
+    def _holds_tuple(self, record: Container) -> bool:
+        """Whether a tuple is where one was, and not in a list that another stands for."""
+        at, key = record.place or (record, None)
+        while at.place is not None:
+            at = at.place[0]
+        return id(at.obj) not in self._lists and isinstance(record.obj, tuple)
 
     def _made(self, value: Any, holder: Container, key: Any, met: set[int]) -> list[Container]:
         """The containers in a value, less those that were there before hooks ran; `met` grows by what was found."""
-        if isinstance(value, _NOT_MADE) or self.walk.knows(value) or id(value) in met:
+        if type(value) in _PLAIN or isinstance(value, _NOT_MADE) or self.walk.knows(value) or id(value) in met:
             return []
         if isinstance(value, tuple):
             return [found for item in value for found in self._made(item, holder, key, met)]
@@ -158,9 +170,15 @@ class Lift:
         return lambda value: id(value) in made or self.walk.knows(value)
 
     def changes(self, since: list[Mark]) -> list[Write]:
-        """What differs from a mark."""
-        found = []
+        """What differs from a mark. Where a tuple took the place of another of its kind, it is the items that do."""
+        found: list[Write] = []
+        tuples = [mark for mark in since if mark.container.kind == "tuple"]
+        other = {id(mark) for mark in tuples if not _alike(mark.obj, mark.container.obj)}
+        places = [mark.container.place for mark in tuples if id(mark) not in other]
+        inside = {place[0].slot(place[1]) for place in places if place is not None}
         for mark in since:
+            if id(mark) in other:
+                continue
             now = self._mark(mark.container)
             before, present = dict(mark.items), dict(now.items)
             if mark.container.whole and before.keys() != present.keys():
@@ -172,7 +190,8 @@ class Lift:
                 values = [value for _, value in now.items]
                 found.append(Write(mark.container, APPEND, added) if appended else Write(mark.container, WHOLE, values))
                 continue
-            found += _changed_slots(mark.container, before, present)
+            writes = _changed_slots(mark.container, before, present)
+            found += [write for write in writes if not inside or write.container.slot(write.key) not in inside]
         return found
 
     def back_to(self, marks: list[Mark]) -> None:
@@ -231,6 +250,10 @@ class Lift:
                     yield Write(container, WHOLE, [value for _, value in now])
                 continue
             yield from _changed_slots(container, dict(before), dict(now))
+
+
+def _alike(one: Any, other: Any) -> bool:
+    return isinstance(one, tuple) and type(one) is type(other) and len(one) == len(other)
 
 
 def _changed_slots(container: Container, before: dict[Any, Any], now: dict[Any, Any]) -> Iterator[Write]:

@@ -4,6 +4,7 @@ A template is a tuple whose first item is its kind:
 
 - ("number", i, type) and ("array", i): the i-th output of the graph;
 - ("numpy", i): the same as a NumPy array, where one was before;
+- ("choice", i, table): the item of a table at the place which the i-th output says;
 - ("list" | "set" | "tuple", parts), ("deque", parts, maxlen), ("namedtuple", parts, class), ("dict", pairs, class),
   ("object", pairs, class): things that the hook made, made anew at each run;
 - ("copy", value): something mutable without traced content, of which each run gets a copy of its own;
@@ -26,6 +27,7 @@ import numpy as np
 from jhop import _compat
 from jhop._append import AppendList
 from jhop._errors import Unsupported
+from jhop._late import at_place, is_late
 from jhop._names import slot_names
 from jhop._scalar import is_scalar
 from jhop._walk import MAX_CONTAINERS
@@ -35,7 +37,7 @@ _FROZEN = (int, float, complex, str, bytes, bool, type(None), range, enum.Enum, 
 _DICTS = (dict, OrderedDict, Counter)
 _SEQUENCES = {"list": list, "tuple": tuple, "set": set}
 NUMBER_TYPES = (bool, int, float, complex)
-_OUTPUTS = ("number", "array", "numpy")
+_OUTPUTS = ("number", "array", "numpy", "choice")
 
 
 class Templates:
@@ -62,6 +64,8 @@ class Templates:
         """
         if is_scalar(value):
             return ("number", self._note(value, where), value.__class__)
+        if is_late(value):
+            return ("choice", self._note(value._number, where), list(value._table))
         if isinstance(value, _compat.Tracer):
             return ("array", self._note(value, where))
         if isinstance(value, AppendList):
@@ -133,7 +137,7 @@ def _holds_symbol(value: Any) -> bool:
     work = [value]
     while work and len(seen) < MAX_CONTAINERS:
         value = work.pop()
-        if is_scalar(value) or isinstance(value, _compat.Tracer):
+        if is_scalar(value) or is_late(value) or isinstance(value, _compat.Tracer):
             return True
         if id(value) in seen or isinstance(value, (type, types.ModuleType, str, bytes, int, float, np.dtype)):
             continue
@@ -165,6 +169,8 @@ def rebuild(spec: Any, outs: list[Any], made: dict[int, Any]) -> Any:
         return outs[content]
     if kind == "numpy":
         return np.array(outs[content])
+    if kind == "choice":
+        return at_place(spec[2], outs[content])
     if id(spec) not in made:
         made[id(spec)] = _rebuild_new(spec, outs, made)
     return made[id(spec)]

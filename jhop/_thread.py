@@ -17,9 +17,10 @@ import jax.numpy as jnp
 
 from jhop import _compat
 from jhop._errors import Unsupported
-from jhop._expr import Expr, substitute
+from jhop._expr import Expr, free, substitute
 from jhop._interp import evaluate
-from jhop._lifted import Session
+from jhop._late import is_late
+from jhop._lifted import Need, Session
 from jhop._loops import Loops, Run
 from jhop._rebuild import RUNS_IN_PLACE, RUNS_ONCE, rebuild
 from jhop._replay import number_of
@@ -29,10 +30,10 @@ from jhop._slots import (
     Slot,
     Written,
     arrays_of,
-    check_exact,
     expr_of,
     number_type,
     refusal,
+    renamed,
     same_type,
     traced_with,
     values_of,
@@ -69,7 +70,7 @@ class Threads:
         name, runs = eqn.primitive.name, eqn.params.get("length") != 0
         if id(eqn) in self._write and name in _RULES and runs:
             return self._threaded(eqn, values)
-        answers, outer, self._noted = len(self._session.answers), self._noted, []
+        asked, outer, self._noted = self._session.mark(), self._noted, []
         try:
             trial = jax.make_jaxpr(lambda *args: ordinary(eqn, list(args), self._apart))(*map(jax.typeof, values))
             changes = self._noted
@@ -79,7 +80,7 @@ class Threads:
             return evaluate(trial, values)
         if name == "scan" and not runs:
             return evaluate(trial, values)
-        del self._session.answers[answers:]
+        self._session.rewind(asked)
         self._write[id(eqn)] = eqn
         if name == "shard_map":
             return self._once(eqn, values, changes[-1][1])
@@ -99,15 +100,16 @@ class Threads:
 
     def _apart(self, fn: Callable[..., Any], *args: Any) -> Any:
         """Calls a function that runs hooks in a trace of their own, and puts back what they wrote."""
-        start, outside = self._lift.mark(), set(self._session.arrays)
+        start, outside, asked = self._lift.mark(), set(self._session.arrays), self._session.mark()
         with self._loops.putting_back(start):
             result = fn(*args)
             changes = self._lift.changes(start)
             for change in changes:
-                tracers = [value for value in values_of(change) if isinstance(value, _compat.Tracer)]
+                tracers = [v for v in values_of(change) if not is_late(v) and isinstance(v, _compat.Tracer)]
                 if (stray := next((v for v in tracers if not _compat.is_staged(v)), None)) is not None:
                     raise explain_leak(change.where(), stray)
-            arrays = len(Written(changes, self._session, outside, self._lift.knew(start)).take())
+            needs = self._session.needs[asked[1] :]
+            arrays = len(Written(changes, self._session, outside, self._lift.knew(start), needs).take())
             self._noted += [(change._replace(value=None), arrays) for change in changes]
         return result
 
@@ -122,11 +124,11 @@ class Threads:
                 "one shape and dtype."
             ) from None
         arrays = [slot for slot in slots if slot.number is None]
-        device = [part for _, _, parts in bodies for part in parts]
-        shapes = [aval for _, avals, _ in bodies for aval in avals]
+        device = [part for _, _, parts, _ in bodies for part in parts]
+        shapes = [aval for _, avals, _, _ in bodies for aval in avals]
         n_outs, n_arrays = len(eqn.outvars), len(arrays)
         made, done = [], 0
-        for closed, own, _ in ((closed, avals, parts) for (closed, _), avals, parts in bodies):
+        for closed, own, _ in ((closed, avals, parts) for (closed, _), avals, parts, _ in bodies):
             made.append(_padded(closed, n_outs + n_arrays, shapes, done))
             done += len(own)
         functions = [lambda *args, jaxpr=jaxpr: evaluate(jaxpr, list(args)) for jaxpr in made]
@@ -134,7 +136,8 @@ class Threads:
         own, new, decisions = outs[:n_outs], iter(outs[n_outs : n_outs + n_arrays]), outs[n_outs + n_arrays :]
         keys = dict(zip(device, map(self._session.array, decisions), strict=True))
         which = self._session.array(index)
-        known = [substitute(updates, keys.get) for (_, updates), _, _ in bodies]
+        known = [substitute(updates, keys.get) for (_, updates), _, _, _ in bodies]
+        self._session.needs += _needs_after(which, [renamed(needs, keys.get) for *_, needs in bodies])
         finals = []
         for j, slot in enumerate(slots):
             if slot.number is None:
@@ -142,17 +145,18 @@ class Threads:
                 continue
             exprs = [updates[j] for updates in known]
             same = all(expr == exprs[0] for expr in exprs)
-            finals.append(number_of(self._session, exprs[0] if same else Expr("choose", (slot.number, which, *exprs))))
+            expr = exprs[0] if same else Expr("choose", (slot.number, which, *exprs))
+            finals.append(slot.held(number_of(self._session, expr)))
         for slot, value in zip(slots, finals, strict=True):
             self._lift.put(slot.container, slot.key, value)
         return list(own)
 
     def _settled_branches(self, branches: Sequence[Any], avals: list[Any]) -> tuple[list[Slot], list[Any]]:
-        start, answers = self._lift.mark(), len(self._session.answers)
+        start, asked = self._lift.mark(), self._session.mark()
         if slots := self._loops.expected.slots(branches, start):
             with contextlib.suppress(DoesNotThread):
                 return slots, [self._trace_branch(branch, avals, slots) for branch in branches]
-            del self._session.answers[answers:]
+            self._session.rewind(asked)
         slots = self._slots_of_branches(branches, avals)
         bodies = [self._trace_branch(branch, avals, slots) for branch in branches]
         self._loops.expected.note(branches, slots, start)
@@ -162,9 +166,9 @@ class Threads:
         """The slots that any branch writes, each of a type that all branches can give it."""
         slots: dict[Any, Slot] = {}
         for branch in branches:
-            answers = len(self._session.answers)
+            asked = self._session.mark()
             body = self._loops.trace_body(branch, [], avals, [], -1)
-            del self._session.answers[answers:]
+            self._session.rewind(asked)
             if body.appended:
                 raise DoesNotThread("it appends to a list")
             for slot in body.slots:
@@ -176,14 +180,16 @@ class Threads:
         return list(slots.values())
 
     def _trace_branch(self, branch: Any, avals: list[Any], slots: list[Slot]) -> Any:
-        """((jaxpr that returns results, new arrays, arrays of expressions; what numbers become), their avals, they)."""
-        start, outside = self._lift.mark(), set(self._session.arrays)
+        """((jaxpr that returns results, new arrays, arrays of expressions; what numbers become), their avals, they,
+        what the branch needs).
+        """
+        start, outside, asked = self._lift.mark(), set(self._session.arrays), self._session.mark()
 
         def traced(*flat: Any) -> tuple[Any, list[Any]]:
             with self._loops.putting_back(start):
                 outs = self._run(branch, list(flat))
                 changed = {(id(c.container), c.key): c.value for c in self._lift.changes(start)}
-                finals = [changed.pop(slot.place, slot.init) for slot in slots]
+                finals = [slot.taken(changed.pop(slot.place, slot.init)) for slot in slots]
                 if changed:
                     raise DoesNotThread("it is written at times only")
                 for slot, final in zip(slots, finals, strict=True):
@@ -191,13 +197,14 @@ class Threads:
                         raise DoesNotThread("a number becomes one of another type")
                 pairs = zip(slots, finals, strict=True)
                 updates = [ZERO if slot.number is None else expr_of(final) for slot, final in pairs]
-                parts = arrays_of(updates, outside)
+                needs = self._session.take_needs(asked)
+                parts = arrays_of([*updates, *(need.expr for need in needs)], outside)
                 arrays = [self._session.arrays[part] for part in parts]
                 new = [slot.on_device(final) for slot, final in zip(slots, finals, strict=True) if slot.number is None]
-                return (updates, list(map(jax.typeof, arrays)), parts), [*outs, *new, *arrays]
+                return (updates, list(map(jax.typeof, arrays)), parts, needs), [*outs, *new, *arrays]
 
-        closed, (updates, shapes, parts) = traced_with(traced, avals)
-        return (check_exact(closed), updates), shapes, parts
+        closed, (updates, shapes, parts, needs) = traced_with(traced, avals)
+        return (closed, updates), shapes, parts, needs
 
     def _once(self, eqn: Any, values: list[Any], more: int = 0) -> list[Any]:
         """An equation whose body runs once: what was written there is among its results.
@@ -207,12 +214,13 @@ class Threads:
         """
         start = self._lift.mark()
         found: list[Written] = []
-        outside = set(self._session.arrays)
+        outside, asked = set(self._session.arrays), self._session.mark()
 
         def run(jaxpr: Any, args: list[Any]) -> list[Any]:
             with self._loops.putting_back(start):
                 outs = self._run(jaxpr, args)
-                found[:] = [Written(self._lift.changes(start), self._session, outside, self._lift.knew(start))]
+                needs, known = self._session.take_needs(asked), self._lift.knew(start)
+                found[:] = [Written(self._lift.changes(start), self._session, outside, known, needs)]
                 arrays = found[0].take()
                 if _compat.binds_axes(eqn):
                     check_the_same_everywhere(eqn, arrays)
@@ -223,6 +231,18 @@ class Threads:
         for change in found[0].filled(outs[n:]):
             self._lift.put(*change)
         return outs[:n]
+
+
+def _needs_after(which: Expr, branches: list[list[Need]]) -> list[Need]:
+    """What branches need: where that depends on the data, only the branch that is taken counts."""
+    found = []
+    for i, needs in enumerate(branches):
+        for need in needs:
+            if any(part.op == "device" for part in free(need.expr)):
+                others = [need.expr if i == j else ZERO for j in range(len(branches))]
+                need = need._replace(expr=Expr("choose", (int, which, *others)))
+            found.append(need)
+    return found
 
 
 def _padded(closed: Any, n: int, avals: list[Any], first: int) -> Any:

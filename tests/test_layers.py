@@ -22,6 +22,7 @@ LAYERS = (
     "_expr",
     "_scalar",
     "_replay",
+    "_late",
     "_container",
     "_slotcode",
     "_wording",

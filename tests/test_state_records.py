@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from test_state_control_flow import JAX, PYTHON
 
 import jhop
 
@@ -514,6 +515,37 @@ def test_in_inner_functions(program, like):
         return found
 
     assert alike(run(program), run(like))
+
+
+def branch(flow, hook, x):
+    return flow.cond(x[0] > 0, lambda x: hook(jnp.sin(x)), jnp.cos, x)
+
+
+def branches_in_a_loop(flow, hook, x):
+    scanned, _ = flow.scan(lambda c, t: (branch(flow, hook, c * t), None), x, jnp.array([1.0, -2.0, 3.0]))
+    return branch(flow, hook, scanned).sum()
+
+
+def long_loop(flow, hook, x):
+    return flow.scan(lambda c, t: (hook(jnp.sin(c) * t), None), x, jnp.linspace(0.9, 1.1, 70))[0].sum()
+
+
+@pytest.mark.parametrize("program", [branches_in_a_loop, long_loop])
+def test_tuples_in_branches_and_long_loops(program):
+    def run(flow, compiled):
+        box, found = Box(state=(jnp.zeros(3), 1, (2.0, "a"))), []
+
+        def hook(ct):
+            total, n, (rate, _) = box.state
+            box.state = (total + ct, n + 1, (rate * 0.5, "b"))
+            return ct * (1 + 0.001 * n) + total * rate
+
+        step = compiled(jax.grad(lambda x: program(flow, lambda v: jhop.hook(v, hook), x)))
+        for x in (X, -X, 0.3 * X):
+            found.append([plain(step(x)), plain(box)])
+        return found
+
+    assert alike(run(JAX, functools.partial(jhop.jit, fullgraph=True)), run(PYTHON, lambda step: step))
 
 
 def test_hook_inside_a_hook_reads_a_tuple():
