@@ -127,8 +127,8 @@ class Guards:
             terms += _keys_code(container, present, code)
         for leaf, kind in self._leaves:
             now = read(leaf.container, leaf.key)
-            same_kind = isinstance(kind, tuple)
-            terms.append(f"{name(_kind)}({now}) == {name(kind)}" if same_kind else f"type({now}) is {name(kind)}")
+            array = isinstance(kind, tuple)
+            terms.append(f"{name(_is_of(kind))}({now})" if array else f"type({now}) is {name(kind)}")
         if self._abc_token is not None:
             terms.append(f"{name(abc.get_cache_token)}() == {name(self._abc_token)}")
         if ids := [f"id({code.holder(record)})" for record in self._records if record.kind != "tuple"]:
@@ -286,6 +286,22 @@ def _kind(value: Any) -> Any:
     if isinstance(value, (jax.Array, np.ndarray)):
         return (jax.Array if isinstance(value, jax.Array) else np.ndarray, value.shape, value.dtype)
     return type(value)
+
+
+def _is_of(kind: Any) -> Callable[[Any], bool]:
+    """A function that says whether an array is of a kind; quick where one program gave this array and the last one."""
+    last: Any = None
+
+    def check(value: Any) -> bool:
+        nonlocal last
+        aval = getattr(value, "aval", None)
+        if aval is not None and aval is last:
+            return True
+        found: bool = _kind(value) == kind
+        last = aval if found else last
+        return found
+
+    return check
 
 
 def _changed(path: str, then: str, now: str) -> str:
