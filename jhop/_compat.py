@@ -24,6 +24,7 @@ from jax._src.lax import lax as _lax
 from jax._src.sharding_impls import UNSPECIFIED as UNSPECIFIED  # what a jit says of shardings that it leaves open
 from jax.extend import source_info_util
 from jax.interpreters import ad, batching, mlir, xla
+from jax.interpreters import partial_eval as pe
 
 Tracer = jax.core.Tracer
 
@@ -127,6 +128,11 @@ def open_jaxpr(jaxpr: Any) -> tuple[Any, list[Any]]:
     if consts is None:
         return jaxpr, []
     return jaxpr.jaxpr, list(consts)
+
+
+def inputs_used(jaxpr: Any, outputs: list[bool]) -> list[bool]:
+    """Which inputs of a jaxpr, closed or open, these of its outputs are computed from."""
+    return list(pe.dce_jaxpr(open_jaxpr(jaxpr)[0], outputs)[1])
 
 
 @contextlib.contextmanager

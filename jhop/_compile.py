@@ -194,6 +194,9 @@ class CompiledGraph(Explains):
         if lifted is None:
             return outs
         if lifted.writes:
+            for out in outs[lifted.n_outs :]:
+                if isinstance(out, _compat.Tracer) and _compat.is_mapped(out):
+                    raise _state.explain_leak(lifted.writes[0].container.path_of(lifted.writes[0].key), out)
             lifted.commit(outs)
         return outs[: lifted.n_outs]
 

@@ -196,22 +196,39 @@ class Tensor:
 
     # -- backward ------------------------------------------------------------------------------------------------------
 
-    def backward(self, gradient: Any = None, retain_graph: bool = False) -> None:
+    def backward(
+        self, gradient: Any = None, retain_graph: bool | None = None, create_graph: bool = False, inputs: Any = None
+    ) -> None:
         """Runs the backward pass from this Tensor; leaves accumulate into `.grad`.
 
         Args:
             gradient: the cotangent to start with, of this Tensor's shape and dtype (an array or a Tensor); may be left
                 out for a scalar.
-            retain_graph: keep what was saved, so that backward can run again.
+            retain_graph: keep what was saved, so that backward can run again; by default, as `create_graph`.
+            create_graph: record the pass itself: hooks get and may return Tensors, `.grad` becomes a Tensor, and both
+                can be differentiated again.
+            inputs: a Tensor or a sequence of Tensors: only the nodes on paths to them run, and only they accumulate.
+                A Tensor among them that is no leaf retains its gradient from then on.
 
         Raises:
-            JhopError: no gradient was given for a non-scalar, it has another shape or dtype, the Tensor does not
-                require grad, or the graph was freed by an earlier backward. Nothing was written then.
+            JhopError: no gradient was given for a non-scalar, it has another shape or dtype, the Tensor or one of
+                `inputs` does not require grad, or the graph was freed by an earlier backward. Nothing was written then.
+
+        Example:
+            >>> import jhop
+            >>> x = jhop.tensor(3.0, requires_grad=True)
+            >>> (x * x * x).backward(create_graph=True)
+            >>> slope, x.grad = x.grad, None
+            >>> slope.backward()
+            >>> float(slope), float(x.grad)
+            (27.0, 18.0)
         """
         self._outside("Tensor.backward")
-        _engine.backward([(self._edge("backward"), self._seed(gradient))], keep_graph=retain_graph)
+        seeds = [(self._edge("backward"), self._seed(gradient, create_graph))]
+        _engine.backward(request_for(seeds, retain_graph, create_graph, inputs))
 
-    def _seed(self, gradient: Any) -> Any:
+    def _seed(self, gradient: Any, create_graph: bool = False) -> Any:
+        """The cotangent to start with: an array, or with `create_graph` a Tensor if one was given."""
         if gradient is None:
             if self.size != 1:
                 raise JhopError(
@@ -223,7 +240,7 @@ class Tensor:
         if not isinstance(array, (jax.Array, np.ndarray)):
             raise JhopError(f"backward: expected the gradient as an array or a Tensor, got {type(gradient).__name__}.")
         self._check_like(array, "backward(gradient)")
-        return jnp.asarray(array)
+        return gradient if create_graph and isinstance(gradient, Tensor) else jnp.asarray(array)
 
     def _edge(self, where: str) -> Edge:
         """Where this Tensor's cotangent goes."""
@@ -339,6 +356,32 @@ class Tensor:
 
 
 declare_state(Tensor, "_value")
+
+
+def request_for(seeds: Any, retain_graph: bool | None, create_graph: bool, inputs: Any) -> _engine.Request:
+    """A backward pass that accumulates into `.grad`, with the arguments of `Tensor.backward`."""
+    edges = None
+    if inputs is not None:
+        tensors = given_tensors(inputs, "backward(inputs)")
+        edges = tuple(tensor._edge(f"backward: inputs[{i}]") for i, tensor in enumerate(tensors))
+        for tensor in tensors:
+            tensor.retain_grad()  # of those that are no leaves
+    keep = create_graph if retain_graph is None else retain_graph
+    return _engine.Request(seeds=seeds, keep_graph=keep, create_graph=create_graph, inputs=edges)
+
+
+def given_tensors(given: Any, where: str) -> list[Tensor]:
+    """One Tensor or a sequence of them as a list.
+
+    Raises:
+        JhopError: it is something else, or empty.
+    """
+    tensors = [given] if isinstance(given, Tensor) else given
+    if not isinstance(tensors, (list, tuple)) or not all(isinstance(tensor, Tensor) for tensor in tensors):
+        raise JhopError(f"{where}: expected a Tensor or a sequence of Tensors, got {given!r}.")
+    if not tensors:
+        raise JhopError(f"{where}: expected at least one Tensor, got none.")
+    return list(tensors)
 
 
 def _unpickle(value: Any, requires_grad: bool) -> Tensor:

@@ -67,8 +67,8 @@ def enable(compiler_fn: Callable[[GraphModule], Callable[..., Any]]) -> Iterator
             f"{type(compiler_fn).__name__}."
         )
 
-    def runner(seeds: list[tuple[Edge, Any]], keep_graph: bool) -> None:
-        _run(compiler_fn, seeds, keep_graph)
+    def runner(request: _engine.Request) -> list[Any]:
+        return _run(compiler_fn, request)
 
     before = _engine.capture_with(runner)
     try:
@@ -77,15 +77,16 @@ def enable(compiler_fn: Callable[[GraphModule], Callable[..., Any]]) -> Iterator
         _engine.capture_with(before)
 
 
-def _run(compiler_fn: Any, seeds: list[tuple[Edge, Any]], keep_graph: bool) -> None:
-    tape = _Tape(seeds)
+def _run(compiler_fn: Any, request: _engine.Request) -> list[Any]:
+    tape = _Tape(request)
     key = (compiler_fn, *tape.key())
     with _lock:
         compiled = _cache.get(key)
         if compiled is not None:
             _cache.move_to_end(key)
     if compiled is None:
-        compiled = compiler_fn(tape.capture())
+        gm = tape.capture()
+        compiled = compiler_fn(gm)
         if not callable(compiled):
             raise JhopError(
                 "compiled_autograd: compiler_fn must return a callable for the graph it was given, got "
@@ -220,7 +221,7 @@ def _kind(node: Node) -> Any:
     if isinstance(node, CompiledNode):
         return ("compiled", node.compiled)
     if isinstance(node, OpNode):
-        return ("op", node._pullback)
+        return ("op", node.op)
     if isinstance(node, AccumulateGrad):
         return ("accumulate", node.leaf._grad is None)
     return ("node", node)

@@ -1,0 +1,195 @@
+"""`Op`: what the tape knows of one function at one structure of arguments.
+
+Its forward is the function under `jax.jit`; its pullback is `jax.vjp` of the function, under `jax.jit` too, recomputed
+from the inputs (XLA drops what the derivative does not need). JAX caches both per avals. A pullback that is itself to
+be differentiated (`create_graph`) is one more function of the inputs and the cotangents, so it is recorded as one more
+operation, and so on to any order; there is no other rule for higher derivatives.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jhop import _compat
+from jhop._node import Edge, OpNode, grad_enabled
+from jhop._static import Static
+from jhop._tensor import Tensor
+
+DYNAMIC = Static("<dynamic>")  # stands for an argument that is a value
+CACHE_SIZE = 4096  # functions and kinds of arguments; a new lambda at each call must not fill the memory
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Op:
+    """One function at one structure of arguments: `forward(*dynamic)` and `pullback(saved, cts)`.
+
+    Attributes:
+        fn: the function, for names.
+        diff: which of the dynamic arguments are differentiated; a node has an edge for each.
+        depends: per output, which edges its cotangent flows to; None if that is all of them for each.
+    """
+
+    fn: Any
+    forward: Callable[..., Any]
+    pullback: Callable[..., Any]
+    diff: tuple[int, ...]
+    depends: tuple[frozenset[int], ...] | None = None
+    _backward: dict[Any, _BackwardOp | None] = dataclasses.field(default_factory=dict)
+
+    def record(self, saved: list[Any], edges: Sequence[Edge], cts: list[Tensor]) -> list[Tensor]:
+        """Runs the pullback as an operation on the tape.
+
+        Args:
+            saved: the arguments of the recorded call.
+            edges: where the cotangents of the differentiated ones go: each is a Tensor there.
+            cts: cotangents of the outputs.
+        """
+        arrays = [ct.value for ct in cts]
+        values = [*saved, *arrays]
+        sources = dict(zip(self.diff, edges, strict=True)) if grad_enabled() else {}
+        for i, ct in enumerate(cts, len(saved)):
+            if grad_enabled() and ct.requires_grad:
+                sources[i] = ct._edge("backward")
+        found = self._backward_op(values, len(saved), tuple(sorted(sources)))
+        if found is None:
+            return [Tensor(value) for value in self.pullback(saved, arrays)]
+        kept = [values[i] for i in found.needed]
+        outs = found.op.forward(*kept)
+        avals = [jax.typeof(out) for out in outs]
+        numbers = any(type(value) is float for value in kept)
+        node = OpNode([sources[i] for i in found.moving], avals, found.op, kept, found.op.fn, numbers)
+        return [
+            Tensor(out, requires_grad=True, node=node, slot=slot) if found.op.depends[slot] else Tensor(out)
+            for slot, out in enumerate(outs)
+        ]
+
+    def _backward_op(self, values: list[Any], n_saved: int, moving: tuple[int, ...]) -> _BackwardOp | None:
+        """The pullback as an operation, where these of its arguments have history; None if no result depends on it."""
+        avals = tuple(map(jax.typeof, values))
+        key = avals, moving
+        if key not in self._backward:
+            if len(self._backward) >= CACHE_SIZE:
+                self._backward.clear()
+            self._backward[key] = self._make_backward_op(avals, n_saved, moving)
+        return self._backward[key]
+
+    def _make_backward_op(self, avals: Any, n_saved: int, moving: tuple[int, ...]) -> _BackwardOp | None:
+        def backward(*values: Any) -> list[Any]:
+            return list(self.pullback(list(values[:n_saved]), list(values[n_saved:])))
+
+        depends = derivatives_of(backward, avals, moving)
+        moved = tuple(i for i in moving if any(i in inputs for inputs in depends))
+        if not moved:
+            return None
+        # What is not read is not kept: of a linear function nothing, so its pullback is on cotangents alone.
+        used = _compat.inputs_used(jax.make_jaxpr(backward)(*avals), [True] * len(depends))
+        needed = tuple(i for i, read in enumerate(used) if read or i in moved)
+
+        def of_needed(*kept: Any) -> list[Any]:
+            given = dict(zip(needed, kept, strict=True))
+            return backward(*(given[i] if i in given else jnp.zeros(a.shape, a.dtype) for i, a in enumerate(avals)))
+
+        of_needed.__name__ = f"{name_of(self.fn)}_backward"
+        places = {i: place for place, i in enumerate(moved)}
+        op = make_op(
+            of_needed,
+            jax.tree.structure((tuple(0 for _ in needed), {})),
+            (DYNAMIC,) * len(needed),
+            tuple(needed.index(i) for i in moved),
+            tuple(frozenset(places[i] for i in inputs) for inputs in depends),
+        )
+        return _BackwardOp(op, needed, moved)
+
+
+@dataclasses.dataclass(frozen=True)
+class _BackwardOp:
+    """A pullback as an operation on some of (saved arguments, then cotangents).
+
+    Attributes:
+        op: takes the needed ones.
+        needed: the values that it reads.
+        moving: those among them that have history on which a result depends.
+    """
+
+    op: Any
+    needed: tuple[int, ...]
+    moving: tuple[int, ...]
+
+
+def derivatives_of(fn: Callable[..., list[Any]], avals: Sequence[Any], moving: Sequence[int]) -> list[set[int]]:
+    """Per output of a function, those of the inputs `moving` by which its derivative is not zero everywhere."""
+
+    def dots(*values: Any) -> list[Any]:
+        fixed, given = list(values[: len(avals)]), values[len(avals) :]
+
+        def of_moving(*parts: Any) -> list[Any]:
+            for i, part in zip(moving, parts, strict=True):
+                fixed[i] = part
+            return fn(*fixed)
+
+        return list(jax.jvp(of_moving, tuple(fixed[i] for i in moving), given)[1])
+
+    try:
+        closed = jax.make_jaxpr(dots)(*avals, *(avals[i].to_tangent_aval() for i in moving))
+    except Exception:  # it has no second derivative: the error comes from who asks for one
+        return [set(moving)] * len(jax.eval_shape(fn, *avals))
+    n = len(closed.out_avals)
+    used = [_compat.inputs_used(closed, [k == slot for k in range(n)])[len(avals) :] for slot in range(n)]
+    return [{i for i, reads in zip(moving, row, strict=True) if reads} for row in used]
+
+
+def carries(value: Any) -> bool:
+    """Whether gradients flow through a value."""
+    return isinstance(value, jax.Array) and is_inexact(value.dtype)
+
+
+@functools.cache
+def is_inexact(dtype: Any) -> bool:
+    """Whether values of a dtype have gradients."""
+    return bool(jnp.issubdtype(dtype, jnp.inexact))
+
+
+def name_of(fn: Any) -> str:
+    """What a function is called in the names of nodes."""
+    return getattr(fn, "__name__", type(fn).__name__)
+
+
+def make_op(
+    fn: Any, tree: Any, static: tuple[Static, ...], diff: tuple[int, ...],
+    depends: tuple[frozenset[int], ...] | None = None,
+) -> Op:  # fmt: skip
+    """An `Op` of a function.
+
+    Args:
+        fn: the function.
+        tree: structure of its arguments.
+        static: per flat argument, its value, or `DYNAMIC`.
+        diff, depends: as in `Op`.
+    """
+
+    def raw(*dynamic: Any) -> Any:
+        values = iter(dynamic)
+        leaves = [next(values) if item is DYNAMIC else item.value for item in static]
+        args, kwargs = jax.tree.unflatten(tree, leaves)
+        return fn(*args, **kwargs)
+
+    def pullback(saved: list[Any], cts: list[Any]) -> list[Any]:
+        def of_moving(*moving: Any) -> list[Any]:
+            filled = list(saved)
+            for index, value in zip(diff, moving, strict=True):
+                filled[index] = value
+            outs = jax.tree.leaves(raw(*filled))
+            return [value for value in outs if carries(value)]
+
+        _, pull = jax.vjp(of_moving, *(saved[index] for index in diff))
+        return list(pull(list(cts)))
+
+    raw.__name__ = name_of(fn)
+    pullback.__name__ = f"{name_of(fn)}_backward"
+    return Op(fn, jax.jit(raw), jax.jit(pullback), diff, depends)
