@@ -27,7 +27,7 @@ class CapturePass(_engine.Pass):
         written, returned: what its results are, see `_tape.Outputs`.
     """
 
-    def __init__(self, tape: Tape, recorder: Recorder):
+    def __init__(self, tape: Any, recorder: Recorder):
         super().__init__(tape.plan, keep_graph=True)
         self._tape = tape
         self._recorder = recorder

@@ -159,7 +159,7 @@ class Pass:
         self._results: list[Any] = [None] * plan.n_results
 
     def run(self, seeds: list[tuple[Edge, Any]]) -> list[Any]:
-        """Visits the nodes, starting with the given cotangents; the gradients that are asked for, None where none came."""
+        """Visits the nodes, starting with the given cotangents; the gradients that are asked for, or None."""
         pending: dict[Node, list[Any]] = {}
         wanted = self._plan.wanted
         recording = set_grad_enabled(self.recording)
@@ -195,17 +195,17 @@ class Pass:
         for slot, tensor in node.retained() if node.retain else ():
             if cts[slot] is not None:
                 self.accumulate(tensor, cts[slot])
-        is_leaf = isinstance(node, AccumulateGrad)
-        if is_leaf and node.leaf._hooks:
-            cts[0] = self.tensor_hooks(cts[0], node.leaf._hooks)
+        leaf = node.leaf if isinstance(node, AccumulateGrad) else None
+        if leaf is not None and leaf._hooks:
+            cts[0] = self.tensor_hooks(cts[0], leaf._hooks)
         if self._plan.wanted is not None:
             for slot, place in self._plan.captures.get(node, ()):
                 self._results[place] = cts[slot]
             if node in self._plan.ends:
                 return [None] * len(node.edges)
-        if is_leaf:
-            self.accumulate(node.leaf, cts[0])
-            self.post_accumulate(node.leaf)
+        if leaf is not None:
+            self.accumulate(leaf, cts[0])
+            self.post_accumulate(leaf)
             return []
         if node.pre_hooks or node.post_hooks:
             return self.hooked_node(node, cts)
@@ -235,7 +235,7 @@ class Pass:
                 "Return None in its place."
             )
         pairs = zip(returned, before, strict=True)
-        return [old if new is None else self.checked(fn, new, old) for new, old in pairs]
+        return [old if new is None else self.contract(fn, new, old) for new, old in pairs]
 
     def node(self, node: Node, cts: list[Any]) -> list[Any]:
         """The cotangents of a node's inputs, None where none flows or is wanted."""
@@ -253,7 +253,7 @@ class Pass:
     def compute(self, node: Node, cts: list[Any]) -> list[Any]:
         return node.apply(full_cts(node, cts), node.saved())
 
-    def checked(self, fn: Any, returned: Any, ct: Any) -> Any:
+    def contract(self, fn: Any, returned: Any, ct: Any) -> Any:
         """What a hook returned for a cotangent, once it is known to be like it."""
         return check_contract(fn, returned, jax.typeof(ct))
 

@@ -32,7 +32,6 @@ from jhop._tensor import Tensor
 from jhop._text._aten import joint_names
 from jhop._walk import Leaf
 
-
 Point = tuple[tuple[Any, tuple[Leaf, ...]], ...]  # (hook, its slots for values of the forward), in order
 
 
@@ -50,7 +49,7 @@ class Joint:
         reached: per differentiated input, whether an output that carries a gradient depends on it.
         primal: what the function does: flat inputs -> outputs, values that hooks on intermediates close over, those
             that hooks on inputs do, hooked intermediates.
-        points: per hooked intermediate, (hook, slots) for its hooks.
+        points: per hooked intermediate, its hooks.
     """
 
     forward: GraphModule

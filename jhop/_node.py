@@ -65,7 +65,7 @@ class Node:
     def __init__(self, edges: Sequence[Edge], avals: Sequence[Any]):
         self.edges = tuple(edges)
         self.avals = tuple(avals)
-        self.sequence = next(_sequence)
+        self.sequence: float = next(_sequence)
         self.hooks: list[HookList | None] | tuple[()] = ()  # one per output, once there are any
         self.retain: list[Any] | tuple[()] = ()  # per output, a weak reference to a Tensor that keeps its gradient
         self.pre_hooks: HookList | None = None

@@ -30,7 +30,7 @@ class RecordedPass(_engine.Pass):
         arrays = _engine.full_cts(node, [None if ct is None else ct.value for ct in cts])
         return node.record([Tensor(zero) if ct is None else ct for ct, zero in zip(cts, arrays, strict=True)])
 
-    def checked(self, fn: Any, returned: Any, ct: Any) -> Any:
+    def contract(self, fn: Any, returned: Any, ct: Any) -> Any:
         array = check_contract(fn, returned, jax.typeof(ct.value))
         return returned if isinstance(returned, Tensor) else Tensor(array)
 
@@ -40,7 +40,7 @@ class RecordedPass(_engine.Pass):
     def tensor_hooks(self, ct: Any, hooks: Any) -> Any:
         for fn in hooks.snapshot():
             returned = fn(ct)
-            ct = ct if returned is None else self.checked(fn, returned, ct)
+            ct = ct if returned is None else self.contract(fn, returned, ct)
         return ct
 
     def sum_of(self, grad: Any, ct: Any) -> Any:

@@ -18,10 +18,11 @@ from jhop import _compat, _engine
 from jhop._errors import HookError, JhopError
 from jhop._hook import HookList, RemovableHandle
 from jhop._node import AccumulateGrad, Edge, Node, inside
+from jhop._values import Values
 from jhop._walk import declare_state
 
 
-class Tensor:
+class Tensor(Values):
     """An array on the tape. Make one with `jhop.tensor`.
 
     Attributes:
@@ -273,57 +274,7 @@ class Tensor:
         self._requires_grad = requires_grad or not self.is_leaf
         return self
 
-    # -- leaving the tape ----------------------------------------------------------------------------------------------
-
-    def _plain(self, what: str) -> Any:
-        if self._requires_grad:
-            raise JhopError(
-                f"{what} on a Tensor that requires grad would lose its gradient without a word. Use jhop.numpy (or "
-                "jhop.lift(fn)) in place of jax.numpy, or .value or .detach() if no gradient is wanted."
-            )
-        return self._value
-
-    @property
-    def __jax_array__(self) -> Any:
-        # JAX asks whether this exists before it takes an unknown object for an array; an operator (`array * tensor`)
-        # asks too, and comes to our reflected method when it does not.
-        if _compat.asked_by_operator():
-            raise AttributeError("__jax_array__")
-        raise JhopError(
-            "A jax.numpy or other JAX function was given a jhop.Tensor, which would lose its gradient without a word. "
-            "Use jhop.numpy (or jhop.lift(fn)) in place of jax.numpy, or .value if no gradient is wanted."
-        )
-
-    @property
-    def __jhop_array__(self) -> Any:
-        """What a hook that returns a Tensor returns."""
-        return self._value
-
-    def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
-        return np.asarray(self._plain("numpy.asarray"), dtype=dtype)
-
-    def numpy(self) -> np.ndarray:
-        """The value as a NumPy array."""
-        return np.asarray(self._plain("Tensor.numpy()"))
-
-    def item(self) -> Any:
-        """The value of a one-element Tensor as a Python number."""
-        return self._value.item()
-
-    def tolist(self) -> Any:
-        return self._value.tolist()
-
-    def __float__(self) -> float:
-        return float(self._value)
-
-    def __int__(self) -> int:
-        return int(self._value)
-
-    def __bool__(self) -> bool:
-        return bool(self._value)
-
-    def __len__(self) -> int:
-        return len(self._value)
+    # -- as an object --------------------------------------------------------------------------------------------------
 
     def __iter__(self) -> Iterator[Tensor]:
         if self.ndim == 0:
@@ -378,7 +329,7 @@ def given_tensors(given: Any, where: str) -> list[Tensor]:
     """
     tensors = [given] if isinstance(given, Tensor) else given
     if not isinstance(tensors, (list, tuple)) or not all(isinstance(tensor, Tensor) for tensor in tensors):
-        raise JhopError(f"{where}: expected a Tensor or a sequence of Tensors, got {given!r}.")
+        raise JhopError(f"{where}: expected Tensors (one, or a list of them), got {given!r}.")
     if not tensors:
         raise JhopError(f"{where}: expected at least one Tensor, got none.")
     return list(tensors)

@@ -155,12 +155,12 @@ class Unfolded:
         if moving and slots:
             has_number = any(type(value) is float for value in values)
             avals = [jax.typeof(outs[i]) for i in slots]
-            node = OpNode([edges[i] for i in moving], avals, op, values, op.fn, has_number)
+            node = OpNode([edge for edge in edges if edge is not None], avals, op, values, op.fn, has_number)
         variables = [*(points[i] for i in segment.points), *segment.outputs[len(segment.points) :]]
         self._values.update(zip(variables, outs, strict=True))
-        for slot, i in enumerate(slots if node is not None else ()):
-            if op.depends is not None and op.depends[slot]:
-                self._edges[variables[i]] = Edge(node, slot)
+        if node is not None:
+            flows = node.depends or ()
+            self._edges.update({variables[i]: Edge(node, slot) for slot, i in enumerate(slots) if flows[slot]})
         return node
 
     def _edge(self, atom: Any) -> Edge | None:

@@ -102,8 +102,8 @@ def grad(
 ) -> tuple[Any, ...]:
     """The gradients of `outputs` by `inputs`, as they are after the hooks of the inputs; no leaf's `.grad` is touched.
 
-    Only what lies on paths from outputs to inputs runs. Of an input itself the Tensor's hooks run, the hooks of the node
-    that made it do not; nor do post-accumulate hooks.
+    Only what lies on paths from outputs to inputs runs. Of an input itself the Tensor's hooks run, the hooks of the
+    node that made it do not; nor do post-accumulate hooks.
 
     Args:
         outputs: the Tensors to differentiate; several are summed, one that is given twice counts twice.
@@ -138,7 +138,10 @@ def grad(
     The counterpart in PyTorch is `torch.autograd.grad`.
     """
     if materialize_grads and allow_unused is False:
-        raise JhopError("autograd.grad: materialize_grads=True gives zeros for unused inputs; allow_unused=False forbids.")
+        raise JhopError(
+            "autograd.grad: expected no allow_unused=False with materialize_grads=True, which gives zeros for unused "
+            "inputs. Leave out one of the two."
+        )
     by = given_tensors(inputs, "autograd.grad(inputs)")
     for i, tensor in enumerate(by):
         if not tensor.requires_grad:

@@ -88,6 +88,7 @@ LAYERS = (
     "_node",
     "_engine",
     "_batched",
+    "_values",
     "_tensor",
     "_op",
     "_lift",
