@@ -154,6 +154,7 @@ class Pass:
 
     def __init__(self, plan: Plan, *, keep_graph: bool):
         self._plan = plan
+        self._wanted = plan.wanted
         self._keep_graph = keep_graph
         self._before: dict[int, tuple[Any, Any]] = {}  # by id: a Tensor, and its .grad before this pass
         self._results: list[Any] = [None] * plan.n_results
@@ -161,7 +162,7 @@ class Pass:
     def run(self, seeds: list[tuple[Edge, Any]]) -> list[Any]:
         """Visits the nodes, starting with the given cotangents; the gradients that are asked for, or None."""
         pending: dict[Node, list[Any]] = {}
-        wanted = self._plan.wanted
+        wanted = self._wanted
         recording = set_grad_enabled(self.recording)
         try:
             for edge, ct in seeds:
@@ -198,7 +199,7 @@ class Pass:
         leaf = node.leaf if isinstance(node, AccumulateGrad) else None
         if leaf is not None and leaf._hooks:
             cts[0] = self.tensor_hooks(cts[0], leaf._hooks)
-        if self._plan.wanted is not None:
+        if self._wanted is not None:
             for slot, place in self._plan.captures.get(node, ()):
                 self._results[place] = cts[slot]
             if node in self._plan.ends:
@@ -239,7 +240,9 @@ class Pass:
 
     def node(self, node: Node, cts: list[Any]) -> list[Any]:
         """The cotangents of a node's inputs, None where none flows or is wanted."""
-        wanted, depends = self._plan.wanted, node.depends
+        wanted, depends = self._wanted, node.depends
+        if wanted is None and depends is None:
+            return self.compute(node, cts)
         if wanted is not None and not any(edge.node in wanted for edge in node.edges):
             return [None] * len(node.edges)
         outs = self.compute(node, cts)
@@ -304,6 +307,8 @@ def _add(old: Any, new: Any) -> Any:
 
 def full_cts(node: Node, cts: list[Any]) -> list[Any]:
     """Cotangents with zeros for outputs that nothing depends on."""
+    if len(cts) == 1:
+        return cts  # a node is visited only when something arrived
     return [jnp.zeros(aval.shape, aval.dtype) if ct is None else ct for ct, aval in zip(cts, node.avals, strict=True)]
 
 

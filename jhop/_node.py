@@ -179,7 +179,7 @@ class OpNode(Node):
         return self._saved
 
     def apply(self, cts: list[Any], saved: list[Any]) -> list[Any]:
-        return list(self.op.pullback(saved, cts))
+        return self.op.pullback(saved, cts)
 
     def record(self, cts: list[Any]) -> list[Any]:
         return self.op.record(self.saved(), self.edges, cts)
