@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
+import itertools
 import threading
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -95,17 +96,19 @@ def execution_order(roots: list[Node], *, stack: bool = False) -> list[Node]:
     Args:
         roots: where the pass starts.
         stack: the order in which compiled autograd collects nodes (last edge first); otherwise the eager engine's:
-            leaves as soon as they are ready, other nodes latest first.
+            leaves as soon as and in the order that they are ready, other nodes latest first.
     """
     counts = _dependencies(roots)
     ready: list[Any] = []
+    turn = itertools.count()
     order: list[Node] = []
 
     def push(node: Node) -> None:
         if stack:
             ready.append((0, 0, node))
         else:
-            heapq.heappush(ready, (0 if isinstance(node, AccumulateGrad) else 1, -node.sequence, node))
+            is_leaf = isinstance(node, AccumulateGrad)
+            heapq.heappush(ready, (0, next(turn), node) if is_leaf else (1, -node.sequence, node))
 
     for node in dict.fromkeys(roots):
         if counts[node] == 0:

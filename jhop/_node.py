@@ -131,7 +131,7 @@ class Node:
         """As `apply`, on Tensors and recorded on the tape, so that the result can be differentiated again.
 
         Args:
-            cts: Tensors, one per output.
+            cts: per output, a Tensor, or None where nothing depends on it.
         """
         raise JhopError(f"backward: {self.name()} cannot be run with create_graph=True.")
 

@@ -31,6 +31,7 @@ class Op:
 
     Attributes:
         fn: the function, for names.
+        pullback: takes a cotangent for each output that can have one, or None where it is zero.
         diff: which of the dynamic arguments are differentiated; a node has an edge for each.
         depends: per output, which edges its cotangent flows to; None if that is all of them for each.
     """
@@ -42,23 +43,24 @@ class Op:
     depends: tuple[frozenset[int], ...] | None = None
     _backward: dict[Any, _BackwardOp | None] = dataclasses.field(default_factory=dict)
 
-    def record(self, saved: list[Any], edges: Sequence[Edge], cts: list[Tensor]) -> list[Tensor]:
+    def record(self, saved: list[Any], edges: Sequence[Edge], cts: list[Tensor | None]) -> list[Tensor]:
         """Runs the pullback as an operation on the tape.
 
         Args:
             saved: the arguments of the recorded call.
             edges: where the cotangents of the differentiated ones go: each is a Tensor there.
-            cts: cotangents of the outputs.
+            cts: cotangents of the outputs, None for those that nothing depends on.
         """
-        arrays = [ct.value for ct in cts]
-        values = [*saved, *arrays]
+        given = [ct for ct in cts if ct is not None]
+        values = [*saved, *(ct.value for ct in given)]
         sources = dict(zip(self.diff, edges, strict=True)) if grad_enabled() else {}
-        for i, ct in enumerate(cts, len(saved)):
+        for i, ct in enumerate(given, len(saved)):
             if grad_enabled() and ct.requires_grad:
                 sources[i] = ct._edge("backward")
-        found = self._backward_op(values, len(saved), tuple(sorted(sources)))
+        pull = functools.partial(self._pull, len(saved), tuple(ct is not None for ct in cts))
+        found = self._backward_op(pull, values, tuple(sorted(sources)))
         if found is None:
-            return [Tensor(value) for value in self.pullback(saved, arrays)]
+            return [Tensor(value) for value in pull(*values)]
         kept = [values[i] for i in found.needed]
         outs = found.op.forward(*kept)
         avals = [jax.typeof(out) for out in outs]
@@ -69,31 +71,33 @@ class Op:
             for slot, out in enumerate(outs)
         ]
 
-    def _backward_op(self, values: list[Any], n_saved: int, moving: tuple[int, ...]) -> _BackwardOp | None:
+    def _pull(self, n_saved: int, present: tuple[bool, ...], *values: Any) -> list[Any]:
+        """The pullback as a function of flat values: (saved arguments, then the cotangents that are there)."""
+        rest = iter(values[n_saved:])
+        return list(self.pullback(list(values[:n_saved]), [next(rest) if there else None for there in present]))
+
+    def _backward_op(self, pull: Any, values: list[Any], moving: tuple[int, ...]) -> _BackwardOp | None:
         """The pullback as an operation, where these of its arguments have history; None if no result depends on it."""
         avals = tuple(map(jax.typeof, values))
-        key = avals, moving
+        key = avals, pull.args, moving
         if key not in self._backward:
             if len(self._backward) >= CACHE_SIZE:
                 self._backward.clear()
-            self._backward[key] = self._make_backward_op(avals, n_saved, moving)
+            self._backward[key] = self._make_backward_op(pull, avals, moving)
         return self._backward[key]
 
-    def _make_backward_op(self, avals: Any, n_saved: int, moving: tuple[int, ...]) -> _BackwardOp | None:
-        def backward(*values: Any) -> list[Any]:
-            return list(self.pullback(list(values[:n_saved]), list(values[n_saved:])))
-
-        depends = derivatives_of(backward, avals, moving)
+    def _make_backward_op(self, pull: Any, avals: Any, moving: tuple[int, ...]) -> _BackwardOp | None:
+        depends = derivatives_of(pull, avals, moving)
         moved = tuple(i for i in moving if any(i in inputs for inputs in depends))
         if not moved:
             return None
         # What is not read is not kept: of a linear function nothing, so its pullback is on cotangents alone.
-        used = _compat.inputs_used(jax.make_jaxpr(backward)(*avals), [True] * len(depends))
+        used = _compat.inputs_used(jax.make_jaxpr(pull)(*avals), [True] * len(depends))
         needed = tuple(i for i, read in enumerate(used) if read or i in moved)
 
         def of_needed(*kept: Any) -> list[Any]:
             given = dict(zip(needed, kept, strict=True))
-            return backward(*(given[i] if i in given else jnp.zeros(a.shape, a.dtype) for i, a in enumerate(avals)))
+            return pull(*(given[i] if i in given else jnp.zeros(a.shape, a.dtype) for i, a in enumerate(avals)))
 
         of_needed.__name__ = f"{name_of(self.fn)}_backward"
         places = {i: place for place, i in enumerate(moved)}
@@ -184,11 +188,11 @@ def make_op(
             filled = list(saved)
             for index, value in zip(diff, moving, strict=True):
                 filled[index] = value
-            outs = jax.tree.leaves(raw(*filled))
-            return [value for value in outs if carries(value)]
+            outs = [value for value in jax.tree.leaves(raw(*filled)) if carries(value)]
+            return [value for value, ct in zip(outs, cts, strict=True) if ct is not None]
 
         _, pull = jax.vjp(of_moving, *(saved[index] for index in diff))
-        return list(pull(list(cts)))
+        return list(pull([ct for ct in cts if ct is not None]))
 
     raw.__name__ = name_of(fn)
     pullback.__name__ = f"{name_of(fn)}_backward"

@@ -27,8 +27,7 @@ class RecordedPass(_engine.Pass):
         return super().run([(edge, _as_tensor(ct)) for edge, ct in seeds])
 
     def compute(self, node: Node, cts: list[Any]) -> list[Any]:
-        arrays = _engine.full_cts(node, [None if ct is None else ct.value for ct in cts])
-        return node.record([Tensor(zero) if ct is None else ct for ct, zero in zip(cts, arrays, strict=True)])
+        return node.record(cts)
 
     def contract(self, fn: Any, returned: Any, ct: Any) -> Any:
         array = check_contract(fn, returned, jax.typeof(ct.value))

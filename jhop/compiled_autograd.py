@@ -18,6 +18,7 @@ from typing import Any
 from jhop import _engine
 from jhop._errors import JhopError
 from jhop._graph import GraphModule
+from jhop._node import set_grad_enabled
 from jhop._tape import Outputs, Tape
 
 # Captures by structure of the tape, the least recently used first. It holds hooks, so it must not grow for ever.
@@ -56,7 +57,11 @@ def enable(compiler_fn: Callable[[GraphModule], Callable[..., Any]]) -> Iterator
         )
 
     def runner(request: _engine.Request) -> list[Any]:
-        return _run(compiler_fn, request)
+        recording = set_grad_enabled(False)  # hooks run, and are traced, as in a pass that runs node by node
+        try:
+            return _run(compiler_fn, request)
+        finally:
+            set_grad_enabled(recording)
 
     before = _engine.capture_with(runner)
     try:
