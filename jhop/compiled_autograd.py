@@ -4,7 +4,7 @@ Inside `enable(compiler_fn)`, `backward()` does not run node by node. The engine
 gives a `GraphModule` whose inputs are the incoming gradient and everything that nodes saved, whose hooks are opaque,
 and whose outputs are the new gradients. `compiler_fn` makes a callable of it. Gradients are assigned after it returned,
 so either all of them are, or none. A pass with `create_graph=True` runs node by node, as its nodes are what a later
-pass differentiates; that later pass is captured.
+pass differentiates; that later pass is captured. One with `is_grads_batched=True` runs node by node, too.
 """
 
 from __future__ import annotations

@@ -254,7 +254,11 @@ def test_node_hooks_are_differentiated():
 
 @pytest.mark.parametrize(
     ("hook", "message"),
-    [(lambda g: g.sum(), "shape and dtype"), (lambda g: 3.0, "returned float"), (lambda g: g.astype(jnp.float16), "float16")],
+    [
+        (lambda g: g.sum(), "shape and dtype"),
+        (lambda g: 3.0, "returned float"),
+        (lambda g: g.astype(jnp.float16), "float16"),
+    ],
 )
 def test_what_a_hook_returns_is_checked(hook, message):
     x = leaf(1.0, 2.0)
