@@ -244,6 +244,8 @@ class Pass:
     def node(self, node: Node, cts: list[Any]) -> list[Any]:
         """The cotangents of a node's inputs, None where none flows or is wanted."""
         wanted, depends = self._wanted, node.depends
+        if depends is None and len(cts) > 1 and any(ct is None for ct in cts):
+            depends = node.flows()
         if wanted is None and depends is None:
             return self.compute(node, cts)
         if wanted is not None and not any(edge.node in wanted for edge in node.edges):

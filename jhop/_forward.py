@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jhop import backends
+from jhop import _compat, backends
 from jhop._bound import BoundHook
 from jhop._capture import parameter_names
 from jhop._compile import MAX_ENTRIES, CompiledGraph
@@ -27,9 +27,11 @@ from jhop._explain import Explains, graph_report, hooks_of
 from jhop._graph import GraphModule
 from jhop._guards import Guards
 from jhop._history import History, Trace
+from jhop._interp import evaluate
 from jhop._joint import Joint, Tracing, is_dynamic, value_of
 from jhop._lookups import Lookups
 from jhop._node import Edge, Node, freed, grad_enabled
+from jhop._op import derivatives_of, edges_of
 from jhop._report import Report
 from jhop._source import hook_name
 from jhop._static import Static
@@ -71,6 +73,19 @@ class _Compiled:
     def segments(self) -> list[Segment]:
         """What its calls are laid out as on the tape."""
         return segments_of(self.joint)
+
+    @functools.cached_property
+    def flows(self) -> tuple[frozenset[int], ...]:
+        """Per output that carries a gradient, which edges of the node its cotangent flows to."""
+        jaxpr = self.joint.forward.jaxpr
+        avals = [variable.aval for variable in _compat.open_jaxpr(jaxpr)[0].invars]
+        moving = [i for i, moves in enumerate(self.joint.out_moving) if moves]
+
+        def outs(*values: Any) -> list[Any]:
+            found = evaluate(jaxpr, list(values))
+            return [found[i] for i in moving]
+
+        return edges_of(derivatives_of(outs, avals, self.diff), self.joint.only_reached(self.diff))
 
     refused = None  # a forward has no state, so its hooks are compiled or an error
 
@@ -122,6 +137,9 @@ class CompiledNode(Node):
         if self.passes is None:
             return None
         return tuple(frozenset(i for i, at in enumerate(self.passes) if at == slot) for slot in range(len(self.avals)))
+
+    def flows(self) -> tuple[frozenset[int], ...] | None:
+        return self.depends or self.compiled.flows
 
     def unfold(self) -> bool:
         if self.passes is not None:
@@ -216,7 +234,7 @@ class CompiledFunction(Explains):
             saved = [next(computed) if i is None else values[i] for i in joint.residuals]
             moving = [i for i, moves in enumerate(joint.out_moving) if moves]
             avals = [jax.typeof(outs[i]) for i in moving]
-            reached = [edges[i] for i, used in zip(compiled.diff, joint.reached, strict=True) if used]
+            reached = [edges[i] for i in joint.only_reached(compiled.diff)]
             closing = [hook for _, hook in hooks if isinstance(hook, BoundHook)]
             node = CompiledNode(reached, avals, compiled, saved, values, edges, closing)
             for slot, i in enumerate(moving):

@@ -72,7 +72,7 @@ class Joint:
         return opaque + [fn for _, fn, _ in self.registered]
 
     def only_reached(self, cts: Any) -> list[Any]:
-        """Cotangents of the inputs that gradients reach, of all that the backward returns."""
+        """Of one item per differentiated input, such as its cotangent, those of the inputs that gradients reach."""
         return [ct for ct, used in zip(cts, self.reached, strict=True) if used]
 
 

@@ -137,8 +137,12 @@ class Node:
 
     @property
     def depends(self) -> tuple[frozenset[int], ...] | None:
-        """Per output, the edges that its cotangent flows to; None if that is all of them for each."""
+        """Per output, the edges that its cotangent flows to; None if nobody knows without looking (`flows`)."""
         return None
+
+    def flows(self) -> tuple[frozenset[int], ...] | None:
+        """As `depends`, found out where it takes a while; None if it is all edges for each output."""
+        return self.depends
 
     def unfold(self) -> bool:
         """Makes nodes that can be recorded of one that cannot; says whether the node has other edges now."""
@@ -187,6 +191,9 @@ class OpNode(Node):
     @property
     def depends(self) -> tuple[frozenset[int], ...] | None:
         return self.op.depends
+
+    def flows(self) -> tuple[frozenset[int], ...] | None:
+        return self.op.depends or self.op.flows(self.saved())
 
     def release(self) -> None:
         self._saved = None

@@ -33,7 +33,7 @@ class Op:
         fn: the function, for names.
         pullback: takes a cotangent for each output that can have one, or None where it is zero.
         diff: which of the dynamic arguments are differentiated; a node has an edge for each.
-        depends: per output, which edges its cotangent flows to; None if that is all of them for each.
+        depends: per output, which edges its cotangent flows to; None if that was not looked for.
     """
 
     fn: Any
@@ -42,6 +42,18 @@ class Op:
     diff: tuple[int, ...]
     depends: tuple[frozenset[int], ...] | None = None
     _backward: dict[Any, _BackwardOp | None] = dataclasses.field(default_factory=dict)
+    _flows: dict[Any, tuple[frozenset[int], ...]] = dataclasses.field(default_factory=dict)
+
+    def flows(self, saved: list[Any]) -> tuple[frozenset[int], ...]:
+        """What `depends` is for these arguments."""
+        avals = tuple(map(jax.typeof, saved))
+        if avals not in self._flows:
+
+            def outs(*values: Any) -> list[Any]:
+                return [value for value in jax.tree.leaves(self.forward(*values)) if carries(value)]
+
+            _bound(self._flows)[avals] = edges_of(derivatives_of(outs, avals, self.diff), self.diff)
+        return self._flows[avals]
 
     def record(self, saved: list[Any], edges: Sequence[Edge], cts: list[Tensor | None]) -> list[Tensor]:
         """Runs the pullback as an operation on the tape.
@@ -81,9 +93,7 @@ class Op:
         avals = tuple(map(jax.typeof, values))
         key = avals, pull.args, moving
         if key not in self._backward:
-            if len(self._backward) >= CACHE_SIZE:
-                self._backward.clear()
-            self._backward[key] = self._make_backward_op(pull, avals, moving)
+            _bound(self._backward)[key] = self._make_backward_op(pull, avals, moving)
         return self._backward[key]
 
     def _make_backward_op(self, pull: Any, avals: Any, moving: tuple[int, ...]) -> _BackwardOp | None:
@@ -100,13 +110,12 @@ class Op:
             return pull(*(given[i] if i in given else jnp.zeros(a.shape, a.dtype) for i, a in enumerate(avals)))
 
         of_needed.__name__ = f"{name_of(self.fn)}_backward"
-        places = {i: place for place, i in enumerate(moved)}
         op = make_op(
             of_needed,
             jax.tree.structure((tuple(0 for _ in needed), {})),
             (DYNAMIC,) * len(needed),
             tuple(needed.index(i) for i in moved),
-            tuple(frozenset(places[i] for i in inputs) for inputs in depends),
+            edges_of(depends, moved),
         )
         return _BackwardOp(op, needed, moved)
 
@@ -146,6 +155,19 @@ def derivatives_of(fn: Callable[..., list[Any]], avals: Sequence[Any], moving: S
     n = len(closed.out_avals)
     used = [_compat.inputs_used(closed, [k == slot for k in range(n)])[len(avals) :] for slot in range(n)]
     return [{i for i, reads in zip(moving, row, strict=True) if reads} for row in used]
+
+
+def edges_of(depends: list[set[int]], moving: Sequence[int]) -> tuple[frozenset[int], ...]:
+    """What `derivatives_of` found, by place among the inputs that have edges."""
+    places = {i: place for place, i in enumerate(moving)}
+    return tuple(frozenset(places[i] for i in inputs if i in places) for inputs in depends)
+
+
+def _bound(cache: dict[Any, Any]) -> dict[Any, Any]:
+    """A cache with room for one more."""
+    if len(cache) >= CACHE_SIZE:
+        cache.clear()
+    return cache
 
 
 def carries(value: Any) -> bool:

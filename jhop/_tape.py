@@ -84,7 +84,6 @@ class Tape:
         nodes = tuple(
             (
                 _kind(node),
-                node in plan.ends,
                 tuple((number.get(edge.node), edge.slot) for edge in node.edges),
                 tuple(self.saved[node]),
                 tuple(tuple(map(identity_key, hooks.snapshot())) if hooks else None for hooks in _hook_lists(node)),

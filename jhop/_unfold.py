@@ -20,7 +20,7 @@ from jhop._bound import BoundHook
 from jhop._hook import HookList
 from jhop._joint import Joint
 from jhop._node import Edge, OpNode
-from jhop._op import DYNAMIC, Op, carries, derivatives_of, make_op
+from jhop._op import DYNAMIC, Op, carries, derivatives_of, edges_of, make_op
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -61,10 +61,8 @@ class Segment:
         depends = [set[int]() for _ in jax.eval_shape(differentiable, *avals)]
         if moving:
             depends = derivatives_of(differentiable, avals, moving)
-        places = {i: place for place, i in enumerate(moving)}
-        flows = tuple(frozenset(places[i] for i in inputs) for inputs in depends)
         tree = jax.tree.structure((tuple(0 for _ in avals), {}))
-        return make_op(compiled, tree, (DYNAMIC,) * len(avals), moving, flows)
+        return make_op(compiled, tree, (DYNAMIC,) * len(avals), moving, edges_of(depends, moving))
 
 
 def segments_of(joint: Joint) -> list[Segment]:

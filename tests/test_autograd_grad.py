@@ -131,6 +131,16 @@ def test_against_jax(mode):
         np.testing.assert_allclose(got, want, rtol=2e-5, atol=1e-6)
 
 
+@each_mode
+def test_nothing_flows_from_one_result_to_the_operands_of_another(mode):
+    x, w = leaf(3.0), leaf(5.0)
+    w.register_hook(lambda g: pytest.fail("no result that is used depends on it"))
+    both = jhop.lift(lambda x, w: (x * x, w * w))
+    first, _ = mode.compile(lambda x, w: both(x, w))(x, w)
+    found = mode.grad(first, [x, w], allow_unused=True)
+    assert (found[0].tolist(), found[1]) == ([6.0], None)
+
+
 # What runs, and what does not.
 
 

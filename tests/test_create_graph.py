@@ -174,6 +174,22 @@ def test_hook_on_an_argument_that_uses_a_tensor_of_the_forward(mode):
 
 
 @each_mode
+def test_hook_that_uses_a_tensor_which_no_result_depends_on(mode):
+    def fn(x):
+        y, u = x * 2.0, x * 1.0
+        u.register_hook(times(5.0))
+        v = u * 2.0
+        v.register_hook(times(7.0))
+        apart = v * v
+        y.register_hook(lambda g: g * apart)
+        return y * 3.0
+
+    x = scalar(1.0)
+    # First: 3 (2x)**2 * 2. Second: the ct of v, 12 v = 24, times 7, times 2, times 5.
+    assert orders(mode, mode.compile(fn)(x), x, 2) == [6.0, 24.0, 24.0 * 7.0 * 2.0 * 5.0]
+
+
+@each_mode
 def test_array_of_the_forward_in_a_hook_is_a_constant(mode):
     def fn(x):
         y = x * x

@@ -56,6 +56,24 @@ def test_second_derivative_reaches_only_what_it_depends_on(mode):
     assert (found[0], float(found[1])) == (None, 7.0)
 
 
+@each_mode
+def test_result_that_nothing_uses_has_no_part_in_the_second_derivative(mode):
+    x, w = scalar(3.0), scalar(5.0)
+    fn = jhop.lift(lambda x, w: (x * x, w * w * x))
+    first, _ = mode.compile(lambda x, w: fn(x, w))(x, w)
+    (found,) = mode.grad(first * first, x, create_graph=True)
+    by_x, by_w = mode.grad(found, [x, w], allow_unused=True)
+    assert (float(found), float(by_x), by_w) == (108.0, 108.0, None)
+
+
+@each_mode
+def test_each_gradient_of_one_operation_has_a_history_of_its_own(mode):
+    x, w = scalar(3.0), scalar(5.0)
+    fn = jhop.lift(lambda x, w: x * x + w * 7.0)
+    found = mode.grad(mode.compile(lambda x, w: fn(x, w))(x, w), [x, w], create_graph=True)
+    assert [(float(g), g.requires_grad) for g in found] == [(6.0, True), (7.0, False)]
+
+
 def test_recorded_although_recording_is_off():
     x = scalar(3.0)
     y = x * x
@@ -258,6 +276,49 @@ def test_several_results_and_a_tensor_that_the_function_reaches_by_itself():
         return [float(value) for value in (*slopes, *found)]
 
     assert both(jhop.compile(fn), scalar(2.0)) == both(fn, scalar(2.0))
+
+
+def test_hooks_side_by_side_run_in_the_order_of_the_tape():
+    def run(compiled):
+        seen = []
+
+        def fn(x):
+            a, b, c = x * 2.0, x * 3.0, x * 5.0
+            for tensor, label in ((a, "a"), (b, "b"), (c, "c")):
+                tensor.register_hook(lambda g, label=label: seen.append((label, float(g))))
+            return a * b * c
+
+        x = scalar(1.0)
+        y = jhop.compile(fn)(x) if compiled else fn(x)
+        jhop.autograd.grad(y, x, create_graph=True)
+        return seen
+
+    assert run(compiled=True) == run(compiled=False) == [("c", 6.0), ("b", 10.0), ("a", 15.0)]
+
+
+@each_mode
+def test_detached_tensor_of_the_forward_in_a_hook_has_no_history(mode):
+    seen = []
+
+    def hook_of(factor):
+        def hook(g):
+            if isinstance(g, jhop.Tensor):
+                seen.append(factor.requires_grad)
+            return g * factor
+
+        return hook
+
+    def fn(x):
+        y = x * x
+        y.register_hook(hook_of(y.detach()))
+        y.register_hook(hook_of(y * 0.5))
+        return y * 3.0
+
+    x = scalar(2.0)
+    # 3 y (y / 2) 2x = 3 x**5, of which one y is a constant: 9 x**4, and by way of y (3/2 y) 2x y (y / 2) 2x.
+    found = orders(mode, mode.compile(fn)(x), x, 1)
+    (slope,) = mode.grad(mode.compile(fn)(x), x, create_graph=True)
+    assert (found[1], float(slope), seen) == (96.0, 96.0, [False, True])
 
 
 def test_hooked_result_of_a_compiled_function():
