@@ -25,8 +25,6 @@ def fresh():
 def test_hooks_get_tensors_and_record_only_on_demand(create_graph):
     x, seen = scalar(3.0), []
     x.register_hook(lambda g: seen.append((isinstance(g, jhop.Tensor), (x * 2.0).requires_grad)))
-    with jhop.autograd.no_grad() if create_graph else jhop.autograd.enable_grad():
-        pass
     jhop.autograd.grad(x * x, x, create_graph=create_graph)
     assert seen == [(create_graph, create_graph)]
 
@@ -258,7 +256,7 @@ def test_hook_that_cannot_be_traced_runs_with_real_values(capsys):
 
     x = scalar(2.0)
     orders(MODES[0], jhop.compile(fn)(x), x, 2)
-    assert capsys.readouterr().out == "gradient 8.0\ngradient 8.0\n"[: len("gradient 8.0\n")] + "gradient 8.0\n"
+    assert capsys.readouterr().out == "gradient 8.0\n" * 2
 
 
 def test_several_results_and_a_tensor_that_the_function_reaches_by_itself():
