@@ -24,13 +24,13 @@ from jax._src.lax import lax as _lax
 from jax._src.sharding_impls import UNSPECIFIED as UNSPECIFIED  # what a jit says of shardings that it leaves open
 from jax.extend import source_info_util
 from jax.interpreters import ad, batching, mlir, xla
+from jax.interpreters import partial_eval as pe
 
 Tracer = jax.core.Tracer
 
 
 def same_trace(a: Any, b: Any) -> bool:
-    """Whether two tracers belong to one trace, so that a function of one may return the other."""
-    # A tracer's trace has no public name in any JAX so far.
+    """Whether two tracers belong to one trace (it has no public name); then a function of one may return the other."""
     return getattr(a, "_trace", None) is getattr(b, "_trace", None)
 
 
@@ -112,26 +112,28 @@ def is_dim_expr(value: Any) -> bool:
 
 def dim_symbols(dim: Any) -> frozenset[str]:
     """The names of the symbols in a dimension."""
-    # The public way, str(), would have to be parsed.
-    return frozenset(dim._get_vars()) if is_dim_expr(dim) else frozenset()
+    return frozenset(dim._get_vars()) if is_dim_expr(dim) else frozenset()  # the public way, str(), has to be parsed
 
 
 def evaluate_dim(dim: Any, sizes: dict[str, Any]) -> Any:
     """The number that a symbolic dimension stands for once its symbols have sizes; symbolic where those are."""
     if not is_dim_expr(dim):
         return int(dim)
-    # jax.export evaluates dimensions only inside an exported call; the method itself has no public name.
-    size = dim._evaluate(sizes)
+    size = dim._evaluate(sizes)  # the public way works only inside an exported call
     return size if is_dim_expr(size) else int(size)
 
 
 def open_jaxpr(jaxpr: Any) -> tuple[Any, list[Any]]:
     """Splits any jaxpr, closed or open, into (jaxpr, constants)."""
-    # ClosedJaxpr and Jaxpr are one class from jax 0.12; an open jaxpr before that has no `consts`.
-    consts = getattr(jaxpr, "consts", None)
+    consts = getattr(jaxpr, "consts", None)  # from jax 0.12 there is one class for both; before, open ones had none
     if consts is None:
         return jaxpr, []
     return jaxpr.jaxpr, list(consts)
+
+
+def inputs_used(jaxpr: Any, outputs: list[bool]) -> list[bool]:
+    """Which inputs of a jaxpr, closed or open, these of its outputs are computed from."""
+    return list(pe.dce_jaxpr(open_jaxpr(jaxpr)[0], outputs)[1])
 
 
 @contextlib.contextmanager
@@ -152,8 +154,7 @@ def in_place_of(eqn: Any, *, scope: str | None = None, source: bool = True) -> I
 def bind_eqn(eqn: Any, args: list[Any]) -> list[Any]:
     """Binds an equation's primitive again, with the same parameters, in the equation's own place."""
     params = eqn.primitive.get_bind_params(eqn.params)
-    # Before jax 0.11 the call primitives returned (functions, params).
-    subfuns, params = params if isinstance(params, tuple) else ((), params)
+    subfuns, params = params if isinstance(params, tuple) else ((), params)  # before jax 0.11, call primitives'
     with in_place_of(eqn):
         outs = eqn.primitive.bind(*subfuns, *args, **params)
     return list(outs) if eqn.primitive.multiple_results else [outs]

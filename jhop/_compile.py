@@ -195,6 +195,9 @@ class CompiledGraph(Explains):
         if lifted is None:
             return outs
         if lifted.writes:
+            for out in outs[lifted.n_outs :]:
+                if isinstance(out, _compat.Tracer) and _compat.is_mapped(out):
+                    raise _state.explain_leak(lifted.writes[0].where(), out)
             lifted.commit(outs[lifted.n_outs :])
         return outs[: lifted.n_outs]
 

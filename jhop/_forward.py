@@ -18,7 +18,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jhop import backends
+from jhop import _compat, backends
+from jhop._bound import BoundHook
 from jhop._capture import parameter_names
 from jhop._compile import MAX_ENTRIES, CompiledGraph
 from jhop._errors import JhopError
@@ -26,13 +27,16 @@ from jhop._explain import Explains, graph_report, hooks_of
 from jhop._graph import GraphModule
 from jhop._guards import Guards
 from jhop._history import History, Trace
-from jhop._joint import BoundHook, Joint, Tracing, is_dynamic, value_of
+from jhop._interp import evaluate
+from jhop._joint import Joint, Tracing, is_dynamic, value_of
 from jhop._lookups import Lookups
-from jhop._node import Node, freed, grad_enabled
+from jhop._node import Edge, Node, freed, grad_enabled
+from jhop._op import derivatives_of, edges_of
 from jhop._report import Report
 from jhop._source import hook_name
 from jhop._static import Static
 from jhop._tensor import Tensor
+from jhop._unfold import Segment, Unfolded, segments_of
 from jhop._wording import in_words
 
 
@@ -65,19 +69,51 @@ class _Compiled:
         """The graph that runs at a call."""
         return self.joint.forward
 
+    @functools.cached_property
+    def segments(self) -> list[Segment]:
+        """What its calls are laid out as on the tape."""
+        return segments_of(self.joint)
+
+    @functools.cached_property
+    def flows(self) -> tuple[frozenset[int], ...]:
+        """Per output that carries a gradient, which edges of the node its cotangent flows to."""
+        jaxpr = self.joint.forward.jaxpr
+        avals = [variable.aval for variable in _compat.open_jaxpr(jaxpr)[0].invars]
+        moving = [i for i, moves in enumerate(self.joint.out_moving) if moves]
+
+        def outs(*values: Any) -> list[Any]:
+            found = evaluate(jaxpr, list(values))
+            return [found[i] for i in moving]
+
+        return edges_of(derivatives_of(outs, avals, self.diff), self.joint.only_reached(self.diff))
+
     refused = None  # a forward has no state, so its hooks are compiled or an error
 
 
 class CompiledNode(Node):
-    """The backward of one call of a compiled function."""
+    """The backward of one call of a compiled function.
 
-    __slots__ = ("_saved", "compiled", "input_shapes")
+    It keeps the call's inputs besides what the backward graph needs, as other nodes do: `create_graph` needs them. The
+    first such pass unfolds it; from then on it only passes cotangents on, to the nodes that do the work.
 
-    def __init__(self, edges: Any, avals: Any, compiled: _Compiled, saved: list[Any], input_shapes: list[Any]):
+    Attributes:
+        passes: which outputs it passes on, once it is unfolded; None before.
+    """
+
+    __slots__ = ("_bound", "_call", "_history", "_saved", "compiled", "input_shapes", "passes")
+
+    def __init__(
+        self, edges: Any, avals: Any, compiled: _Compiled, saved: list[Any], values: list[Any],
+        moving: dict[int, Edge], bound: list[BoundHook],
+    ):  # fmt: skip
         super().__init__(edges, avals)
         self.compiled = compiled
+        self.input_shapes = [jnp.shape(value) for value in values]
+        self.passes: tuple[int, ...] | None = None
         self._saved: list[Any] | None = saved
-        self.input_shapes = input_shapes
+        self._call: tuple[list[Any], dict[int, Edge]] | None = (values, moving)
+        self._bound = [weakref.ref(hook) for hook in bound]
+        self._history: Any = None
 
     def name(self) -> str:
         return "CompiledFunctionBackward"
@@ -88,11 +124,40 @@ class CompiledNode(Node):
         return self._saved
 
     def apply(self, cts: list[Any], saved: list[Any]) -> list[Any]:
+        if self.passes is not None:
+            return [cts[slot] for slot in self.passes]
         assert self.compiled.backward is not None  # a node is made only for outputs that carry gradients
         return self.compiled.joint.only_reached(self.compiled.backward(*saved, *cts))
 
+    def record(self, cts: list[Any]) -> list[Any]:
+        return self.apply(cts, self.saved())
+
+    @property
+    def depends(self) -> tuple[frozenset[int], ...] | None:
+        if self.passes is None:
+            return None
+        return tuple(frozenset(i for i, at in enumerate(self.passes) if at == slot) for slot in range(len(self.avals)))
+
+    def flows(self) -> tuple[frozenset[int], ...] | None:
+        return self.depends or self.compiled.flows
+
+    def unfold(self) -> bool:
+        if self.passes is not None:
+            return False
+        if self._call is None:
+            raise freed(self)
+        values, moving = self._call
+        joint = self.compiled.joint
+        bound = [hook for ref in self._bound if (hook := ref()) is not None]
+        laid = Unfolded(joint, self.compiled.segments, values, moving, self.sequence, bound)
+        edges = [edge for edge, moves in zip(laid.edges, joint.out_moving, strict=True) if moves]
+        self.passes = tuple(slot for slot, edge in enumerate(edges) if edge is not None)
+        self.edges = tuple(edge for edge in edges if edge is not None)
+        self._history, self._saved = laid.history, []
+        return True
+
     def release(self) -> None:
-        self._saved = None
+        self._saved = self._call = self._history = None
 
 
 class CompiledFunction(Explains):
@@ -157,17 +222,21 @@ class CompiledFunction(Explains):
         n = len(joint.out_moving)
         results = [Tensor(value) for value in outs[:n]]
         bound = iter(outs[len(outs) - sum(len(slots) for _, _, slots in joint.registered) :])
-        for index, fn, slots in joint.registered:
-            hook = BoundHook(fn, slots, [next(bound) for _ in slots]) if slots else fn
+        hooks = [
+            (index, BoundHook(fn, slots, [next(bound) for _ in slots]) if slots else fn)
+            for index, fn, slots in joint.registered
+        ]
+        for index, hook in hooks:
             dynamic[index].register_hook(hook)
         if any(joint.out_moving):
-            reached = zip(compiled.diff, joint.reached, strict=True)
-            edges = [dynamic[i]._edge("jhop.compile") for i, used in reached if used]
+            edges = {i: dynamic[i]._edge("jhop.compile") for i in compiled.diff}
             computed = iter(outs[n:])
             saved = [next(computed) if i is None else values[i] for i in joint.residuals]
             moving = [i for i, moves in enumerate(joint.out_moving) if moves]
             avals = [jax.typeof(outs[i]) for i in moving]
-            node = CompiledNode(edges, avals, compiled, saved, [jnp.shape(value) for value in values])
+            reached = [edges[i] for i in joint.only_reached(compiled.diff)]
+            closing = [hook for _, hook in hooks if isinstance(hook, BoundHook)]
+            node = CompiledNode(reached, avals, compiled, saved, values, edges, closing)
             for slot, i in enumerate(moving):
                 results[i] = Tensor(outs[i], requires_grad=True, node=node, slot=slot)
         return jax.tree.unflatten(joint.out_tree, results)

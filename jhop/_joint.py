@@ -8,6 +8,7 @@ hooks that were registered late are in it; they stay opaque.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -23,12 +24,15 @@ from jhop._close import closed_over_tracers, substituted
 from jhop._errors import JhopError
 from jhop._graph import GraphModule, Info, Input, hooks_in
 from jhop._hook import HookList
-from jhop._leaves import Leaf, declare_state
+from jhop._interp import evaluate
+from jhop._leaves import Leaf
 from jhop._lift import traced_result
 from jhop._node import grad_enabled, set_inside
 from jhop._source import hook_name, origin_of, user_frames
 from jhop._tensor import Tensor
 from jhop._text._aten import joint_names
+
+Point = tuple[tuple[Any, tuple[Leaf, ...]], ...]  # (hook, its slots for values of the forward), in order
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,6 +47,9 @@ class Joint:
         registered: (input index, hook, slots) for hooks that the function registers on its inputs, in order; `slots`
             are places in the hook for values of the forward, which are its last outputs.
         reached: per differentiated input, whether an output that carries a gradient depends on it.
+        primal: what the function does: flat inputs -> outputs, values that hooks on intermediates close over, those
+            that hooks on inputs do, hooked intermediates.
+        points: per hooked intermediate, its hooks.
     """
 
     forward: GraphModule
@@ -52,6 +59,8 @@ class Joint:
     out_moving: tuple[bool, ...]
     registered: tuple[tuple[int, Any, tuple[Leaf, ...]], ...]
     reached: tuple[bool, ...]
+    primal: Any
+    points: tuple[Point, ...]
 
     def graphs(self) -> list[GraphModule]:
         """The graphs that there are."""
@@ -63,26 +72,8 @@ class Joint:
         return opaque + [fn for _, fn, _ in self.registered]
 
     def only_reached(self, cts: Any) -> list[Any]:
-        """Cotangents of the inputs that gradients reach, of all that the backward returns."""
+        """Of one item per differentiated input, such as its cotangent, those of the inputs that gradients reach."""
         return [ct for ct, used in zip(cts, self.reached, strict=True) if used]
-
-
-class BoundHook:
-    """A hook that closes over values of the forward that registered it: those of one call."""
-
-    __slots__ = ("__wrapped__", "slots", "values")
-
-    def __init__(self, fn: Any, slots: tuple[Leaf, ...], values: list[Any]):
-        self.__wrapped__ = fn
-        self.slots = slots
-        self.values = values
-
-    def __call__(self, ct: Any) -> Any:
-        with substituted(self.slots, self.values):
-            return self.__wrapped__(ct)
-
-
-declare_state(BoundHook, "__wrapped__", "values")
 
 
 class Inside:
@@ -90,7 +81,7 @@ class Inside:
 
     def __init__(self, name: str) -> None:
         self.inputs: list[tuple[int, Tensor]] = []
-        self.points: list[HookList] = []
+        self.points: list[tuple[HookList, Any]] = []
         self.results: list[Any] = []  # weak references to the Tensors made in here
         self.captured: dict[int, Tensor] = {}  # by id of the Tensor outside
         self._name = name
@@ -118,7 +109,7 @@ class Inside:
         if isinstance(result, Tensor):
             self.results.append(weakref.ref(result))
         if isinstance(result, Tensor) and result._hooks is not None:
-            self.points.append(result._hooks)
+            self.points.append((result._hooks, result._value))
         return result
 
     def registered(self) -> list[tuple[int, Any]]:
@@ -129,6 +120,7 @@ class Inside:
         for tensor in [*(tensor for _, tensor in self.inputs), *(ref() for ref in self.results)]:
             if tensor is not None:
                 tensor._value = None
+        self.points.clear()
 
 
 def is_dynamic(leaf: Any) -> bool:
@@ -161,6 +153,7 @@ class Tracing:
         self._names = names
         self._inside = Inside(hook_name(fn))
         self._slots: list[Leaf] = []  # where hooks on intermediate values hold values of the forward
+        self._points: list[Point] = []
         self._registered: list[tuple[int, Any, tuple[Leaf, ...]]] = []
         self._out_tree: Any = None
         self._out_moving: tuple[bool, ...] = ()
@@ -168,13 +161,15 @@ class Tracing:
 
     def run(self) -> Joint:
         inputs = [*(leaf for leaf in self._leaves if is_dynamic(leaf)), *self._captured]
+        avals = [jax.typeof(value_of(leaf)) for leaf in inputs]
         before = set_inside(self._inside)
         try:
-            closed, _ = trace(self._forward, [jax.typeof(value_of(leaf)) for leaf in inputs], Recorder())
+            primal, _ = trace(self._primal, avals, Recorder())
         finally:
             set_inside(before)
         try:
-            return self._cut(closed)
+            closed, _ = trace(functools.partial(self._forward, primal), avals, Recorder())
+            return self._cut(closed, primal)
         finally:
             self._inside.close()
             for slot in [*self._slots, *(slot for _, _, slots in self._registered for slot in slots)]:
@@ -209,29 +204,42 @@ class Tracing:
                     "returns Tensors, arrays, numbers and pytrees of them."
                 )
 
-    def _forward(self, *values: Any) -> list[Any]:
+    def _primal(self, *values: Any) -> list[Any]:
+        """Outputs; values that hooks on intermediates close over; those that hooks on inputs do; hooked intermediates.
+
+        It is traced before anything is differentiated, so it says what the function does, its hook points included.
+        """
+        outs = self._call(list(values))
+        points = [(hooks, value) for hooks, value in self._inside.points if hooks]
+        self._points = [
+            tuple((fn, tuple(closed_over_tracers(fn))) for fn in hooks.snapshot()) for hooks, _ in points
+        ]
+        self._slots = [slot for point in self._points for _, slots in point for slot in slots]
+        self._registered = [(i, fn, tuple(closed_over_tracers(fn))) for i, fn in self._inside.registered()]
+        slots = [*self._slots, *(slot for _, _, slots in self._registered for slot in slots)]
+        return [*outs, *(slot.value for slot in slots), *(value for _, value in points)]
+
+    def _forward(self, primal: Any, *values: Any) -> list[Any]:
         """Outputs; residuals; values that hooks on intermediates close over; and those that hooks on inputs do."""
+        n = len(self._out_moving)
+        end = len(primal.out_avals) - len(self._points)
         if not self._diff:
-            return self._call(list(values))
+            return evaluate(primal, list(values))[:n]
 
         def of_diff(*moving: Any) -> Any:
             filled = list(values)
             for i, value in zip(self._diff, moving, strict=True):
                 filled[i] = value
-            outs = self._call(filled)
-            for point in self._inside.points:
-                self._slots.extend(slot for fn in point.snapshot() for slot in closed_over_tracers(fn))
-            self._registered = [(i, fn, tuple(closed_over_tracers(fn))) for i, fn in self._inside.registered()]
-            registered = [slot for _, _, slots in self._registered for slot in slots]
-            moves = [o for o, m in zip(outs, self._out_moving, strict=True) if m]
-            return moves, (outs, [slot.value for slot in [*self._slots, *registered]])
+            outs = evaluate(primal, filled)[:end]
+            moves = [o for o, m in zip(outs, self._out_moving, strict=False) if m]
+            return moves, (outs[:n], outs[n:])
 
         moves, pull, (outs, closed) = jax.vjp(of_diff, *(values[i] for i in self._diff), has_aux=True)
         residuals, self._vjp_tree = jax.tree.flatten(pull)
         rest = iter(moves)
         return [*(next(rest) if m else o for o, m in zip(outs, self._out_moving, strict=True)), *residuals, *closed]
 
-    def _cut(self, closed: Any) -> Joint:
+    def _cut(self, closed: Any, primal: Any) -> Joint:
         """Makes the two graphs out of the forward with its residuals."""
         jaxpr, consts = _compat.open_jaxpr(closed)
         n = len(self._out_moving)
@@ -263,7 +271,7 @@ class Tracing:
         return Joint(
             forward=forward, backward=backward, residuals=residuals, out_tree=self._out_tree,
             out_moving=self._out_moving, registered=tuple(self._registered),
-            reached=self._reached(jaxpr, n),
+            reached=self._reached(jaxpr, n), primal=primal, points=tuple(self._points),
         )  # fmt: skip
 
     def _reached(self, jaxpr: Any, n: int) -> tuple[bool, ...]:

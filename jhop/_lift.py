@@ -1,13 +1,10 @@
 """`lift`: any JAX function, made to accept Tensors.
 
-A call records one node. Its forward is the function under `jax.jit`; its pullback is `jax.vjp` of the function, under
-`jax.jit` too, recomputed from the inputs (XLA drops what the derivative does not need). Both are cached per function,
-structure of arguments and static values; JAX caches them per avals.
+A call records one node. What it is made of (`_op.Op`) is cached per function, structure of arguments and static values.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import operator
 from collections.abc import Callable
@@ -21,21 +18,12 @@ from jhop import _compat
 from jhop._errors import JhopError
 from jhop._hook import HookList, tensor_point
 from jhop._node import OpNode, grad_enabled, inside
+from jhop._op import CACHE_SIZE, DYNAMIC, Op, carries, is_inexact, make_op
 from jhop._static import Static
 from jhop._tensor import Tensor
 
 _ARRAYS = (jax.Array, np.ndarray, np.generic)
-_CACHE_SIZE = 4096  # functions and kinds of arguments; a new lambda at each call must not fill the memory
-_cache: dict[Any, _Op] = {}
-
-
-@dataclasses.dataclass(frozen=True)
-class _Op:
-    """One function at one structure of arguments: `forward(*dynamic)` and `pullback(saved, cts)`."""
-
-    forward: Callable[..., Any]
-    pullback: Callable[..., Any]
-    raw: Callable[..., Any]  # on dynamic values, not jitted
+_cache: dict[Any, Op] = {}
 
 
 def lift(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -90,10 +78,10 @@ def apply(fn: Callable[..., Any], args: Any, kwargs: Any, *, dynamic_ints: bool 
         if isinstance(leaf, Tensor):
             if recording and leaf._requires_grad:
                 diff.append(len(dynamic))
-            static.append(_DYNAMIC)
+            static.append(DYNAMIC)
             dynamic.append(leaf._value)
         elif _is_dynamic(leaf) or (dynamic_ints and type(leaf) is int):
-            static.append(_DYNAMIC)
+            static.append(DYNAMIC)
             dynamic.append(leaf)
         else:
             static.append(Static(leaf))
@@ -103,7 +91,7 @@ def apply(fn: Callable[..., Any], args: Any, kwargs: Any, *, dynamic_ints: bool 
 
 
 _ARRAY = type(jnp.zeros(()))  # the class of concrete arrays
-_flat_cache: dict[Any, _Op] = {}
+_flat_cache: dict[Any, Op] = {}
 
 
 def _apply_flat(fn: Any, args: tuple[Any, ...], dynamic_ints: bool) -> Any:
@@ -140,23 +128,14 @@ def _apply_flat(fn: Any, args: tuple[Any, ...], dynamic_ints: bool) -> Any:
     if op is None:
         tree = jax.tree.structure((tuple(0 for _ in args), {}))
         diff = tuple(i for i, moves in enumerate(key[1:]) if moves is True)
-        if len(_flat_cache) >= _CACHE_SIZE:
+        if len(_flat_cache) >= CACHE_SIZE:
             _flat_cache.clear()
-        op = _flat_cache[tuple(key)] = _make_op(fn, tree, (_DYNAMIC,) * len(args), diff)
+        op = _flat_cache[tuple(key)] = make_op(fn, tree, (DYNAMIC,) * len(args), diff)
     value = op.forward(*dynamic)
-    if type(value) is not _ARRAY or not _is_inexact(value.dtype):
+    if type(value) is not _ARRAY or not is_inexact(value.dtype):
         return _wrap(fn, op, value, dynamic, sources)
     edges = [source._edge("lift") for source in sources]
-    return Tensor(value, requires_grad=True, node=OpNode(edges, (value.aval,), op.pullback, dynamic, fn, has_number))
-
-
-def _carries(value: Any) -> bool:
-    return isinstance(value, jax.Array) and _is_inexact(value.dtype)
-
-
-@functools.cache
-def _is_inexact(dtype: Any) -> bool:
-    return bool(jnp.issubdtype(dtype, jnp.inexact))
+    return Tensor(value, requires_grad=True, node=OpNode(edges, (value.aval,), op, dynamic, fn, has_number))
 
 
 def _is_dynamic(leaf: Any) -> bool:
@@ -165,15 +144,15 @@ def _is_dynamic(leaf: Any) -> bool:
     return isinstance(leaf, _ARRAYS) or type(leaf) in (float, complex)
 
 
-def _wrap(fn: Any, op: _Op, out: Any, dynamic: list[Any], sources: list[Tensor]) -> Any:
+def _wrap(fn: Any, op: Op, out: Any, dynamic: list[Any], sources: list[Tensor]) -> Any:
     outs, out_tree = (([out], None) if isinstance(out, jax.Array) else jax.tree.flatten(out))
-    moving = [i for i, value in enumerate(outs) if _carries(value)] if sources else []
+    moving = [i for i, value in enumerate(outs) if carries(value)] if sources else []
     results = [Tensor(value) if isinstance(value, jax.Array) else value for value in outs]
     if moving:
         edges = [source._edge("lift") for source in sources]
         avals = [jax.typeof(outs[i]) for i in moving]
         has_number = any(type(value) is float for value in dynamic)
-        node = OpNode(edges, avals, op.pullback, dynamic, fn, has_number)
+        node = OpNode(edges, avals, op, dynamic, fn, has_number)
         for slot, i in enumerate(moving):
             results[i] = Tensor(outs[i], requires_grad=True, node=node, slot=slot)
     return results[0] if out_tree is None else jax.tree.unflatten(out_tree, results)
@@ -207,44 +186,17 @@ def _is_leaf(value: Any) -> bool:
     return isinstance(value, Tensor)
 
 
-_DYNAMIC = Static("<dynamic>")
-
-
-def _op_for(fn: Any, tree: Any, static: tuple[Static, ...], diff: tuple[int, ...]) -> _Op:
+def _op_for(fn: Any, tree: Any, static: tuple[Static, ...], diff: tuple[int, ...]) -> Op:
     key = (fn, tree, static, diff)
     try:
         op = _cache.get(key)
     except TypeError:  # an unhashable callable object
-        return _make_op(fn, tree, static, diff)
+        return make_op(fn, tree, static, diff)
     if op is None:
-        if len(_cache) >= _CACHE_SIZE:
+        if len(_cache) >= CACHE_SIZE:
             _cache.clear()
-        op = _cache[key] = _make_op(fn, tree, static, diff)
+        op = _cache[key] = make_op(fn, tree, static, diff)
     return op
-
-
-def _make_op(fn: Any, tree: Any, static: tuple[Static, ...], diff: tuple[int, ...]) -> _Op:
-    def raw(*dynamic: Any) -> Any:
-        values = iter(dynamic)
-        leaves = [next(values) if item is _DYNAMIC else item.value for item in static]
-        args, kwargs = jax.tree.unflatten(tree, leaves)
-        return fn(*args, **kwargs)
-
-    def pullback(saved: list[Any], cts: list[Any]) -> list[Any]:
-        def of_moving(*moving: Any) -> list[Any]:
-            filled = list(saved)
-            for index, value in zip(diff, moving, strict=True):
-                filled[index] = value
-            outs = jax.tree.leaves(raw(*filled))
-            return [value for value in outs if _carries(value)]
-
-        _, pull = jax.vjp(of_moving, *(saved[index] for index in diff))
-        return list(pull(list(cts)))
-
-    name = getattr(fn, "__name__", type(fn).__name__)
-    raw.__name__ = name
-    pullback.__name__ = f"{name}_backward"
-    return _Op(jax.jit(raw), jax.jit(pullback), raw)
 
 
 def reset_ops() -> None:

@@ -65,7 +65,7 @@ class Node:
     def __init__(self, edges: Sequence[Edge], avals: Sequence[Any]):
         self.edges = tuple(edges)
         self.avals = tuple(avals)
-        self.sequence = next(_sequence)
+        self.sequence: float = next(_sequence)
         self.hooks: list[HookList | None] | tuple[()] = ()  # one per output, once there are any
         self.retain: list[Any] | tuple[()] = ()  # per output, a weak reference to a Tensor that keeps its gradient
         self.pre_hooks: HookList | None = None
@@ -127,6 +127,27 @@ class Node:
         """Cotangents of the inputs, one per edge, from those of the outputs and the saved arrays (or tracers)."""
         raise NotImplementedError
 
+    def record(self, cts: list[Any]) -> list[Any]:
+        """As `apply`, on Tensors and recorded on the tape, so that the result can be differentiated again.
+
+        Args:
+            cts: per output, a Tensor, or None where nothing depends on it.
+        """
+        raise JhopError(f"backward: {self.name()} cannot be run with create_graph=True.")
+
+    @property
+    def depends(self) -> tuple[frozenset[int], ...] | None:
+        """Per output, the edges that its cotangent flows to; None if nobody knows without looking (`flows`)."""
+        return None
+
+    def flows(self) -> tuple[frozenset[int], ...] | None:
+        """As `depends`, found out where it takes a while; None if it is all edges for each output."""
+        return self.depends
+
+    def unfold(self) -> bool:
+        """Makes nodes that can be recorded of one that cannot; says whether the node has other edges now."""
+        return False
+
     def release(self) -> None:
         """Frees what was saved; the node cannot run again."""
 
@@ -138,16 +159,16 @@ class OpNode(Node):
     """The node of one lifted function call.
 
     Args:
-        pullback: `pullback(saved, cts) -> cotangents`, pure and cached by the caller.
+        op: `op.pullback(saved, cts) -> cotangents`, pure and cached by the caller (`_op.Op`).
         fn: the function, for the node's name.
         has_number: whether a Python float is among what was saved.
     """
 
-    __slots__ = ("_fn", "_pullback", "_saved", "has_number")
+    __slots__ = ("_fn", "_saved", "has_number", "op")
 
-    def __init__(self, edges: Any, avals: Any, pullback: Any, saved: list[Any], fn: Any, has_number: bool):
+    def __init__(self, edges: Any, avals: Any, op: Any, saved: list[Any], fn: Any, has_number: bool):
         super().__init__(edges, avals)
-        self._pullback = pullback
+        self.op = op
         self._saved: list[Any] | None = saved
         self._fn = fn
         self.has_number = has_number
@@ -162,7 +183,17 @@ class OpNode(Node):
         return self._saved
 
     def apply(self, cts: list[Any], saved: list[Any]) -> list[Any]:
-        return list(self._pullback(saved, cts))
+        return self.op.pullback(saved, cts)
+
+    def record(self, cts: list[Any]) -> list[Any]:
+        return self.op.record(self.saved(), self.edges, cts)
+
+    @property
+    def depends(self) -> tuple[frozenset[int], ...] | None:
+        return self.op.depends
+
+    def flows(self) -> tuple[frozenset[int], ...] | None:
+        return self.op.depends or self.op.flows(self.saved())
 
     def release(self) -> None:
         self._saved = None

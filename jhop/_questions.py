@@ -51,7 +51,9 @@ def refuse_questions(gm: GraphModule, places: dict[Place, str], name: str) -> No
 def _holds_on_device(answer: Answer) -> bool:
     """Whether a question is one whether ints fit into the device's, where they wrap."""
     bound = answer.expr.args[-1] if answer.expr.args else None
+    asked = answer.expr.args[0] if answer.expr.args else None
     ints = all(type(slot.value) is int for slot in answer.slots)
+    ints |= isinstance(asked, Expr) and asked.op == "extent"  # of which floats have none
     is_bound = isinstance(bound, Expr) and bound.op == "const" and bound.args[0] == largest_int()
     return ints and is_bound and answer.expr.op == "le" and answer.then and weak_aval(int).dtype.itemsize < 8
 

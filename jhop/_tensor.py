@@ -19,9 +19,10 @@ from jhop._errors import HookError, JhopError
 from jhop._hook import HookList, RemovableHandle
 from jhop._leaves import declare_state
 from jhop._node import AccumulateGrad, Edge, Node, inside
+from jhop._values import Values
 
 
-class Tensor:
+class Tensor(Values):
     """An array on the tape. Make one with `jhop.tensor`.
 
     Attributes:
@@ -196,22 +197,39 @@ class Tensor:
 
     # -- backward ------------------------------------------------------------------------------------------------------
 
-    def backward(self, gradient: Any = None, retain_graph: bool = False) -> None:
+    def backward(
+        self, gradient: Any = None, retain_graph: bool | None = None, create_graph: bool = False, inputs: Any = None
+    ) -> None:
         """Runs the backward pass from this Tensor; leaves accumulate into `.grad`.
 
         Args:
             gradient: the cotangent to start with, of this Tensor's shape and dtype (an array or a Tensor); may be left
                 out for a scalar.
-            retain_graph: keep what was saved, so that backward can run again.
+            retain_graph: keep what was saved, so that backward can run again; by default, as `create_graph`.
+            create_graph: record the pass itself: hooks get and may return Tensors, `.grad` becomes a Tensor, and both
+                can be differentiated again.
+            inputs: a Tensor or a sequence of Tensors: only the nodes on paths to them run, and only they accumulate.
+                A Tensor among them that is no leaf retains its gradient from then on.
 
         Raises:
-            JhopError: no gradient was given for a non-scalar, it has another shape or dtype, the Tensor does not
-                require grad, or the graph was freed by an earlier backward. Nothing was written then.
+            JhopError: no gradient was given for a non-scalar, it has another shape or dtype, the Tensor or one of
+                `inputs` does not require grad, or the graph was freed by an earlier backward. Nothing was written then.
+
+        Example:
+            >>> import jhop
+            >>> x = jhop.tensor(3.0, requires_grad=True)
+            >>> (x * x * x).backward(create_graph=True)
+            >>> slope, x.grad = x.grad, None
+            >>> slope.backward()
+            >>> float(slope), float(x.grad)
+            (27.0, 18.0)
         """
         self._outside("Tensor.backward")
-        _engine.backward([(self._edge("backward"), self._seed(gradient))], keep_graph=retain_graph)
+        seeds = [(self._edge("backward"), self._seed(gradient, create_graph))]
+        _engine.backward(request_for(seeds, retain_graph, create_graph, inputs))
 
-    def _seed(self, gradient: Any) -> Any:
+    def _seed(self, gradient: Any, create_graph: bool = False) -> Any:
+        """The cotangent to start with: an array, or with `create_graph` a Tensor if one was given."""
         if gradient is None:
             if self.size != 1:
                 raise JhopError(
@@ -223,7 +241,7 @@ class Tensor:
         if not isinstance(array, (jax.Array, np.ndarray)):
             raise JhopError(f"backward: expected the gradient as an array or a Tensor, got {type(gradient).__name__}.")
         self._check_like(array, "backward(gradient)")
-        return jnp.asarray(array)
+        return gradient if create_graph and isinstance(gradient, Tensor) else jnp.asarray(array)
 
     def _edge(self, where: str) -> Edge:
         """Where this Tensor's cotangent goes."""
@@ -256,57 +274,7 @@ class Tensor:
         self._requires_grad = requires_grad or not self.is_leaf
         return self
 
-    # -- leaving the tape ----------------------------------------------------------------------------------------------
-
-    def _plain(self, what: str) -> Any:
-        if self._requires_grad:
-            raise JhopError(
-                f"{what} on a Tensor that requires grad would lose its gradient without a word. Use jhop.numpy (or "
-                "jhop.lift(fn)) in place of jax.numpy, or .value or .detach() if no gradient is wanted."
-            )
-        return self._value
-
-    @property
-    def __jax_array__(self) -> Any:
-        # JAX asks whether this exists before it takes an unknown object for an array; an operator (`array * tensor`)
-        # asks too, and comes to our reflected method when it does not.
-        if _compat.asked_by_operator():
-            raise AttributeError("__jax_array__")
-        raise JhopError(
-            "A jax.numpy or other JAX function was given a jhop.Tensor, which would lose its gradient without a word. "
-            "Use jhop.numpy (or jhop.lift(fn)) in place of jax.numpy, or .value if no gradient is wanted."
-        )
-
-    @property
-    def __jhop_array__(self) -> Any:
-        """What a hook that returns a Tensor returns."""
-        return self._value
-
-    def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
-        return np.asarray(self._plain("numpy.asarray"), dtype=dtype)
-
-    def numpy(self) -> np.ndarray:
-        """The value as a NumPy array."""
-        return np.asarray(self._plain("Tensor.numpy()"))
-
-    def item(self) -> Any:
-        """The value of a one-element Tensor as a Python number."""
-        return self._value.item()
-
-    def tolist(self) -> Any:
-        return self._value.tolist()
-
-    def __float__(self) -> float:
-        return float(self._value)
-
-    def __int__(self) -> int:
-        return int(self._value)
-
-    def __bool__(self) -> bool:
-        return bool(self._value)
-
-    def __len__(self) -> int:
-        return len(self._value)
+    # -- as an object --------------------------------------------------------------------------------------------------
 
     def __iter__(self) -> Iterator[Tensor]:
         if self.ndim == 0:
@@ -339,6 +307,32 @@ class Tensor:
 
 
 declare_state(Tensor, "_value")
+
+
+def request_for(seeds: Any, retain_graph: bool | None, create_graph: bool, inputs: Any) -> _engine.Request:
+    """A backward pass that accumulates into `.grad`, with the arguments of `Tensor.backward`."""
+    edges = None
+    if inputs is not None:
+        tensors = given_tensors(inputs, "backward(inputs)")
+        edges = tuple(tensor._edge(f"backward: inputs[{i}]") for i, tensor in enumerate(tensors))
+        for tensor in tensors:
+            tensor.retain_grad()  # of those that are no leaves
+    keep = create_graph if retain_graph is None else retain_graph
+    return _engine.Request(seeds=seeds, keep_graph=keep, create_graph=create_graph, inputs=edges)
+
+
+def given_tensors(given: Any, where: str) -> list[Tensor]:
+    """One Tensor or a sequence of them as a list.
+
+    Raises:
+        JhopError: it is something else, or empty.
+    """
+    tensors = [given] if isinstance(given, Tensor) else given
+    if not isinstance(tensors, (list, tuple)) or not all(isinstance(tensor, Tensor) for tensor in tensors):
+        raise JhopError(f"{where}: expected Tensors (one, or a list of them), got {given!r}.")
+    if not tensors:
+        raise JhopError(f"{where}: expected at least one Tensor, got none.")
+    return list(tensors)
 
 
 def _unpickle(value: Any, requires_grad: bool) -> Tensor:

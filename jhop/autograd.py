@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from jhop import _engine
+import jax.numpy as jnp
+import numpy as np
+
+from jhop import _batched, _engine
 from jhop._errors import JhopError
+from jhop._lift import lift
 from jhop._node import set_grad_enabled
-from jhop._tensor import Tensor
+from jhop._tensor import Tensor, given_tensors, request_for
 
 
 @contextlib.contextmanager
@@ -53,13 +58,20 @@ def _recording(enabled: bool) -> Iterator[None]:
         set_grad_enabled(before)
 
 
-def backward(tensors: Tensor | Sequence[Tensor], gradients: Any = None, *, retain_graph: bool = False) -> None:
+def backward(
+    tensors: Tensor | Sequence[Tensor],
+    gradients: Any = None,
+    *,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+    inputs: Any = None,
+) -> None:
     """Runs one backward pass from several Tensors; a Tensor that is given twice counts twice.
 
     Args:
         tensors: where to start.
         gradients: per Tensor, its cotangent (same shape and dtype), or None for scalars.
-        retain_graph: keep what was saved, so that backward can run again.
+        retain_graph, create_graph, inputs: as for `Tensor.backward`.
 
     Raises:
         JhopError: as for `Tensor.backward`, or another number of gradients than of Tensors.
@@ -73,15 +85,141 @@ def backward(tensors: Tensor | Sequence[Tensor], gradients: Any = None, *, retai
 
     The counterpart in PyTorch is `torch.autograd.backward`.
     """
-    roots = [tensors] if isinstance(tensors, Tensor) else tensors
+    seeds = _seeds(tensors, gradients, "autograd.backward", create_graph)
+    _engine.backward(request_for(seeds, retain_graph, create_graph, inputs))
+
+
+def grad(
+    outputs: Tensor | Sequence[Tensor],
+    inputs: Tensor | Sequence[Tensor],
+    grad_outputs: Any = None,
+    *,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+    allow_unused: bool | None = None,
+    is_grads_batched: bool = False,
+    materialize_grads: bool = False,
+) -> tuple[Any, ...]:
+    """The gradients of `outputs` by `inputs`, as they are after the hooks of the inputs; no leaf's `.grad` is touched.
+
+    Only what lies on paths from outputs to inputs runs. Of an input itself the Tensor's hooks run, the hooks of the
+    node that made it do not; nor do post-accumulate hooks.
+
+    Args:
+        outputs: the Tensors to differentiate; several are summed, one that is given twice counts twice.
+        inputs: the Tensors to differentiate by: leaves or not, each as often as you like.
+        grad_outputs: per output its cotangent (an array or a Tensor of its shape and dtype), or None for a scalar.
+        retain_graph: keep what was saved, so that another pass can run; by default, as `create_graph`.
+        create_graph: record the pass, so that its results can be differentiated, also by `grad_outputs`. Hooks then get
+            Tensors and should compute with their operators and `jhop.numpy`, which take arrays as well.
+        allow_unused: whether None stands for the gradient by an input that no output depends on. Otherwise that is an
+            error. By default, as `materialize_grads`.
+        is_grads_batched: `grad_outputs` have one more axis, the first, and so have the results: one pass for many
+            cotangents. Hooks run once, on one example's cotangent that JAX traces (`jax.vmap`). With `create_graph` it
+            is one pass for each example.
+        materialize_grads: zeros in place of None.
+
+    Returns:
+        One gradient per input, of its shape and dtype: arrays, or Tensors with `create_graph`.
+
+    Raises:
+        JhopError: an output or input does not require grad; an input is unused and `allow_unused` is not set; a
+            cotangent is missing or has another shape or dtype; the graph was freed by an earlier pass.
+
+    Example:
+        >>> import jhop
+        >>> x = jhop.tensor(3.0, requires_grad=True)
+        >>> _ = x.register_hook(lambda grad: grad * 2.0)
+        >>> (slope,) = jhop.autograd.grad(x * x * x, x, create_graph=True)
+        >>> (bend,) = jhop.autograd.grad(slope, x)
+        >>> float(slope), float(bend)
+        (54.0, 72.0)
+
+    The counterpart in PyTorch is `torch.autograd.grad`.
+    """
+    if materialize_grads and allow_unused is False:
+        raise JhopError(
+            "autograd.grad: expected no allow_unused=False with materialize_grads=True, which gives zeros for unused "
+            "inputs. Leave out one of the two."
+        )
+    by = given_tensors(inputs, "autograd.grad(inputs)")
+    for i, tensor in enumerate(by):
+        if not tensor.requires_grad:
+            raise JhopError(
+                f"autograd.grad: inputs[{i}], of shape {tensor.shape}, does not require grad. Make it with "
+                "jhop.tensor(..., requires_grad=True), or leave it out."
+            )
+    edges = tuple(tensor._edge("autograd.grad") for tensor in by)
+    keep = create_graph if retain_graph is None else retain_graph
+
+    def request(gradients: Any, keep_graph: bool) -> _engine.Request:
+        return _engine.Request(
+            seeds=_seeds(outputs, gradients, "autograd.grad", create_graph), keep_graph=keep_graph,
+            create_graph=create_graph, inputs=edges, returned=True,
+        )  # fmt: skip
+
+    if is_grads_batched:
+        found = _for_each(request, _examples(outputs, grad_outputs), keep)
+    else:
+        found = _engine.backward(request(grad_outputs, keep))
+    return tuple(
+        _result(i, tensor, value, create_graph, allow_unused or materialize_grads, materialize_grads)
+        for i, (tensor, value) in enumerate(zip(by, found, strict=True))
+    )
+
+
+def _result(i: int, tensor: Tensor, value: Any, create_graph: bool, allow_unused: bool, zeros: bool) -> Any:
+    """The gradient by one input, where the pass found `value`."""
+    if value is None and zeros:
+        value = jnp.zeros(tensor.shape, tensor.dtype)
+    if value is None:
+        if not allow_unused:
+            raise JhopError(
+                f"autograd.grad: no output depends on inputs[{i}], of shape {tensor.shape}. Give allow_unused=True to "
+                "get None for it, or materialize_grads=True to get zeros."
+            )
+        return None
+    return Tensor(value) if create_graph and not isinstance(value, Tensor) else value
+
+
+def _examples(outputs: Any, gradients: Any) -> list[Any]:
+    """Checked cotangents with one more axis, which is as long in all of them."""
+    given = [gradients] if isinstance(outputs, Tensor) and not isinstance(gradients, (list, tuple)) else gradients
+    shapes = [np.shape(getattr(ct, "value", ct)) for ct in given or [None]]
+    if given is None or any(ct is None for ct in given) or len({shape[:1] for shape in shapes} - {()}) != 1:
+        raise JhopError(
+            "autograd.grad(is_grads_batched=True): expected grad_outputs with one more axis, the first, of one length "
+            f"for all, got shapes {shapes}."
+        )
+    return list(given)
+
+
+def _for_each(request: Callable[[Any, bool], _engine.Request], given: list[Any], keep: bool) -> list[Any]:
+    """The results of a pass for each example of the cotangents, stacked."""
+    examples = [[ct[i] for ct in given] for i in range(len(given[0]))]
+    first = request(examples[0], keep)
+    if not first.create_graph:
+        cts = [jnp.asarray(getattr(ct, "value", ct)) for ct in given]
+        seeds = [(edge, ct) for (edge, _), ct in zip(first.seeds, cts, strict=True)]
+        return _batched.backward(dataclasses.replace(first, seeds=seeds))
+    # Recorded, a pass is of Tensors, which stand for one value each.
+    passes = [_engine.backward(request(cts, keep or cts is not examples[-1])) for cts in examples]
+    return [None if row[0] is None else _stack(list(row)) for row in zip(*passes, strict=True)]
+
+
+_stack = lift(jnp.stack)
+
+
+def _seeds(tensors: Any, gradients: Any, where: str, create_graph: bool) -> list[tuple[Any, Any]]:
+    """Where a pass starts, with which cotangents."""
+    roots = given_tensors(tensors, where)
+    for root in roots:
+        root._outside(where)
     given = [gradients] if isinstance(tensors, Tensor) and not isinstance(gradients, (list, tuple)) else gradients
-    if not isinstance(roots, (list, tuple)) or not all(isinstance(root, Tensor) for root in roots):
-        raise JhopError(f"autograd.backward: expected Tensors to start from (one, or a list), got {tensors!r}.")
     given = [None] * len(roots) if given is None else given
     if not isinstance(given, (list, tuple)) or len(given) != len(roots):
         raise JhopError(
-            "autograd.backward: expected one gradient (or None) for each Tensor, got "
+            f"{where}: expected one gradient (or None) for each Tensor, got "
             f"{len(roots)} and {len(given) if isinstance(given, (list, tuple)) else given!r}."
         )
-    seeds = [(root._edge("autograd.backward"), root._seed(ct)) for root, ct in zip(roots, given, strict=True)]
-    _engine.backward(seeds, keep_graph=retain_graph)
+    return [(root._edge(where), root._seed(ct, create_graph)) for root, ct in zip(roots, given, strict=True)]

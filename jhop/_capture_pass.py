@@ -1,0 +1,175 @@
+"""The engine's pass over tracers: it becomes one graph, with marks where PyTorch's graph has nodes."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from jhop import _compat, _engine, _state
+from jhop._boundary import accumulate_grad, aot_prologue, validate_outputs
+from jhop._capture import Recorder
+from jhop._errors import HookError, Unsupported
+from jhop._forward import CompiledNode
+from jhop._graph import Info
+from jhop._hook import run_hooks
+from jhop._interp import evaluate
+from jhop._leaves import declare_state
+from jhop._node import Node
+from jhop._source import describe_hook
+from jhop._trace_wrapped import trace_wrapped, trace_wrapped_p
+
+
+class CapturePass(_engine.Pass):
+    """The engine's pass over tracers.
+
+    Attributes:
+        written, returned: what its results are, see `_tape.Outputs`.
+    """
+
+    def __init__(self, tape: Any, recorder: Recorder):
+        super().__init__(tape.plan, keep_graph=True)
+        self._tape = tape
+        self._recorder = recorder
+        self._flat: list[Any] = []
+        self._grads: dict[int, Any] = {}
+        self._uses: dict[int, int] = {}  # how often a compiled function occurs
+        self._origin: Any = None
+        self.sizes: list[int] = []
+        self.checked: list[int] = []
+        self.n_hooks = 0
+        self.hook_places: list[int] = []
+        self.written: list[int] = []
+        self.returned: list[int] = []
+
+    def trace(self, flat: list[Any]) -> list[Any]:
+        """Runs the pass; the new gradients of leaves and Tensors that retain theirs, then those that are asked for."""
+        tape = self._tape
+        self._flat = flat
+        seeds = [flat[i] for i in tape.seed_index]
+        self._origin = "GraphRoot (NodeCall 0)"
+        self.checked.append(0)
+        for edge, _ in tape.seeds:
+            self.sizes.extend(edge.node.avals[edge.slot].shape)
+        checked = validate_outputs(seeds)
+        self._note(checked)
+        results = self.run([(edge, ct) for (edge, _), ct in zip(tape.seeds, checked, strict=True)])
+        self.written = [i for i, tensor in enumerate(tape.owners) if id(tensor) in self._grads]
+        self.returned = [i for i, result in enumerate(results) if result is not None]
+        return [self._grads[id(tape.owners[i])] for i in self.written] + [results[i] for i in self.returned]
+
+    def _note(self, values: list[Any], **known: Any) -> None:
+        for value in values:
+            self._recorder.note(value, Info(origin=self._origin, stage="captured", **known))
+
+    def visit(self, node: Node, cts: list[Any]) -> list[Any]:
+        self._origin = f"{node.name()} (NodeCall {self._tape.number[node] + 1})"
+        return super().visit(node, cts)
+
+    def hooked_node(self, node: Node, cts: list[Any]) -> list[Any]:
+        raise Unsupported(
+            f"compiled_autograd: {node.name()} has hooks on the node itself, which cannot be captured yet. Hook its "
+            "Tensors with register_hook, or run backward() outside of enable()."
+        )
+
+    def compute(self, node: Node, cts: list[Any]) -> list[Any]:
+        saved = [self._flat[i] for i in self._tape.saved[node]]
+        cts = _engine.full_cts(node, cts)
+        if isinstance(node, CompiledNode) and node.passes is None:
+            return self._compiled(node, saved, cts)
+        self.checked.append(len(self.sizes))
+        for edge in node.edges:
+            self.sizes.extend(edge.node.avals[edge.slot].shape)
+        outs = node.apply(cts, saved)
+        self._note(outs)
+        checked = validate_outputs(outs)
+        self._note(checked)
+        return checked
+
+    def _compiled(self, node: CompiledNode, saved: list[Any], cts: list[Any]) -> list[Any]:
+        self.n_hooks += 1  # the backward object itself stands in PyTorch's list of hooks
+        for shape in [aval.shape for aval in node.avals] + node.input_shapes:
+            self.sizes.extend(shape)
+        for edge in node.edges:
+            self.sizes.extend(edge.node.avals[edge.slot].shape)
+        compiled = node.compiled
+        use = self._uses[compiled.aot_id] = self._uses.get(compiled.aot_id, -1) + 1
+        assert compiled.backward is not None
+        gm = compiled.backward.gm
+        values = aot_prologue(saved, cts, aot_id=compiled.aot_id, call=use)
+        self._note(values)
+
+        def note(variable: Any, value: Any) -> None:
+            info = gm.info.get(variable, Info())
+            origin = self._origin if info.origin is None else info.origin
+            self._recorder.update(value, name=info.name, origin=origin, aot=(compiled.aot_id, use), stage="captured")
+
+        for eqn in _compat.open_jaxpr(gm.jaxpr)[0].eqns:
+            if eqn.primitive is trace_wrapped_p:
+                self._hook_place()
+        return compiled.joint.only_reached(evaluate(gm.jaxpr, values, note=note))
+
+    def _hook_place(self) -> None:
+        self.hook_places.append(self.n_hooks)
+        self.n_hooks += 1
+
+    def add(self, old: Any, new: Any) -> Any:
+        total = old + new
+        self._note([total])
+        return total
+
+    def tensor_hooks(self, ct: Any, hooks: Any) -> Any:
+        for _ in hooks.snapshot():
+            self._hook_place()
+        out = run_hooks(ct, hooks)
+        self._note([out])
+        return out
+
+    def accumulate(self, tensor: Any, ct: Any) -> None:
+        place_of = self._tape.place_of
+        leaf = self._flat[place_of(tensor._value)] if tensor.is_leaf else ct
+        old = tensor._grad
+        held = None if old is None else self._flat[place_of(getattr(old, "value", old))]
+        self._grads[id(tensor)] = grad = accumulate_grad(ct, leaf, held)
+        self._note([grad])
+
+    def post_accumulate(self, leaf: Any) -> None:
+        for fn in leaf._post_hooks.snapshot() if leaf._post_hooks else ():
+            self._hook_place()
+            hook = PostAccumulate(fn, leaf)
+            out = trace_wrapped(self._grads[id(leaf)], fn=hook, kind="post_acc_grad_hook")
+            self._note([out])
+            self._grads[id(leaf)] = out
+
+    def finish(self) -> None:
+        pass
+
+
+class PostAccumulate:
+    """A post-accumulate hook as a function of the new gradient: it sees and changes `leaf.grad`."""
+
+    __slots__ = ("__wrapped__", "_leaf")
+
+    def __init__(self, fn: Callable[[Any], None], leaf: Any):
+        self.__wrapped__ = fn
+        self._leaf = weakref.ref(leaf)  # a capture that is kept for later does not keep the parameter
+
+    def __call__(self, grad: Any) -> Any:
+        leaf = self._leaf()
+        if leaf is None:
+            return None
+        with _state.LOCK:
+            before, leaf._grad = leaf._grad, grad
+            try:
+                _engine.run_post_hook(self.__wrapped__, leaf)
+                if leaf._grad is None:
+                    raise HookError(
+                        f"post-accumulate {describe_hook(self.__wrapped__)} set .grad to None. Under compiled autograd "
+                        "a gradient is an output of the graph; free it after backward()."
+                    )
+                return getattr(leaf._grad, "value", leaf._grad)
+            finally:
+                leaf._grad = before
+
+
+declare_state(PostAccumulate, "__wrapped__", "_leaf")

@@ -1,0 +1,69 @@
+"""What leaves the tape: a Tensor as NumPy array, Python number or list."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from jhop import _compat
+from jhop._errors import JhopError
+
+
+class Values:
+    """The plain values of a Tensor, where they cost no gradient without a word."""
+
+    __slots__ = ()
+
+    _value: Any
+    _requires_grad: bool
+
+    def _plain(self, what: str) -> Any:
+        if self._requires_grad:
+            raise JhopError(
+                f"{what} on a Tensor that requires grad would lose its gradient without a word. Use jhop.numpy (or "
+                "jhop.lift(fn)) in place of jax.numpy, or .value or .detach() if no gradient is wanted."
+            )
+        return self._value
+
+    @property
+    def __jax_array__(self) -> Any:
+        # JAX asks whether this exists before it takes an unknown object for an array; an operator (`array * tensor`)
+        # asks too, and comes to our reflected method when it does not.
+        if _compat.asked_by_operator():
+            raise AttributeError("__jax_array__")
+        raise JhopError(
+            "A jax.numpy or other JAX function was given a jhop.Tensor, which would lose its gradient without a word. "
+            "Use jhop.numpy (or jhop.lift(fn)) in place of jax.numpy, or .value if no gradient is wanted."
+        )
+
+    @property
+    def __jhop_array__(self) -> Any:
+        """What a hook that returns a Tensor returns."""
+        return self._value
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
+        return np.asarray(self._plain("numpy.asarray"), dtype=dtype)
+
+    def numpy(self) -> np.ndarray:
+        """The value as a NumPy array."""
+        return np.asarray(self._plain("Tensor.numpy()"))
+
+    def item(self) -> Any:
+        """The value of a one-element Tensor as a Python number."""
+        return self._value.item()
+
+    def tolist(self) -> Any:
+        return self._value.tolist()
+
+    def __float__(self) -> float:
+        return float(self._value)
+
+    def __int__(self) -> int:
+        return int(self._value)
+
+    def __bool__(self) -> bool:
+        return bool(self._value)
+
+    def __len__(self) -> int:
+        return len(self._value)
