@@ -132,7 +132,8 @@ class Guards:
         if self._abc_token is not None:
             terms.append(f"{name(abc.get_cache_token)}() == {name(self._abc_token)}")
         if ids := [f"id({code.holder(record)})" for record in self._records if record.kind != "tuple"]:
-            terms.append(f"len({name(self._others)}.union(({', '.join(ids)},))) == {len(self._others) + len(ids)}")
+            terms.append(f"{name(self._others)}.isdisjoint(({', '.join(ids)},))")
+            terms += [f"len({{{', '.join(ids)}}}) == {len(ids)}"] * (len(ids) > 1)
         terms += [f"{name(answer)}.now() is {answer.then}" for answer in self.answers]
         terms += [f"{name(contents_of)}({name(value)}) == {name(then)}" for value, then in self._contents]
         return terms
