@@ -218,7 +218,8 @@ class Generator:
             own += ["    def n(self, value):", f"        self._n = {self.one(['value', 'value', 'value + 1'])}"]
             return [f"class {cls}:", *init, "", *own, *body]
         if style == "class attribute":
-            return [f"class {cls}:", f"    n = {values['n']}", "", *(s for s in init if " self.n " not in s), "        pass", *body]
+            own = [*(line for line in init if " self.n " not in line), "        pass"]
+            return [f"class {cls}:", f"    n = {values['n']}", "", *own, *body]
         return [f"class {cls}:", *init, *body]
 
     def places(self, owners: dict[str, str], extra: Places | None = None) -> Places:
