@@ -270,21 +270,58 @@ def _keys_code(container: Container, present: Any, code: SlotCode) -> list[str]:
         if absent := container.names.difference(present):
             code.absent.setdefault(code.keys(container), set()).update(absent)
         return []
-    if type(obj) is dict:
-        return [f"tuple({code.holder(container)}) == {name(present)}"]
+    if type(obj) is dict and all(key[0] in _TOLD_BY_TYPE for key in present):
+        holder = code.holder(container)
+        types = name([key[0] for key in present])
+        keys = f"tuple({holder}) == {name(tuple(key for _, key in present))}"
+        return [keys, f"[*map({name(type)}, {holder})] == {types}"] if present else [keys]
     return [f"{name(_keys_of)}({name(container)}) == {name(present)}"]
 
 
 def _keys_of(container: Container) -> Any:
     """The keys, in order where the order is a part of what a hook can see."""
-    keys = [key for key, _ in container.items()]
-    return tuple(keys) if container.kind == "dict" and container.names is None else frozenset(keys)
+    if container.names is not None:  # names of attributes and variables
+        return frozenset(key for key, _ in container.items())
+    keys = [_told(key) for key, _ in container.items()]
+    return tuple(keys) if container.ordered else frozenset(keys)
+
+
+_TOLD_BY_TYPE = frozenset({str, int, bool, bytes, type(None)})  # equal ones of these are the same
+
+
+class _Same:
+    """An object as a key that equals no other's, even if the object does."""
+
+    __slots__ = ("_obj",)
+
+    def __init__(self, obj: Any):
+        self._obj = obj
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self._obj is other._obj
+
+    def __hash__(self) -> int:
+        return id(self._obj)
+
+
+def _told(key: Any) -> tuple[type, Any]:
+    """A key as something that equals only what a hook cannot tell from it: `True == 1 == 1.0`."""
+    cls = type(key)
+    if cls in _TOLD_BY_TYPE:
+        return cls, key
+    if cls is tuple:
+        return cls, tuple(map(_told, key))
+    if cls is frozenset:
+        return cls, frozenset(map(_told, key))
+    return cls, str(key) if cls is float or cls is complex else _Same(key)
 
 
 def _kind(value: Any) -> Any:
-    """What of a lifted value is fixed: a number's type, an array's type, shape and dtype."""
-    if isinstance(value, (jax.Array, np.ndarray)):
-        return (jax.Array if isinstance(value, jax.Array) else np.ndarray, value.shape, value.dtype)
+    """What of a lifted value is fixed: a number's type, an array's type, shape, dtype and whether that is weak."""
+    if isinstance(value, jax.Array):
+        return jax.Array, value.shape, value.dtype, getattr(value, "weak_type", False)  # keys of `jax.random` have none
+    if isinstance(value, np.ndarray):
+        return np.ndarray, value.shape, value.dtype
     return type(value)
 
 

@@ -18,13 +18,14 @@ import numpy as np
 from jhop import _compat
 from jhop._append import AppendList
 from jhop._classes import is_opaque
-from jhop._container import MISSING, Container, builtin_kind
+from jhop._container import MISSING, Container, builtin_kind, put_attribute
 from jhop._errors import Unsupported
 from jhop._late import Late
 from jhop._names import slot_names
 from jhop._scalar import Scalar
 from jhop._template import plain
 from jhop._walk import Walk
+from jhop._wording import in_words
 
 # One trace at a time: while hooks are traced, their objects hold symbols that another thread must not see.
 LOCK = threading.RLock()
@@ -122,6 +123,8 @@ class Lift:
             if stand_in is None:
                 stand_in = self._lists[id(slot.value)] = AppendList(slot.value, list(slot.value))
             slot.container.put(slot.key, stand_in)
+            if id(slot.container.obj) in self._lists:  # copied before: a list leads back to itself
+                list.__setitem__(self._lists[id(slot.container.obj)], slot.key, stand_in)
 
     def mark(self, containers: list[Container] | None = None) -> list[Mark]:
         """What every container holds now, those that hooks made included, or each of some.
@@ -227,11 +230,26 @@ class Lift:
         ]
 
     def __exit__(self, *exc_info: object) -> None:
+        for obj, name, value in self._replaced():
+            put_attribute(obj, name, value)
         for container, snapshot in self._snapshots:
             container.restore(snapshot)
 
+    def _replaced(self) -> list[tuple[Any, str, Any]]:
+        """(object, name, value before) for attributes that are no slots, such as `__class__`, and differ."""
+        return [found for found in self.walk.attributes if getattr(*found[:2], MISSING) is not found[2]]
+
     def writes(self) -> Iterator[Write]:
-        """The slots that differ from what was swapped in, containers in order of meeting."""
+        """The slots that differ from what was swapped in, containers in order of meeting.
+
+        Raises:
+            Unsupported: hooks replaced what is no slot, such as the class of an object.
+        """
+        for obj, name, _ in self._replaced():
+            raise Unsupported(
+                f"a hook replaces `{name}` of {in_words(obj)}, which is part of what is compiled. Keep what changes in "
+                "an attribute that the code reads, or use fullgraph=False."
+            )
         for container, before in zip(self.walk.containers, self._placed, strict=True):
             now = container.items()
             stand_in = self._lists.get(id(container.obj)) if container.kind == "list" else None
@@ -258,7 +276,7 @@ def _alike(one: Any, other: Any) -> bool:
 
 def _changed_slots(container: Container, before: dict[Any, Any], now: dict[Any, Any]) -> Iterator[Write]:
     kept = [key for key in before if key in now]
-    if container.kind == "dict" and container.names is None and kept != list(now)[: len(kept)]:
+    if container.ordered and kept != list(now)[: len(kept)]:
         for key in before:  # put in another order: written anew, from first to last
             yield Write(container, key, MISSING)
         before = {}

@@ -214,6 +214,9 @@ class Walk:
         self._seen[id(value)] = value  # also keeps it alive, so that ids stay its own
         if (kind := builtin_kind(value)) is not None:
             self._add(value, kind, path)
+            for index, key in enumerate(dict.__iter__(value) if kind == "dict" else ()):
+                self.pinned.add(id(key))
+                self._work.append((key, f"[*{path}][{index}]"))
         if isinstance(value, collections.defaultdict):
             self.attributes.append((value, "default_factory", value.default_factory))
             self._work.append((value.default_factory, f"{path}.default_factory"))
@@ -379,7 +382,7 @@ class Walk:
         node = mine and self._without is not None and not jax.tree_util.all_leaves([value])
         if mine:
             if id(value) not in self._weak:
-                self.attributes.append((value, "__class__", cls))
+                self.attributes.append((value, "__class__", value.__class__))  # which may be a property
             self._work.append((cls, path))
         if isinstance(getattr(value, "__dict__", None), dict):
             # The code that reads attributes of a standard container (UserDict, SimpleNamespace) is not the user's.
