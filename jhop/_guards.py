@@ -12,7 +12,7 @@ import ast
 import collections
 import dataclasses
 from collections.abc import Callable, Collection, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -106,7 +106,8 @@ class Guards:
             self._fixed += [Fixed(leaf.container, leaf.key, leaf.value) for leaf in leaves_kept]
             held = [*(leaf.value for leaf in leaves_kept), *walk.instances(object, lambda value: True)]
             self._contents = [(value, then) for value in held if (then := contents_of(value)) is not None]
-        self._leaves = [] if frozen else [(leaf, _kind(leaf.value)) for leaf in leaves_kept]
+        # Not the values: a graph must not keep the arrays alive that state held when it was traced.
+        self._leaves = [_Lifted.of(leaf) for leaf in leaves_kept if not frozen]
         self.answers = [Answer(expr, answer, walk.leaves) for expr, answer in dict.fromkeys(answers)]
         self.hold = all_hold([self])
 
@@ -125,8 +126,8 @@ class Guards:
                 terms.append(f"{read(container, key)} is {name(value)}")
         for container, present in self._keys:
             terms += _keys_code(container, present, code)
-        for leaf, kind in self._leaves:
-            now = read(leaf.container, leaf.key)
+        for leaf in self._leaves:
+            now, kind = read(leaf.container, leaf.key), leaf.kind
             same_kind = isinstance(kind, tuple)
             terms.append(f"{name(_kind)}({now}) == {name(kind)}" if same_kind else f"type({now}) is {name(kind)}")
         if self._abc_token is not None:
@@ -144,7 +145,7 @@ class Guards:
             kind = "value" if is_plain(value) else "object"
             found.append(Guard(kind, container.path_of(key), in_words(value)))
         found += [Guard("type", container.path_of(key), cls.__name__) for container, key, cls, _ in self._shapes]
-        found += [Guard("type", leaf.path, type_in_words(leaf.value)) for leaf, _ in self._leaves]
+        found += [Guard("type", leaf.path, leaf.type) for leaf in self._leaves]
         for container, keys in self._keys:
             if container.names is None and container.kind != "cell":
                 count = "1 entry" if len(keys) == 1 else f"{len(keys)} entries"
@@ -183,10 +184,10 @@ class Guards:
         for container, keys in self._keys:
             if _keys_of(container) != keys:
                 return f"`{container.path}` has other entries than before"
-        for leaf, kind in self._leaves:
+        for leaf in self._leaves:
             now = leaf.container.get(leaf.key)
-            if _kind(now) != kind:
-                return _changed(leaf.path, in_words(leaf.value), in_words(now))
+            if _kind(now) != leaf.kind:
+                return _changed(leaf.path, leaf.then, in_words(now))
         for answer in self.answers:
             try:
                 now = answer.now()
@@ -200,6 +201,22 @@ class Guards:
         if self._abc_token not in (None, abc.get_cache_token()):
             return "a class was registered with an abstract base class"
         return None
+
+
+class _Lifted(NamedTuple):
+    """A slot with a lifted value, and what the value was in words."""
+
+    container: Container
+    key: Any
+    path: str
+    kind: Any
+    then: str
+    type: str
+
+    @staticmethod
+    def of(leaf: Leaf) -> _Lifted:
+        words = in_words(leaf.value), type_in_words(leaf.value)
+        return _Lifted(leaf.container, leaf.key, leaf.path, _kind(leaf.value), *words)
 
 
 class Answer:

@@ -5,9 +5,11 @@ import copy
 import dataclasses
 import enum
 import functools
+import gc
 import pickle
 import types
 import warnings
+import weakref
 
 import jax
 import jax.flatten_util
@@ -403,3 +405,32 @@ def test_weak_types_of_state_are_told_apart():
 
     with jax.numpy_dtype_promotion("standard"):
         assert agrees(make, between=between) == 3  # float32, weak float32, bfloat16
+
+
+REPLACE = {
+    "attribute": lambda value: value,
+    "tuple": lambda value: (1, value),
+    "dict": lambda value: {"x": value},
+}
+
+
+@pytest.mark.parametrize("name", REPLACE)
+@pytest.mark.parametrize("array", [jnp.ones, np.ones])
+def test_arrays_that_state_held_are_let_go_of(name, array):
+    first = array(1000, dtype=np.float32)
+    box, gone = Box(state=REPLACE[name](first)), weakref.ref(first)
+
+    def hook(ct):
+        box.state = jax.tree.map(lambda value: value + 1, box.state)
+        return ct * jax.tree.leaves(box.state)[-1].sum()
+
+    step = jhop.jit(jax.grad(lambda x: loss(x, hook)), fullgraph=True)
+    step(X)
+    del first
+    gc.collect()
+    assert gone() is None
+    step(X)
+    assert "float32[1000]" in str(jhop.explain(step))
+    box.state = REPLACE[name](jnp.ones(10))
+    step(X)
+    assert "from numpy float32[1000] to" in str(jhop.explain(step)) or array is jnp.ones
