@@ -41,12 +41,11 @@ class Container:
         path: str,
         names: set[str] | None = None,
         *,
-        weak: bool = False,
         place: tuple[Container, Any] | None = None,
     ):
-        self._obj: Any = weakref.ref(obj) if weak else None if place is not None else obj
+        self._obj: Any = None if place is not None else obj
         self.place = place
-        self.weak = weak
+        self.weak = False
         self.kind = kind
         self.path = path
         self.names = names
@@ -60,6 +59,10 @@ class Container:
     def let_go(self, place: tuple[Container, Any]) -> None:
         """From now on, the object is the one in that slot."""
         self._obj, self.place = None, place
+
+    def loosen(self) -> None:
+        """From now on, it does not keep the object alive."""
+        self._obj, self.weak = weakref.ref(self._obj), True
 
     def as_of_now(self) -> Container:
         """A container that stays with the object that this one has now."""

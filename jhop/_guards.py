@@ -11,6 +11,7 @@ import abc
 import ast
 import collections
 import dataclasses
+import weakref
 from collections.abc import Callable, Collection, Iterable
 from typing import Any, NamedTuple
 
@@ -79,7 +80,7 @@ class Guards:
         skip = {id(container) for container in ignore}
         slots, free = set(ignore_slots), skip | {id(container) for container in ignore_keys}
         self._attributes = walk.attributes
-        self._alive = walk.alive
+        self._alive = [(reference, type(reference())) for reference, _ in walk.alive]
         self._abc_token = abc.get_cache_token() if walk.asks_abstract_classes else None
 
         def counts(slot: Fixed | Leaf) -> bool:
@@ -101,7 +102,11 @@ class Guards:
         ]
         self._contents: list[tuple[Any, Any]] = []
         leaves_kept = [leaf for leaf in walk.leaves if counts(leaf)]
-        self._fixed = [item for item in walk.fixed if counts(item)]
+        fixed = [item for item in walk.fixed if counts(item)]
+        self._fixed = [item for item in fixed if not walk.is_weak(item.value)]
+        self._weak = [
+            (*item[:2], weakref.ref(item.value), in_words(item.value)) for item in fixed if walk.is_weak(item.value)
+        ]
         if frozen:
             self._fixed += [Fixed(leaf.container, leaf.key, leaf.value) for leaf in leaves_kept]
             held = [*(leaf.value for leaf in leaves_kept), *walk.instances(object, lambda value: True)]
@@ -115,7 +120,8 @@ class Guards:
         """Source of the questions whether everything is as it was."""
         name, read = code.name, code.read
         terms = [f"{name(obj)}.{attribute} is {name(value)}" for obj, attribute, value in self._attributes]
-        terms += [f"({name(reference)}() is not None) is {there}" for reference, there in self._alive]
+        terms += [f"type({name(reference)}()) is {name(cls)}" for reference, cls in self._alive]
+        terms += [f"{read(container, key)} is {name(reference)}()" for container, key, reference, _ in self._weak]
         terms += [f"type({read(container, key)}) is {name(cls)}" for container, key, cls, _ in self._shapes]
         for container, key, value in self._fixed:
             if _is_by_value(value):
@@ -156,7 +162,9 @@ class Guards:
             kind, what = ("code", "") if name == "__code__" else ("attribute", f"`{name}` of ")
             found.append(Guard(kind, f"{what}{in_words(obj)}", "the same" if kind == "code" else in_words(value)))
         found += [Guard("contents", f"what is in {in_words(value)}", "the same") for value, _ in self._contents]
-        for reference, there in self._alive:
+        found += [Guard("object", container.path_of(key), words) for container, key, _, words in self._weak]
+        for reference, cls in self._alive:
+            there = cls is not type(None)
             to = f" ({in_words(reference())})" if there else ""
             found.append(Guard("reference", f"what a weak reference is to{to}", "there" if there else "gone"))
         if self._abc_token is not None:
@@ -168,9 +176,12 @@ class Guards:
         for obj, name, value in self._attributes:
             if getattr(obj, name, MISSING) is not value:
                 return f"`{name}` of {in_words(obj)} was replaced"
-        for reference, alive in self._alive:
-            if (reference() is not None) is not alive:
-                return "a weak reference lost what it refers to"
+        for reference, cls in self._alive:
+            if type(reference()) is not cls:
+                return "what a weak reference refers to is gone, or of another class"
+        for container, key, reference, words in self._weak:
+            if container.get(key) is not reference():
+                return _changed(container.path_of(key), words, in_words(container.get(key)))
         for container, key, cls, then in self._shapes:
             if type(now := container.get(key)) is not cls:
                 return _changed(container.path_of(key), then, in_words(now))

@@ -239,6 +239,15 @@ class Lift:
         """(object, name, value before) for attributes that are no slots, such as `__class__`, and differ."""
         return [found for found in self.walk.attributes if getattr(*found[:2], MISSING) is not found[2]]
 
+    def _dropped(self) -> list[Any]:
+        """What slots held before hooks ran, hold no longer, and weak references refer to."""
+        weak = {id(found): found for reference, _ in self.walk.alive if (found := reference()) is not None}
+        if not weak:
+            return []
+        held = {id(value) for items in self._placed for _, value in items}
+        now = {id(value) for mark in self.mark() for _, value in mark.items}
+        return [value for key, value in weak.items() if key in held - now]
+
     def writes(self) -> Iterator[Write]:
         """The slots that differ from what was swapped in, containers in order of meeting.
 
@@ -249,6 +258,12 @@ class Lift:
             raise Unsupported(
                 f"a hook replaces `{name}` of {in_words(obj)}, which is part of what is compiled. Keep what changes in "
                 "an attribute that the code reads, or use fullgraph=False."
+            )
+        for value in self._dropped():
+            raise Unsupported(
+                f"a hook puts something else where {in_words(value)} was, which hooks reach by a weak reference too: "
+                "while they are traced, it does not go away. Keep the object and change what is in it, or use "
+                "fullgraph=False."
             )
         for container, before in zip(self.walk.containers, self._placed, strict=True):
             now = container.items()

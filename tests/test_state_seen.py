@@ -434,3 +434,77 @@ def test_arrays_that_state_held_are_let_go_of(name, array):
     box.state = REPLACE[name](jnp.ones(10))
     step(X)
     assert "from numpy float32[1000] to" in str(jhop.explain(step)) or array is jnp.ones
+
+
+# What weak references refer to
+
+
+class Target:
+    def __init__(self, k):
+        self.k = k
+
+
+@pytest.mark.parametrize("first", ["strong", "weak"])
+def test_what_the_host_drops_is_gone_for_weak_references(first):
+    def make():
+        box = Box(a=None, b=None)
+        target = Target(2.0)
+        strong, weak = ("a", "b") if first == "strong" else ("b", "a")
+        setattr(box, strong, target)
+        setattr(box, weak, weakref.ref(target))
+
+        def hook(ct):
+            found = getattr(box, weak)()
+            if found is None:
+                return ct * 7
+            found.k += 1
+            return ct * found.k * (2 if found is getattr(box, strong) else 3)
+
+        box.strong = strong
+        return box, hook
+
+    def run(step, box, hook):
+        found = []
+        for i in range(6):
+            if i == 2:
+                found[0].append(getattr(box, box.strong).k)
+            if i == 3:
+                setattr(box, box.strong, Target(5.0))
+            found.append([np.asarray(step(X, hook)).tolist()])
+        return found
+
+    box, hook = make()
+    fn = jhop.jit(jax.grad(lambda x: loss(x, hook)), fullgraph=True)
+    compiled = run(lambda x, _: fn(x), box, hook)
+    assert compiled == run(by_hand, *make())
+    assert fn.versions() == 2
+
+
+def test_class_of_what_only_weak_references_refer_to():
+    target = Target(2.0)
+    box = Box(ref=weakref.ref(target))
+
+    class Other(Target):
+        k2 = 5
+
+    def hook(ct):
+        return ct * getattr(box.ref(), "k2", 3)
+
+    step = jhop.jit(jax.grad(lambda x: loss(x, hook)), fullgraph=True)
+    np.testing.assert_allclose(step(X), by_hand(X, hook))
+    target.__class__ = Other
+    np.testing.assert_allclose(step(X), by_hand(X, hook))
+
+
+def test_what_a_hook_drops_is_refused_where_a_weak_reference_could_tell():
+    box = Box(at=Target(2.0))
+    box.ref = weakref.ref(box.at)
+
+    def hook(ct):
+        box.at = Target(box.at.k + 1)
+        return ct * (7 if box.ref() is None else 5)
+
+    target = box.at
+    with pytest.raises(jhop.Unsupported, match="where a Target was, which hooks reach by a weak reference too"):
+        jhop.jit(jax.grad(lambda x: loss(x, hook)), fullgraph=True)(X)
+    assert box.at is target
