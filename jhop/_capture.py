@@ -104,9 +104,11 @@ class Recorder:
             index = self._index.get(id(operand))
             if index is None and isinstance(operand, _compat.Tracer):
                 index = self.add(operand)
-                if index is None:  # of an inner trace (`ct > 0` on a JVP's ct): no variable stands for it
-                    references = []
-                    break
+            # Of an inner trace (`ct > 0` on a JVP's ct), no variable stands for it. What holds others, such as the
+            # dict that `copy.deepcopy` hands on, would keep them alive.
+            if index is None and isinstance(operand, (_compat.Tracer, dict, list)):
+                references = []
+                break
             references.append(operand if index is None else _Reference(index))
         index = self.add(value)
         if index is not None and index not in self._info:

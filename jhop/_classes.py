@@ -6,6 +6,7 @@ import array
 import contextvars
 import ctypes
 import functools
+import inspect
 import sys
 import types
 from typing import Any
@@ -57,6 +58,8 @@ _NO_LOCKS = {"_local", "local", "Thread", "_MainThread"}
 
 def why_not_lifted(cls: type) -> str | None:
     """Why the state of an instance cannot be lifted, and what to do; None where it can, or has none."""
+    if cls.__dictoffset__ and isinstance(inspect.getattr_static(cls, "__dict__", None), property):
+        return ": its class makes `__dict__` a property, which hides its attributes. Give the property another name"
     if hasattr(cls, "__next__"):
         return ": an iterator keeps a position that cannot be lifted into a graph. Keep a counter and index with it"
     if issubclass(cls, _UNLIFTABLE):

@@ -262,12 +262,13 @@ def asked_by_jax() -> bool:
 
 
 def asked_whether_it_fits() -> bool:
-    """Whether the conversion to a NumPy array under way is that of `jax.numpy.array`, which throws the result away: it
-    only wants the error where a number is too large for its dtype.
+    """Whether the conversion to a NumPy array under way is that of `jax.numpy.array`, which only wants the error where
+    a number is too large for its dtype, or one of NumPy's own that only wants the shape.
     """
-    frame = sys._getframe(2)
-    caller = frame.f_back
-    return frame.f_code.co_name == "coerce_to_array" and caller is not None and caller.f_code.co_name == "array"
+    if (frame := sys._getframe(2)).f_code.co_name in ("ndim", "shape", "size"):
+        return frame.f_globals.get("__name__", "").startswith("numpy.")
+    caller = getattr(frame.f_back, "f_code", frame.f_code)
+    return (frame.f_code.co_name, caller.co_name) == ("coerce_to_array", "array")
 
 
 def register_value(kind: type, value_of: Callable[[Any], Any]) -> None:

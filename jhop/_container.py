@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import collections
 import contextvars
+import functools
 import weakref
 from typing import Any
 
@@ -40,12 +41,11 @@ class Container:
         path: str,
         names: set[str] | None = None,
         *,
-        weak: bool = False,
         place: tuple[Container, Any] | None = None,
     ):
-        self._obj: Any = weakref.ref(obj) if weak else None if place is not None else obj
+        self._obj: Any = None if place is not None else obj
         self.place = place
-        self.weak = weak
+        self.weak = False
         self.kind = kind
         self.path = path
         self.names = names
@@ -59,6 +59,10 @@ class Container:
     def let_go(self, place: tuple[Container, Any]) -> None:
         """From now on, the object is the one in that slot."""
         self._obj, self.place = None, place
+
+    def loosen(self) -> None:
+        """From now on, it does not keep the object alive."""
+        self._obj, self.weak = weakref.ref(self._obj), True
 
     def as_of_now(self) -> Container:
         """A container that stays with the object that this one has now."""
@@ -75,6 +79,11 @@ class Container:
     def whole(self) -> bool:
         """Whether the container is written as a whole and not slot by slot."""
         return self.kind in _SEQUENCES
+
+    @property
+    def ordered(self) -> bool:
+        """Whether the order of the slots counts: hooks can go through them all."""
+        return self.kind in ("dict", "attrs") and self.names is None
 
     def items(self) -> list[tuple[Any, Any]]:
         """The slots as they are now, restricted to `names`."""
@@ -200,10 +209,11 @@ class Container:
             self.replace([value for _, value in snapshot])
             return
         before = dict(snapshot)
-        if self.kind == "dict" and self.names is None and [key for key, _ in now] != [key for key, _ in snapshot]:
-            _methods(self.obj).clear(self.obj)
+        if self.ordered and [key for key, _ in now] != [key for key, _ in snapshot]:
+            table = self.obj if self.kind == "dict" else self.obj.__dict__
+            _methods(table).clear(table)
             for key, value in snapshot:
-                _methods(self.obj).__setitem__(self.obj, key, value)
+                _methods(table).__setitem__(table, key, value)
             return
         for key, _ in now:
             if key not in before:
@@ -249,6 +259,15 @@ def contents_of(value: Any) -> Any:
 def _methods(obj: Any) -> Any:
     """The built-in class whose methods work on a dict: an OrderedDict keeps its order by itself."""
     return collections.OrderedDict if isinstance(obj, collections.OrderedDict) else dict
+
+
+def put_attribute(obj: Any, name: str, value: Any) -> None:
+    """Gives an object another class, a function other code and the like, past any `__setattr__` of the user's."""
+    if isinstance(obj, functools.partial) and name == "func":
+        part: Any = obj
+        part.__setstate__((value, obj.args, obj.keywords, obj.__dict__))
+    else:
+        (type if isinstance(obj, type) else object).__setattr__(obj, name, value)
 
 
 def builtin_kind(value: Any) -> str | None:

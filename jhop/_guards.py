@@ -11,8 +11,9 @@ import abc
 import ast
 import collections
 import dataclasses
+import weakref
 from collections.abc import Callable, Collection, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -79,7 +80,7 @@ class Guards:
         skip = {id(container) for container in ignore}
         slots, free = set(ignore_slots), skip | {id(container) for container in ignore_keys}
         self._attributes = walk.attributes
-        self._alive = walk.alive
+        self._alive = [(reference, type(reference())) for reference, _ in walk.alive]
         self._abc_token = abc.get_cache_token() if walk.asks_abstract_classes else None
 
         def counts(slot: Fixed | Leaf) -> bool:
@@ -101,12 +102,17 @@ class Guards:
         ]
         self._contents: list[tuple[Any, Any]] = []
         leaves_kept = [leaf for leaf in walk.leaves if counts(leaf)]
-        self._fixed = [item for item in walk.fixed if counts(item)]
+        fixed = [item for item in walk.fixed if counts(item)]
+        self._fixed = [item for item in fixed if not walk.is_weak(item.value)]
+        self._weak = [
+            (*item[:2], weakref.ref(item.value), in_words(item.value)) for item in fixed if walk.is_weak(item.value)
+        ]
         if frozen:
             self._fixed += [Fixed(leaf.container, leaf.key, leaf.value) for leaf in leaves_kept]
             held = [*(leaf.value for leaf in leaves_kept), *walk.instances(object, lambda value: True)]
             self._contents = [(value, then) for value in held if (then := contents_of(value)) is not None]
-        self._leaves = [] if frozen else [(leaf, _kind(leaf.value)) for leaf in leaves_kept]
+        # Not the values: a graph must not keep the arrays alive that state held when it was traced.
+        self._leaves = [_Lifted.of(leaf) for leaf in leaves_kept if not frozen]
         self.answers = [Answer(expr, answer, walk.leaves) for expr, answer in dict.fromkeys(answers)]
         self.hold = all_hold([self])
 
@@ -114,7 +120,8 @@ class Guards:
         """Source of the questions whether everything is as it was."""
         name, read = code.name, code.read
         terms = [f"{name(obj)}.{attribute} is {name(value)}" for obj, attribute, value in self._attributes]
-        terms += [f"({name(reference)}() is not None) is {there}" for reference, there in self._alive]
+        terms += [f"type({name(reference)}()) is {name(cls)}" for reference, cls in self._alive]
+        terms += [f"{read(container, key)} is {name(reference)}()" for container, key, reference, _ in self._weak]
         terms += [f"type({read(container, key)}) is {name(cls)}" for container, key, cls, _ in self._shapes]
         for container, key, value in self._fixed:
             if _is_by_value(value):
@@ -125,8 +132,8 @@ class Guards:
                 terms.append(f"{read(container, key)} is {name(value)}")
         for container, present in self._keys:
             terms += _keys_code(container, present, code)
-        for leaf, kind in self._leaves:
-            now = read(leaf.container, leaf.key)
+        for leaf in self._leaves:
+            now, kind = read(leaf.container, leaf.key), leaf.kind
             array = isinstance(kind, tuple)
             terms.append(f"{name(_is_of(kind))}({now})" if array else f"type({now}) is {name(kind)}")
         if self._abc_token is not None:
@@ -145,7 +152,7 @@ class Guards:
             kind = "value" if is_plain(value) else "object"
             found.append(Guard(kind, container.path_of(key), in_words(value)))
         found += [Guard("type", container.path_of(key), cls.__name__) for container, key, cls, _ in self._shapes]
-        found += [Guard("type", leaf.path, type_in_words(leaf.value)) for leaf, _ in self._leaves]
+        found += [Guard("type", leaf.path, leaf.type) for leaf in self._leaves]
         for container, keys in self._keys:
             if container.names is None and container.kind != "cell":
                 count = "1 entry" if len(keys) == 1 else f"{len(keys)} entries"
@@ -156,7 +163,9 @@ class Guards:
             kind, what = ("code", "") if name == "__code__" else ("attribute", f"`{name}` of ")
             found.append(Guard(kind, f"{what}{in_words(obj)}", "the same" if kind == "code" else in_words(value)))
         found += [Guard("contents", f"what is in {in_words(value)}", "the same") for value, _ in self._contents]
-        for reference, there in self._alive:
+        found += [Guard("object", container.path_of(key), words) for container, key, _, words in self._weak]
+        for reference, cls in self._alive:
+            there = cls is not type(None)
             to = f" ({in_words(reference())})" if there else ""
             found.append(Guard("reference", f"what a weak reference is to{to}", "there" if there else "gone"))
         if self._abc_token is not None:
@@ -168,9 +177,12 @@ class Guards:
         for obj, name, value in self._attributes:
             if getattr(obj, name, MISSING) is not value:
                 return f"`{name}` of {in_words(obj)} was replaced"
-        for reference, alive in self._alive:
-            if (reference() is not None) is not alive:
-                return "a weak reference lost what it refers to"
+        for reference, cls in self._alive:
+            if type(reference()) is not cls:
+                return "what a weak reference refers to is gone, or of another class"
+        for container, key, reference, words in self._weak:
+            if container.get(key) is not reference():
+                return _changed(container.path_of(key), words, in_words(container.get(key)))
         for container, key, cls, then in self._shapes:
             if type(now := container.get(key)) is not cls:
                 return _changed(container.path_of(key), then, in_words(now))
@@ -184,10 +196,10 @@ class Guards:
         for container, keys in self._keys:
             if _keys_of(container) != keys:
                 return f"`{container.path}` has other entries than before"
-        for leaf, kind in self._leaves:
+        for leaf in self._leaves:
             now = leaf.container.get(leaf.key)
-            if _kind(now) != kind:
-                return _changed(leaf.path, in_words(leaf.value), in_words(now))
+            if _kind(now) != leaf.kind:
+                return _changed(leaf.path, leaf.then, in_words(now))
         for answer in self.answers:
             try:
                 now = answer.now()
@@ -201,6 +213,22 @@ class Guards:
         if self._abc_token not in (None, abc.get_cache_token()):
             return "a class was registered with an abstract base class"
         return None
+
+
+class _Lifted(NamedTuple):
+    """A slot with a lifted value, and what the value was in words."""
+
+    container: Container
+    key: Any
+    path: str
+    kind: Any
+    then: str
+    type: str
+
+    @staticmethod
+    def of(leaf: Leaf) -> _Lifted:
+        words = in_words(leaf.value), type_in_words(leaf.value)
+        return _Lifted(leaf.container, leaf.key, leaf.path, _kind(leaf.value), *words)
 
 
 class Answer:
@@ -271,21 +299,58 @@ def _keys_code(container: Container, present: Any, code: SlotCode) -> list[str]:
         if absent := container.names.difference(present):
             code.absent.setdefault(code.keys(container), set()).update(absent)
         return []
-    if type(obj) is dict:
-        return [f"tuple({code.holder(container)}) == {name(present)}"]
+    if type(obj) is dict and all(key[0] in _TOLD_BY_TYPE for key in present):
+        holder = code.holder(container)
+        types = name([key[0] for key in present])
+        keys = f"tuple({holder}) == {name(tuple(key for _, key in present))}"
+        return [keys, f"[*map({name(type)}, {holder})] == {types}"] if present else [keys]
     return [f"{name(_keys_of)}({name(container)}) == {name(present)}"]
 
 
 def _keys_of(container: Container) -> Any:
     """The keys, in order where the order is a part of what a hook can see."""
-    keys = [key for key, _ in container.items()]
-    return tuple(keys) if container.kind == "dict" and container.names is None else frozenset(keys)
+    if container.names is not None:  # names of attributes and variables
+        return frozenset(key for key, _ in container.items())
+    keys = [_told(key) for key, _ in container.items()]
+    return tuple(keys) if container.ordered else frozenset(keys)
+
+
+_TOLD_BY_TYPE = frozenset({str, int, bool, bytes, type(None)})  # equal ones of these are the same
+
+
+class _Same:
+    """An object as a key that equals no other's, even if the object does."""
+
+    __slots__ = ("_obj",)
+
+    def __init__(self, obj: Any):
+        self._obj = obj
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self._obj is other._obj
+
+    def __hash__(self) -> int:
+        return id(self._obj)
+
+
+def _told(key: Any) -> tuple[type, Any]:
+    """A key as something that equals only what a hook cannot tell from it: `True == 1 == 1.0`."""
+    cls = type(key)
+    if cls in _TOLD_BY_TYPE:
+        return cls, key
+    if cls is tuple:
+        return cls, tuple(map(_told, key))
+    if cls is frozenset:
+        return cls, frozenset(map(_told, key))
+    return cls, str(key) if cls is float or cls is complex else _Same(key)
 
 
 def _kind(value: Any) -> Any:
-    """What of a lifted value is fixed: a number's type, an array's type, shape and dtype."""
-    if isinstance(value, (jax.Array, np.ndarray)):
-        return (jax.Array if isinstance(value, jax.Array) else np.ndarray, value.shape, value.dtype)
+    """What of a lifted value is fixed: a number's type, an array's type, shape, dtype and whether that is weak."""
+    if isinstance(value, jax.Array):
+        return jax.Array, value.shape, value.dtype, getattr(value, "weak_type", False)  # keys of `jax.random` have none
+    if isinstance(value, np.ndarray):
+        return np.ndarray, value.shape, value.dtype
     return type(value)
 
 

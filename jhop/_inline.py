@@ -344,7 +344,8 @@ class _Inliner:
         kept = [(v, leaf) for v, leaf in zip(jaxpr.invars[n:], self._walk.leaves, strict=True) if v in used]
         invars = [*jaxpr.invars[:n], *(v for v, _ in kept)]
         pruned = jaxpr.replace(invars=invars, debug_info=jaxpr.debug_info._replace(arg_names=None))
-        return pruned, tuple(leaf for _, leaf in kept)
+        # A graph does not keep the arrays alive that state held when it was traced.
+        return pruned, tuple(leaf if is_number(leaf.value) else leaf._replace(value=None) for _, leaf in kept)
 
 
 def hook_roots(gm: GraphModule, on_host: Sequence[Any] = ()) -> list[tuple[str, Any]]:

@@ -205,6 +205,16 @@ class Scalar:
     def __pos__(self) -> Scalar:
         return self
 
+    def __copy__(self) -> Scalar:  # as with any number, a copy is the number itself
+        return self
+
+    def __deepcopy__(self, memo: Any) -> Scalar:
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> Any:  # pickled, it is text
+        value = self._specialise()
+        return type(value), (value,)
+
     def __getattr__(self, name: str) -> Any:
         # Anything else that a number has (is_integer, bit_length, real) depends on the value.
         if name.startswith("__array"):
@@ -212,6 +222,8 @@ class Scalar:
         # JAX knows them of a Python number, by its exact type.
         if name in ("dtype", "aval") and _compat.asked_by_jax():
             return getattr(self._twin, name)
+        if not hasattr(type(self._value), name):
+            raise AttributeError(f"{type(self._value).__name__!r} object has no attribute {name!r}")
         return getattr(self._specialise(), name)
 
 
@@ -319,8 +331,6 @@ for _name in ("neg", "abs", "invert"):
     setattr(Scalar, f"__{_name}__", _unary(_name))
 
 
-# A Scalar passed to a primitive or to a jitted function is its device twin there.
+# A Scalar passed to a primitive or to a jitted function is its device twin there. It is no pytree: like the number, it
+# is a leaf, which `jax.tree.map` hands to the function as it is.
 _compat.register_value(Scalar, lambda s: s._session.used(s))
-jax.tree_util.register_pytree_node(
-    Scalar, lambda s: ((s._session.used(s),), None), lambda _, children: children[0]
-)

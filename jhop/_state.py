@@ -18,13 +18,14 @@ import numpy as np
 from jhop import _compat
 from jhop._append import AppendList
 from jhop._classes import is_opaque
-from jhop._container import MISSING, Container, builtin_kind
+from jhop._container import MISSING, Container, builtin_kind, put_attribute
 from jhop._errors import Unsupported
 from jhop._late import Late
 from jhop._names import slot_names
 from jhop._scalar import Scalar
 from jhop._template import plain
 from jhop._walk import Walk
+from jhop._wording import in_words
 
 # One trace at a time: while hooks are traced, their objects hold symbols that another thread must not see.
 LOCK = threading.RLock()
@@ -122,6 +123,8 @@ class Lift:
             if stand_in is None:
                 stand_in = self._lists[id(slot.value)] = AppendList(slot.value, list(slot.value))
             slot.container.put(slot.key, stand_in)
+            if id(slot.container.obj) in self._lists:  # copied before: a list leads back to itself
+                list.__setitem__(self._lists[id(slot.container.obj)], slot.key, stand_in)
 
     def mark(self, containers: list[Container] | None = None) -> list[Mark]:
         """What every container holds now, those that hooks made included, or each of some.
@@ -227,11 +230,41 @@ class Lift:
         ]
 
     def __exit__(self, *exc_info: object) -> None:
+        for obj, name, value in self._replaced():
+            put_attribute(obj, name, value)
         for container, snapshot in self._snapshots:
             container.restore(snapshot)
 
+    def _replaced(self) -> list[tuple[Any, str, Any]]:
+        """(object, name, value before) for attributes that are no slots, such as `__class__`, and differ."""
+        return [found for found in self.walk.attributes if getattr(*found[:2], MISSING) is not found[2]]
+
+    def _dropped(self) -> list[Any]:
+        """What slots held before hooks ran, hold no longer, and weak references refer to."""
+        weak = {id(found): found for reference, _ in self.walk.alive if (found := reference()) is not None}
+        if not weak:
+            return []
+        held = {id(value) for items in self._placed for _, value in items}
+        now = {id(value) for mark in self.mark() for _, value in mark.items}
+        return [value for key, value in weak.items() if key in held - now]
+
     def writes(self) -> Iterator[Write]:
-        """The slots that differ from what was swapped in, containers in order of meeting."""
+        """The slots that differ from what was swapped in, containers in order of meeting.
+
+        Raises:
+            Unsupported: hooks replaced what is no slot, such as the class of an object.
+        """
+        for obj, name, _ in self._replaced():
+            raise Unsupported(
+                f"a hook replaces `{name}` of {in_words(obj)}, which is part of what is compiled. Keep what changes in "
+                "an attribute that the code reads, or use fullgraph=False."
+            )
+        for value in self._dropped():
+            raise Unsupported(
+                f"a hook puts something else where {in_words(value)} was, which hooks reach by a weak reference too: "
+                "while they are traced, it does not go away. Keep the object and change what is in it, or use "
+                "fullgraph=False."
+            )
         for container, before in zip(self.walk.containers, self._placed, strict=True):
             now = container.items()
             stand_in = self._lists.get(id(container.obj)) if container.kind == "list" else None
@@ -258,7 +291,7 @@ def _alike(one: Any, other: Any) -> bool:
 
 def _changed_slots(container: Container, before: dict[Any, Any], now: dict[Any, Any]) -> Iterator[Write]:
     kept = [key for key in before if key in now]
-    if container.kind == "dict" and container.names is None and kept != list(now)[: len(kept)]:
+    if container.ordered and kept != list(now)[: len(kept)]:
         for key in before:  # put in another order: written anew, from first to last
             yield Write(container, key, MISSING)
         before = {}

@@ -121,6 +121,12 @@ class Walk:
                 for container in self._bare:
                     container.names = set(self._names)
                 break
+        for container in filter(lambda container: self.is_weak(container.obj), self.containers):
+            container.loosen()  # it may have been met before the reference to it
+        self.attributes = [at for at in self.attributes if at[1] != "__class__" or not self.is_weak(at[0])]
+
+    def is_weak(self, value: Any) -> bool:
+        return value is not None and id(value) in self._weak  # hooks can see when it is gone
 
     def mentions(self, *names: str) -> bool:
         """Whether the hooks' code uses one of these names."""
@@ -172,8 +178,7 @@ class Walk:
                     "should reach only the state that it uses: pass it the small object it needs."
                 )
                 return
-            weak = id(obj) in self._weak
-            container = Container(obj, kind, path, names if names is None else set(names), weak=weak)
+            container = Container(obj, kind, path, names if names is None else set(names))
             self._by_id[id(obj), kind] = container
             self.containers.append(container)
         for key, value in container.items():
@@ -214,6 +219,9 @@ class Walk:
         self._seen[id(value)] = value  # also keeps it alive, so that ids stay its own
         if (kind := builtin_kind(value)) is not None:
             self._add(value, kind, path)
+            for index, key in enumerate(dict.__iter__(value) if kind == "dict" else ()):
+                self.pinned.add(id(key))
+                self._work.append((key, f"[*{path}][{index}]"))
         if isinstance(value, collections.defaultdict):
             self.attributes.append((value, "default_factory", value.default_factory))
             self._work.append((value.default_factory, f"{path}.default_factory"))
@@ -378,8 +386,7 @@ class Walk:
         mine = is_user_class(cls)
         node = mine and self._without is not None and not jax.tree_util.all_leaves([value])
         if mine:
-            if id(value) not in self._weak:
-                self.attributes.append((value, "__class__", cls))
+            self.attributes.append((value, "__class__", value.__class__))  # which may be a property
             self._work.append((cls, path))
         if isinstance(getattr(value, "__dict__", None), dict):
             # The code that reads attributes of a standard container (UserDict, SimpleNamespace) is not the user's.

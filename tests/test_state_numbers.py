@@ -26,11 +26,11 @@ ANY_NUMBER = {
     "index update": lambda ct, n, k: ct.at[0].add(k).at[1].set(n),
     "loop": lambda ct, n, k: lax.fori_loop(0, 2, lambda i, c: c * k, ct),
     "place in a slice": lambda ct, n, k: lax.dynamic_update_slice(ct, 2.0 * ct[:1], (n, 0)),
+    "full": lambda ct, n, k: ct * jnp.full(3, k, jnp.float32),
     "times NumPy's": lambda ct, n, k: ct * jnp.asarray(k * np.full(3, 1.5, np.float32)),
 }
-# Where NumPy computes, as JAX has it do for `jnp.full`, or Python needs an int, each number is compiled for.
+# Where NumPy computes, or Python needs an int, each number is compiled for.
 THIS_NUMBER = {
-    "full": lambda ct, n, k: ct * jnp.full(3, k, jnp.float32),
     "NumPy array times": lambda ct, n, k: ct * jnp.asarray(np.full(3, 1.5, np.float32) * k),
     "NumPy ufunc": lambda ct, n, k: ct * float(np.sqrt(k)) + np.float32(np.log(k)),
     "NumPy array": lambda ct, n, k: ct * jnp.asarray(np.asarray(k, np.float32)),
