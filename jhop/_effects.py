@@ -32,7 +32,7 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from jhop import _banned, _compat
+from jhop import _banned, _compat, _reads
 from jhop._errors import Unsupported
 from jhop._profiling import profiling
 from jhop._source import file_kind
@@ -46,6 +46,7 @@ from jhop._watched import (
     monitoring,
     record_operator,
     refuse,
+    refuse_text,
     take_tool,
     thread,
 )
@@ -81,6 +82,8 @@ def watch(hook: Any, *, remedy: str | None = None, trace: Any = None) -> Iterato
                 thread.current = outer
         if seen.error is not None:
             raise seen.error
+        if seen.caught is not None:
+            raise _caught(seen)
     except Exception as error:
         if seen.error is not None and error is not seen.error:
             raise seen.error from None
@@ -88,7 +91,16 @@ def watch(hook: Any, *, remedy: str | None = None, trace: Any = None) -> Iterato
     finally:
         if collecting:
             gc.enable()
-        seen.error = None  # its traceback leads back here
+        seen.error = seen.caught = None  # their tracebacks lead back here
+
+
+def _caught(seen: Watch) -> Unsupported:
+    """The error for a hook that read a value and caught what JAX had to say: on values it would go on in another way."""
+    assert seen.caught is not None
+    text = _reads.explain(seen.hook, seen.caught, seen.remedy or _reads.LAST_RESORT, caught=True)
+    error = Unsupported(text)
+    error.__cause__ = seen.caught
+    return error
 
 
 # Python 3.12 and later: one tool of `sys.monitoring` for all threads, taken while any of them watches
@@ -125,7 +137,7 @@ class _Monitor:
             monitoring.register_callback(tool, event, callback)
         if OPERATOR_CODE is not None:
             self._mark(OPERATOR_CODE, events.PY_RETURN)
-        monitoring.set_events(tool, events.PY_START | events.PY_RESUME)
+        monitoring.set_events(tool, events.PY_START | events.PY_RESUME | events.EXCEPTION_HANDLED)
 
     def _stop(self) -> None:
         monitoring.set_events(self._tool, 0)
@@ -144,6 +156,7 @@ class _Monitor:
             events.CALL: self._on_call,
             events.INSTRUCTION: self._on_instruction,
             events.PY_RETURN: self._on_return,
+            events.EXCEPTION_HANDLED: self._on_handled,
         }
 
     def _mark(self, code: types.CodeType, events: int) -> None:
@@ -151,6 +164,9 @@ class _Monitor:
         monitoring.set_local_events(self._tool, code, events)
 
     def _on_start(self, code: types.CodeType, _offset: int) -> Any:
+        if code is _reads.TEXT_CODE:
+            refuse_text(sys._getframe(1).f_back)
+            return None
         kind = file_kind(code.co_filename)
         if (kind is not USER and kind is not STDLIB) or id(code) in _banned.HARMLESS:
             return monitoring.DISABLE
@@ -191,6 +207,13 @@ class _Monitor:
         # later. `_on_instruction` has looked at that call before; what it missed is an error at the end of the watch.
         with contextlib.suppress(Unsupported) if offset in _banned.starred_calls(code) else contextlib.nullcontext():
             refuse(label, frame)
+
+    def _on_handled(self, _code: types.CodeType, _offset: int, error: BaseException) -> None:
+        seen = thread.current
+        if seen is None or seen.caught is not None or not _reads.is_read(error):
+            return
+        if _banned.blamed_frame(sys._getframe(1)) is not None:  # what JAX catches is its business
+            seen.caught = error
 
     def _on_return(self, _code: types.CodeType, _offset: int, result: Any) -> None:
         record_operator(sys._getframe(1), result)

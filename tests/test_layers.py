@@ -16,6 +16,7 @@ LAYERS = (
     "_source",
     "_static",
     "_banned",
+    "_reads",
     "_watched",
     "_profiling",
     "_effects",
