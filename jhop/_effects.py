@@ -32,7 +32,7 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from jhop import _banned, _compat, _reads
+from jhop import _banned, _compat, _mentions, _reads
 from jhop._errors import Unsupported
 from jhop._profiling import profiling
 from jhop._source import file_kind
@@ -95,7 +95,7 @@ def watch(hook: Any, *, remedy: str | None = None, trace: Any = None) -> Iterato
 
 
 def _caught(seen: Watch) -> Unsupported:
-    """The error for a hook that read a value and caught what JAX had to say: on values it would go on in another way."""
+    """The error for a hook that read a value and caught what JAX raised: on values it would go on in another way."""
     assert seen.caught is not None
     text = _reads.explain(seen.hook, seen.caught, seen.remedy or _reads.LAST_RESORT, caught=True)
     error = Unsupported(text)
@@ -182,14 +182,14 @@ class _Monitor:
             check_python_call(frame)
         if id(code) not in self._marked:
             events = monitoring.events
-            self._mark(code, events.CALL | (events.INSTRUCTION if _banned.starred_calls(code) else 0))
+            self._mark(code, events.CALL | (events.INSTRUCTION if _mentions.starred_calls(code) else 0))
         return None
 
     def _on_instruction(self, code: types.CodeType, offset: int) -> Any:
-        if offset not in _banned.starred_calls(code):
+        if offset not in _mentions.starred_calls(code):
             return monitoring.DISABLE
         if thread.current is not None:
-            refuse(_banned.label_in_call(sys._getframe(1), offset), sys._getframe(1))
+            refuse(_mentions.label_in_call(sys._getframe(1), offset), sys._getframe(1))
         return None
 
     def _on_call(self, code: types.CodeType, offset: int, callee: Any, arg: Any) -> None:
@@ -197,15 +197,16 @@ class _Monitor:
         if seen is None or id(callee) in seen.jitted:
             return
         label, frame = _banned.label_of(callee, arg), sys._getframe(1)
-        if label is None and _banned.calls_its_argument(callee):
-            label = _banned.label_of(arg) or _banned.label_mentioned(frame, offset)
+        if label is None:
+            label = _banned.label_of(arg) if _mentions.calls_its_argument(callee) else None
+            label = label or _mentions.label_given(frame, offset, callee)
         if label is None:
             if _compat.is_jitted(callee):  # called often, and by any arguments it is the same
                 seen.jitted[id(callee)] = callee
             return
         # CPython (3.12 and 3.13 at least) releases `xs` once too often if the callback of `f(*xs)` raises, and crashes
         # later. `_on_instruction` has looked at that call before; what it missed is an error at the end of the watch.
-        with contextlib.suppress(Unsupported) if offset in _banned.starred_calls(code) else contextlib.nullcontext():
+        with contextlib.suppress(Unsupported) if offset in _mentions.starred_calls(code) else contextlib.nullcontext():
             refuse(label, frame)
 
     def _on_handled(self, _code: types.CodeType, _offset: int, error: BaseException) -> None:

@@ -11,7 +11,7 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from jhop import _banned, _reads
+from jhop import _banned, _mentions, _reads
 from jhop._source import file_kind
 from jhop._watched import (
     OPERATOR_CODE,
@@ -129,7 +129,7 @@ def _banned_c_names() -> frozenset[str]:
 def _step_if_needed(frame: types.FrameType) -> None:
     """Has `frame` stepped through by instruction if what it calls may be hidden from the profile function."""
     free = sys.gettrace() in (None, _trace_nothing)
-    if free and thread.current is not None and _banned.mentions_banned(frame):
+    if free and thread.current is not None and _mentions.mentions_banned(frame):
         sys.settrace(_trace_nothing)
         frame.f_trace_lines, frame.f_trace_opcodes = False, True
         frame.f_trace = _trace_instruction
@@ -140,8 +140,8 @@ def _trace_nothing(_frame: types.FrameType, _event: str, _arg: Any) -> None:
 
 
 def _trace_instruction(frame: types.FrameType, event: str, _arg: Any) -> Any:
-    if event == "opcode" and frame.f_lasti in _banned.calls_in(frame.f_code):
-        label = _banned.label_in_call(frame, frame.f_lasti)
+    if event == "opcode" and frame.f_lasti in _mentions.calls_in(frame.f_code):
+        label = _mentions.label_in_call(frame, frame.f_lasti)
         if label is not None:
             refuse(label, frame)
     return _trace_instruction

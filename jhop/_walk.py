@@ -26,7 +26,7 @@ import jax
 import numpy as np
 
 from jhop import _compat
-from jhop._classes import OPAQUE_ROOTS, is_generated, is_opaque, is_user_class, why_not_lifted
+from jhop._classes import OPAQUE_ROOTS, is_generated, is_opaque, is_user_class, module_of, why_not_lifted
 from jhop._container import Container, builtin_kind
 from jhop._errors import Unsupported
 from jhop._leaves import DECLARED, Fixed, Leaf, is_array, is_number
@@ -218,7 +218,7 @@ class Walk:
             self.attributes.append((value, "default_factory", value.default_factory))
             self._work.append((value.default_factory, f"{path}.default_factory"))
         wrapped = value.__dict__.get("__wrapped__") if hasattr(value, "__dict__") and callable(value) else None
-        if wrapped is None and type(value).__module__.startswith("jaxlib"):
+        if wrapped is None and module_of(type(value)).startswith("jaxlib"):
             wrapped = getattr(value, "__wrapped__", None)
         if wrapped is not None:
             self._work.append((wrapped, f"{path}.__wrapped__"))
@@ -384,7 +384,7 @@ class Walk:
         if isinstance(getattr(value, "__dict__", None), dict):
             # The code that reads attributes of a standard container (UserDict, SimpleNamespace) is not the user's.
             # Nor is that of `jax.tree.map`, which may be what the function does with a registered class.
-            everything = node or not mine and cls.__module__.split(".")[0] in _STANDARD_CONTAINERS
+            everything = node or not mine and module_of(cls).split(".")[0] in _STANDARD_CONTAINERS
             self._add(value, "attrs", path, None if everything else self._attribute_names())
         slots = slot_names(cls)
         if not (self._everything or node):

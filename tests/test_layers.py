@@ -16,6 +16,7 @@ LAYERS = (
     "_source",
     "_static",
     "_banned",
+    "_mentions",
     "_reads",
     "_watched",
     "_profiling",
