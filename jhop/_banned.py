@@ -216,7 +216,7 @@ def blamed_frame(frame: types.FrameType | None) -> types.FrameType | None:
     while frame is not None:
         kind = file_kind(frame.f_code.co_filename)
         if kind is FileKind.USER:
-            return frame
+            return None if _is_generated(frame) else frame
         # Finalizers run whenever memory is freed, under any frame.
         if (
             kind is not FileKind.STDLIB
@@ -230,11 +230,13 @@ def blamed_frame(frame: types.FrameType | None) -> types.FrameType | None:
 
 def is_staged_within(frame: types.FrameType, outer: Any) -> bool:
     """Whether code that begins in `frame`, a user's, is traced by a transformation within the trace `outer`."""
-    if _compat.staging() is outer:
-        return False
-    # Methods that `dataclass` and `namedtuple` make, for JAX too, have no file.
+    return _compat.staging() is not outer and not _is_generated(frame)
+
+
+def _is_generated(frame: types.FrameType) -> bool:
+    """Whether code was made by `dataclass` or `namedtuple` for a library: such code has no file."""
     module = frame.f_globals.get("__name__", "") if frame.f_code.co_filename == "<string>" else ""
-    return not module.startswith(("namedtuple_", "jax.", "jaxlib.", "jhop."))
+    return module.startswith(("namedtuple_", "jax.", "jaxlib.", "numpy.", "jhop."))
 
 
 def count_imports(frame: types.FrameType | None) -> int:

@@ -179,6 +179,32 @@ def test_error_is_the_hook_s_own_and_nothing_was_written():
     assert (box.n, log.calls, len(log.seen)) == (2, 8, 2)
 
 
+@pytest.mark.parametrize("loop", [False, True])
+def test_error_undoes_what_was_written_into_numpy_arrays(loop):
+    box = types.SimpleNamespace(seen=np.zeros(3), pair=(np.ones(2), 5), all=[np.arange(2.0)])
+    before = [box.seen, box.pair[0], box.all[0]]
+    contents = [array.copy() for array in before]
+
+    def fails(ct):
+        box.seen[1] = float(ct[0])
+        box.pair[0][:] = 7
+        box.all[0] += 3
+        box.seen = np.full(3, 4.0)
+        raise LookupError("as it happens")
+
+    def program(x):
+        if not loop:
+            return (jhop.hook(x * 1.5, fails) ** 2).sum()
+        return jax.lax.scan(lambda c, _: (jhop.hook(c * 1.5, fails), None), x, None, length=2)[0].sum()
+
+    with pytest.raises(LookupError), pytest.warns(UserWarning):
+        jhop.jit(jax.grad(program))(X)
+    now = [box.seen, box.pair[0], box.all[0]]
+    assert [id(array) for array in now] == [id(array) for array in before]
+    for array, content in zip(now, contents, strict=True):
+        np.testing.assert_array_equal(array, content)
+
+
 def test_state_that_nobody_can_lift():
     box = types.SimpleNamespace(lock=threading.Lock(), n=0)
 
