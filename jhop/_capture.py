@@ -107,6 +107,9 @@ class Recorder:
                 if index is None:  # of an inner trace (`ct > 0` on a JVP's ct): no variable stands for it
                     references = []
                     break
+            elif index is None and _holds_tracer(operand):  # `ct[0, ct.argmax()]`: what is recorded may hold none
+                references = []
+                break
             references.append(operand if index is None else _Reference(index))
         index = self.add(value)
         if index is not None and index not in self._info:
@@ -150,6 +153,15 @@ class Recorder:
                 info = Info(name=info.name, origin=origin_of(*place), operator=operator, aot=info.aot, stage=info.stage)
             result.setdefault(variable, info)
         return result
+
+
+def _holds_tracer(operand: Any) -> bool:
+    """Whether an operand is, or may be, a container with tracers in it."""
+    if isinstance(operand, (tuple, list)):
+        return any(map(_holds_tracer, operand))
+    if isinstance(operand, slice):
+        return any(map(_holds_tracer, (operand.start, operand.stop, operand.step)))
+    return isinstance(operand, (_compat.Tracer, dict))
 
 
 def trace(fn: Callable[..., list[Any]], avals: list[Any], recorder: Recorder) -> tuple[Any, Known]:

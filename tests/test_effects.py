@@ -4,6 +4,7 @@ import atexit
 import builtins
 import contextlib
 import contextvars
+import copy
 import cProfile
 import datetime
 import functools
@@ -885,3 +886,17 @@ def test_operators_are_missing_where_jax_differs(monkeypatch):
     for module in (_effects, _profiling):
         monkeypatch.setattr(module, "OPERATOR_CODE", None)
     assert traced(plain_mul).operators == []
+
+
+@pytest.mark.parametrize(
+    "hook",
+    [
+        lambda ct: ct * ct[0, ct[0].argmax()],
+        lambda ct: ct * ct[[0, ct[0].argmax()],].sum(),
+        lambda ct: copy.deepcopy(ct) * 3.0,
+    ],
+)
+def test_operators_keep_no_tracers_in_containers(hook):
+    x = jnp.arange(6.0).reshape(2, 3)
+    got = jhop.jit(jax.grad(lambda x: (jhop.hook(x, hook) ** 2).sum()), fullgraph=True)(x)
+    np.testing.assert_allclose(got, hook(2 * x))
