@@ -6,6 +6,7 @@ import array
 import contextvars
 import ctypes
 import functools
+import io
 import sys
 import types
 from typing import Any
@@ -63,6 +64,8 @@ _NO_LOCKS = {"_local", "local", "Thread", "_MainThread"}
 
 def why_not_lifted(cls: type) -> str | None:
     """Why the state of an instance cannot be lifted, and what to do; None where it can, or has none."""
+    if issubclass(cls, io.IOBase):
+        return ": reading and writing a file happens outside of the graph, once. Use `jax.debug.callback`"
     if hasattr(cls, "__next__"):
         return ": an iterator keeps a position that cannot be lifted into a graph. Keep a counter and index with it"
     if issubclass(cls, _UNLIFTABLE):

@@ -6,6 +6,10 @@ never does on values; and text made of an array (`f"{g}"`), which would be that 
 
 from __future__ import annotations
 
+import dis
+import functools
+import inspect
+import re
 import types
 from typing import Any
 
@@ -77,6 +81,53 @@ def place_of(error: BaseException) -> str:
 def _place(code: types.CodeType, lasti: int) -> str:
     origin = origin_of(code, lasti)
     return f'\n  File "{origin.file}", line {origin.line}, in {origin.function}\n    {origin.text}\n'
+
+
+def state_refused(hook: Any, message: str, path: str) -> Unsupported:
+    """The error for state that cannot be lifted, with the line of the hook that names it, if there is one.
+
+    Args:
+        message: of "a hook".
+        path: where the state is, as Python source.
+    """
+    fn = _function_behind(hook)
+    places = () if fn is None else (_named_in(fn.__code__, name) for name in _names(path, fn))
+    place = next(filter(None, places), None)
+    error = Unsupported(message.replace("a hook", describe_hook(hook), 1) + (place or "").rstrip())
+    error.hook = hook
+    return error
+
+
+def _function_behind(fn: Any) -> types.FunctionType | None:
+    while isinstance(fn, functools.partial):
+        fn = fn.func
+    if isinstance(fn, types.MethodType):
+        fn = fn.__func__
+    if not isinstance(fn, types.FunctionType):
+        fn = inspect.getattr_static(type(fn), "__call__", None)
+    return fn if isinstance(fn, types.FunctionType) else None
+
+
+def _names(path: str, fn: types.FunctionType) -> list[str]:
+    """The names by which a function may call what is at a path, the last in it first."""
+    code = fn.__code__
+    found = re.findall(r"__closure__\[(\d+)\]|__defaults__\[(\d+)\]|([A-Za-z_]\w*)", path)
+    optional = code.co_varnames[code.co_argcount - len(fn.__defaults__ or ()) : code.co_argcount]
+    names: list[str] = []
+    for cell, default, name in found:  # of a cell or a default of another function, there may be none
+        among, index = (code.co_freevars, cell) if cell else (optional, default)
+        names += [name] if name else among[int(index) :][:1]
+    return names[::-1]
+
+
+def _named_in(code: types.CodeType, name: str) -> str | None:
+    """The first place in a function, or one within it, that reads a name."""
+    for instruction in dis.get_instructions(code):
+        value = instruction.argval
+        if instruction.opname.startswith("LOAD_") and (value == name or isinstance(value, tuple) and name in value):
+            return _place(code, instruction.offset)
+    nested = (_named_in(const, name) for const in code.co_consts if isinstance(const, types.CodeType))
+    return next(filter(None, nested), None)
 
 
 def text_read(frame: types.FrameType | None, hook: Any, last_resort: str) -> Unsupported | None:

@@ -32,6 +32,7 @@ from jhop._errors import Unsupported
 from jhop._leaves import DECLARED, Fixed, Leaf, is_array, is_number
 from jhop._library import FUNCTIONS, cells_of, held, inside
 from jhop._names import TEXT, TEXT_METHODS, names_in_code, names_in_value, slot_names
+from jhop._reads import state_refused
 from jhop._source import is_user_file
 
 MAX_CONTAINERS = 10_000
@@ -84,6 +85,7 @@ class Walk:
         limit: int | None = None,
     ):
         self._strict = strict
+        self._root: Any = None  # the hook that is looked into
         self._slots = limit
         self._without = without
         self._names: set[str] = set()
@@ -113,6 +115,7 @@ class Walk:
             for path, fn in roots:
                 self._limit = len(self.containers) + MAX_CONTAINERS  # per hook: of these there may be any number
                 self._work.append((fn, path))
+                self._root = fn
                 while self._work:
                     self._visit_if_possible(*self._work.popleft())
             if (len(self._names), self._everything) == known:
@@ -121,6 +124,7 @@ class Walk:
                 for container in self._bare:
                     container.names = set(self._names)
                 break
+        self._root = None
 
     def mentions(self, *names: str) -> bool:
         """Whether the hooks' code uses one of these names."""
@@ -140,9 +144,9 @@ class Walk:
         """The instances of a class that were met."""
         return [value for value in self._seen.values() if isinstance(value, cls) and keep(value)]
 
-    def _refuse(self, message: str) -> None:
+    def _refuse(self, message: str, path: str) -> None:
         if self._strict:
-            raise Unsupported(message)
+            raise Unsupported(message) if self._root is None else state_refused(self._root, message, path)
 
     def refuse_unlifted(self, lifted: set[int]) -> None:
         """Raises for NumPy arrays that are in no slot, less those with these ids."""
@@ -150,7 +154,8 @@ class Walk:
             if id(value) not in lifted:
                 self._refuse(
                     f"a hook reads `{path}`, a NumPy array in a tuple or set that other objects hold too, or that has "
-                    "no place of its own. Keep it in an attribute, a list or a dict."
+                    "no place of its own. Keep it in an attribute, a list or a dict.",
+                    path,
                 )
 
     def _attribute_names(self) -> set[str] | None:
@@ -169,7 +174,8 @@ class Walk:
                 self.truncated = True
                 self._refuse(
                     f"jhop walked more than {MAX_CONTAINERS} objects of one hook's Python state at {path}. A hook "
-                    "should reach only the state that it uses: pass it the small object it needs."
+                    "should reach only the state that it uses: pass it the small object it needs.",
+                    path,
                 )
                 return
             weak = id(obj) in self._weak
@@ -200,7 +206,8 @@ class Walk:
         except Unsupported:
             raise
         except Exception as error:  # an object may raise whatever one asks of it
-            self._refuse(f"jhop could not look into `{path}`, which a hook reads: {type(error).__name__}: {error}.")
+            why = f"{type(error).__name__}: {error}"
+            self._refuse(f"jhop could not look into `{path}`, which a hook reads: {why}.", path)
 
     def _visit(self, value: Any, path: str) -> None:
         if type(value) in _IMMUTABLE or is_number(value):
@@ -358,16 +365,14 @@ class Walk:
     def _visit_instance(self, value: Any, path: str) -> None:
         cls = type(value)
         if (reason := why_not_lifted(cls)) is not None:
-            self._refuse(f"a hook reads `{path}`, a {cls.__name__}{reason}, or use fullgraph=False.")
+            self._refuse(f"a hook reads `{path}`, a {cls.__name__}{reason}, or use fullgraph=False.", path)
             return
         if isinstance(value, np.ndarray) and is_array(value):
             self.unlifted.append((value, path))
             return
         if isinstance(value, np.ndarray):
-            self._refuse(
-                f"a hook reads `{path}`, a {cls.__name__} of dtype {value.dtype}, which JAX has no arrays of. Use a "
-                "list or an array of numbers."
-            )
+            what = f"a {cls.__name__} of dtype {value.dtype}, which JAX has no arrays of"
+            self._refuse(f"a hook reads `{path}`, {what}. Use a list or an array of numbers.", path)
             return
         if cls in DECLARED:
             self._add(value, "slots", path, set(DECLARED[cls]))
