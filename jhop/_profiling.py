@@ -60,12 +60,13 @@ def _profiler(before: Callable[..., Any] | None) -> Callable[..., None]:
             if frame.f_code.co_filename not in libraries:
                 _enter(frame, libraries, reads)
         elif event == "return":
+            code = frame.f_code
+            if code is operator_code and arg is not None:
+                record_operator(frame, arg)
+            elif code is text_code:
+                refuse_text(frame.f_back)
             if reads and frame is reads[-1].entry:
                 _leave(reads, arg)
-            elif frame.f_code is operator_code and arg is not None:
-                record_operator(frame, arg)
-            elif frame.f_code is text_code:
-                refuse_text(frame.f_back)
         elif event == "c_call" and arg.__name__ in c_names and (label := _banned.label_of(arg)) is not None:
             refuse(label, frame)
 
