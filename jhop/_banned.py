@@ -1,26 +1,24 @@
 """Which calls a traced hook may not make: those with an effect outside the trace, or a result that changes by itself.
 
 `label_of` tells a banned callable from one that may be called; it looks only at what the callable is, and at its first
-argument. Some calls are made by C code, where Python reports nothing (`map(print, xs)`). For these, `calls_in` reads
-off the bytecode which names the text of a call mentions, and `label_in_call` asks what they mean in a frame.
+argument. For calls that C code makes, see `_mentions`.
 """
 
 from __future__ import annotations
 
 import collections
 import contextlib
-import dis
 import enum
 import functools
 import inspect
 import io
-import itertools
 import os
+import sys
 import types
 import typing
 import weakref
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 from jhop import _compat
 from jhop._source import FileKind, file_kind
@@ -41,7 +39,8 @@ _ALL_BUT: dict[str, frozenset[str]] = {
     "io": frozenset(("StringIO", "BytesIO", "text_encoding", "IncrementalNewlineDecoder")),
     **dict.fromkeys(
         "socket ssl select selectors subprocess multiprocessing concurrent.futures asyncio sqlite3 queue signal mmap "
-        "urllib.request http.client http.server ftplib smtplib shutil tempfile glob webbrowser".split(),
+        "urllib.request http.client http.server ftplib smtplib shutil tempfile glob webbrowser atexit faulthandler "
+        "resource getpass".split(),
         frozenset(),
     ),
 }
@@ -55,14 +54,16 @@ _ONLY: dict[str, frozenset[str]] = {
     "uuid": frozenset(("uuid1", "uuid4", "uuid6", "uuid7", "getnode")),
     "datetime": frozenset(("now", "today", "utcnow")),
     "numpy": frozenset(
-        "save savez savez_compressed savetxt load loadtxt genfromtxt fromfile tofile memmap dump".split(),
+        "save savez savez_compressed savetxt load loadtxt genfromtxt fromfile tofile memmap dump info show_config "
+        "show_runtime".split(),
     ),
+    "sys": frozenset("displayhook excepthook unraisablehook breakpointhook".split()),
 }
 # C modules, by the names that users know them under.
 _ALIASES = {
     "posix": "os", "nt": "os", "_io": "io", "_pyio": "io", "_thread": "threading", "_random": "random",
     "_warnings": "warnings", "_datetime": "datetime", "_socket": "socket", "_ssl": "ssl", "_queue": "queue",
-    "_sqlite3": "sqlite3", "_posixsubprocess": "subprocess",
+    "_sqlite3": "sqlite3", "_posixsubprocess": "subprocess", "_signal": "signal",
 }  # fmt: skip
 # Refused only where user code itself makes the call.
 BUFFER_WRITES = frozenset(f"io.{kind}.{name}" for kind in ("StringIO", "BytesIO") for name in ("write", "writelines"))
@@ -146,12 +147,14 @@ def label_of(callee: Any, arg: Any = None) -> str | None:
         return _label_of_method(callee, callee.__name__, arg) or label_of_name(module, callee.__qualname__)
     if not callable(callee):
         return None
+    if (stream := _console_of(callee, arg)) is not None:
+        return stream
     for _ in range(8):  # a partial of a method of ...
         if isinstance(callee, functools.partial):
             callee = callee.func
         elif isinstance(callee, types.MethodType):
             callee, arg = callee.__func__, callee.__self__
-        elif isinstance(callee, (_CachedFunction, staticmethod, classmethod)):
+        elif isinstance(callee, (_CachedFunction, staticmethod, classmethod)) or _compat.is_jitted(callee):
             callee = callee.__wrapped__
         else:
             break
@@ -171,6 +174,18 @@ def label_of(callee: Any, arg: Any = None) -> str | None:
         return method
     home = getattr(callee, "__module__", None)
     return label_of_name(home, getattr(callee, "__qualname__", name)) if isinstance(home, str) else None
+
+
+def _console_of(callee: Any, arg: Any) -> str | None:
+    """The name to show for a C method that writes to the console, even if that is a buffer in memory just now."""
+    if type(callee) not in _C_METHODS or callee.__name__ not in ("write", "writelines", "flush"):
+        return None
+    owner = callee.__self__ if type(callee) is types.BuiltinMethodType else arg
+    names = (name for name in ("stdout", "stderr") if owner is getattr(sys, name) is not None)
+    return next((f"sys.{name}.{callee.__name__}" for name in names), None)
+
+
+_C_METHODS = (types.BuiltinMethodType, types.MethodDescriptorType)
 
 
 def _label_of_method(function: Any, name: str, owner: Any) -> str | None:
@@ -201,7 +216,7 @@ def blamed_frame(frame: types.FrameType | None) -> types.FrameType | None:
     while frame is not None:
         kind = file_kind(frame.f_code.co_filename)
         if kind is FileKind.USER:
-            return frame
+            return None if _is_generated(frame) else frame
         # Finalizers run whenever memory is freed, under any frame.
         if (
             kind is not FileKind.STDLIB
@@ -215,11 +230,13 @@ def blamed_frame(frame: types.FrameType | None) -> types.FrameType | None:
 
 def is_staged_within(frame: types.FrameType, outer: Any) -> bool:
     """Whether code that begins in `frame`, a user's, is traced by a transformation within the trace `outer`."""
-    if _compat.staging() is outer:
-        return False
-    # Methods that `dataclass` and `namedtuple` make, for JAX too, have no file.
+    return _compat.staging() is not outer and not _is_generated(frame)
+
+
+def _is_generated(frame: types.FrameType) -> bool:
+    """Whether code was made by `dataclass` or `namedtuple` for a library: such code has no file."""
     module = frame.f_globals.get("__name__", "") if frame.f_code.co_filename == "<string>" else ""
-    return not module.startswith(("namedtuple_", "jax.", "jaxlib.", "jhop."))
+    return module.startswith(("namedtuple_", "jax.", "jaxlib.", "numpy.", "jhop."))
 
 
 def count_imports(frame: types.FrameType | None) -> int:
@@ -229,124 +246,3 @@ def count_imports(frame: types.FrameType | None) -> int:
         count += file_kind(frame.f_code.co_filename) is FileKind.IMPORT
         frame = frame.f_back
     return count
-
-
-# Calls that C code makes: what does the text of a call mention?
-
-_Path = tuple[str, ...]  # a dotted name
-_Place = tuple[int, int]  # line and column
-
-# C functions that call what they are given, by id.
-_CALLERS = {id(fn): fn for fn in (
-    map, filter, sorted, min, max, iter, list.sort, functools.reduce, itertools.starmap, itertools.accumulate,
-    itertools.groupby, itertools.takewhile, itertools.dropwhile, itertools.filterfalse,
-)}  # fmt: skip
-_LOADS = ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FAST", "LOAD_FAST_CHECK", "LOAD_DEREF", "LOAD_FAST_LOAD_FAST")
-_CALLS = ("PRECALL", "CALL", "CALL_KW", "CALL_FUNCTION_EX")
-
-
-class Call(NamedTuple):
-    """The dotted names in the text of one call."""
-
-    callee: _Path | None  # the name that the text starts with
-    mentioned: tuple[_Path, ...]  # all others
-    on_call: bool  # the text starts with a call, and calls what that returns: `partial(f)()`
-
-
-@functools.lru_cache(maxsize=512)
-def calls_in(code: types.CodeType) -> dict[int, Call]:
-    """The calls in `code`, by the byte offset of their instruction; none if it was compiled without columns."""
-    loads: list[tuple[_Place, _Place, _Path]] = []
-    calls: list[tuple[int, _Place, _Place]] = []
-    before = ""
-    for instruction in dis.get_instructions(code):
-        at, name, value = instruction.positions, instruction.opname, instruction.argval
-        if at is None or at.lineno is None or at.col_offset is None:
-            continue
-        begin, end = (at.lineno, at.col_offset), (at.end_lineno or 0, at.end_col_offset or 0)
-        if name in _LOADS:
-            loads += [(begin, end, (each,)) for each in (value if isinstance(value, tuple) else (value,))]
-        elif name in ("LOAD_ATTR", "LOAD_METHOD") and before in (*_LOADS, "LOAD_ATTR") and loads:
-            loads[-1] = (begin, end, (*loads[-1][2], value))
-        elif name in _CALLS:
-            calls.append((instruction.offset, begin, end))
-        before = name
-    found = {}
-    for offset, begin, end in calls:
-        inside = [(start, path) for start, stop, path in loads if begin <= start and stop <= end]
-        callee = next((path for start, path in inside if start == begin), None)
-        mentioned = tuple(path for _, path in inside if path is not callee)
-        on_call = any(start == begin and stop < end for _, start, stop in calls)
-        found[offset] = Call(callee, mentioned, on_call)
-    return found
-
-
-@functools.lru_cache(maxsize=512)
-def starred_calls(code: types.CodeType) -> frozenset[int]:
-    """The byte offsets of calls `f(*xs)` in which `xs` may be anything but a tuple."""
-    instructions = list(dis.get_instructions(code))
-    star = code.co_varnames[code.co_argcount + code.co_kwonlyargcount] if code.co_flags & inspect.CO_VARARGS else None
-    if any(each.opname.startswith("STORE_") and each.argval == star for each in instructions):
-        star = None  # `args` of `def f(*args)`, but no longer what it was
-    found = set()
-    for before, call in itertools.pairwise(instructions):
-        if call.opname == "CALL_FUNCTION_EX":
-            is_tuple = before.argrepr == "INTRINSIC_LIST_TO_TUPLE" or (star is not None and before.argval == star)
-            if not is_tuple or call.arg:  # with keywords, they come before the call
-                found.add(call.offset)
-    return frozenset(found)
-
-
-def label_mentioned(frame: types.FrameType, offset: int) -> str | None:
-    """The first banned callable that the call at `offset` mentions as an argument."""
-    call = calls_in(frame.f_code).get(offset)
-    labels = (label_of(_value_of(frame, path)) for path in (call.mentioned if call else ()))
-    return next(filter(None, labels), None)
-
-
-def calls_its_argument(callee: Any) -> bool:
-    """True for a C function that calls what it is given."""
-    return id(callee) in _CALLERS
-
-
-def label_in_call(frame: types.FrameType, offset: int) -> str | None:
-    """The banned callable that the call at `offset` would run, as far as its text tells."""
-    call = calls_in(frame.f_code).get(offset)
-    if call is None or call.callee is None:
-        return None
-    callee = _value_of(frame, call.callee)
-    if not call.on_call and (label := label_of(callee)) is not None:
-        return label
-    passed_on = callee is functools.partial if call.on_call else calls_its_argument(callee)
-    return label_mentioned(frame, offset) if passed_on else None
-
-
-def mentions_banned(frame: types.FrameType) -> bool:
-    """True if a call in the code of `frame`, which has just been entered, mentions something banned."""
-    for path in _paths_in(frame.f_code):
-        value = _value_of(frame, path)
-        # An object such as `numpy.random.Generator` is not banned, but its methods are, under whatever name it goes.
-        if value is not None and (type(value).__module__.startswith("numpy.random") or label_of(value) is not None):
-            return True
-    return False
-
-
-@functools.lru_cache(maxsize=512)
-def _paths_in(code: types.CodeType) -> frozenset[_Path]:
-    """The dotted names in all calls of `code`, and what they start with: of `rng.normal`, also `rng`."""
-    paths = {path for call in calls_in(code).values() for path in (call.callee, *call.mentioned) if path}
-    return frozenset(path[:length] for path in paths for length in range(1, len(path) + 1))
-
-
-def _value_of(frame: types.FrameType, path: _Path) -> Any:
-    """What a dotted name means in `frame`, found without running any code of the objects on the way."""
-    for names in (frame.f_locals, frame.f_globals, frame.f_builtins):
-        if path[0] in names:
-            value = names[path[0]]
-            for attribute in path[1:]:
-                if isinstance(value, types.ModuleType):
-                    value = vars(value).get(attribute)
-                else:
-                    value = inspect.getattr_static(value, attribute, None)
-            return value
-    return None

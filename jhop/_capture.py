@@ -104,9 +104,9 @@ class Recorder:
             index = self._index.get(id(operand))
             if index is None and isinstance(operand, _compat.Tracer):
                 index = self.add(operand)
-            # Of an inner trace (`ct > 0` on a JVP's ct), no variable stands for it. What holds others, such as the
-            # dict that `copy.deepcopy` hands on, would keep them alive.
-            if index is None and isinstance(operand, (_compat.Tracer, dict, list)):
+            # For one of an inner trace (`ct > 0` on a JVP's ct), no variable stands. What holds others (the index of
+            # `ct[0, ct.argmax()]`, the dict that `copy.deepcopy` hands on) would keep them alive.
+            if index is None and _holds_tracer(operand):
                 references = []
                 break
             references.append(operand if index is None else _Reference(index))
@@ -152,6 +152,15 @@ class Recorder:
                 info = Info(name=info.name, origin=origin_of(*place), operator=operator, aot=info.aot, stage=info.stage)
             result.setdefault(variable, info)
         return result
+
+
+def _holds_tracer(operand: Any) -> bool:
+    """Whether an operand is, or may be, a container with tracers in it."""
+    if isinstance(operand, (tuple, list)):
+        return any(map(_holds_tracer, operand))
+    if isinstance(operand, slice):
+        return any(map(_holds_tracer, (operand.start, operand.stop, operand.step)))
+    return isinstance(operand, (_compat.Tracer, dict))
 
 
 def trace(fn: Callable[..., list[Any]], avals: list[Any], recorder: Recorder) -> tuple[Any, Known]:

@@ -7,6 +7,7 @@ import contextvars
 import ctypes
 import functools
 import inspect
+import io
 import sys
 import types
 from typing import Any
@@ -14,6 +15,12 @@ from typing import Any
 from jhop._source import is_user_file
 
 OPAQUE_ROOTS = {"jax", "jaxlib", "numpy", "ml_dtypes"}
+
+
+def module_of(cls: type) -> str:
+    """The name of the module that a class says it is from; "" where it says none, as that of Cython's functions."""
+    module = cls.__module__
+    return module if isinstance(module, str) else ""
 
 
 def is_generated(cls: type, name: str) -> bool:
@@ -24,10 +31,10 @@ def is_generated(cls: type, name: str) -> bool:
 
 def is_opaque(cls: type) -> bool:
     """Whether a class is JAX's, NumPy's or jhop's own."""
-    root = cls.__module__.split(".")[0]
+    root = module_of(cls).split(".")[0]
     if root in OPAQUE_ROOTS:
         return True
-    module = sys.modules.get(cls.__module__)
+    module = sys.modules.get(module_of(cls))
     if root != "jhop" or is_user_file(getattr(module, "__file__", None) or ""):
         return False
     # A class may say that it is from a module of ours without being in it: one made in a doctest does.
@@ -39,13 +46,13 @@ def is_opaque(cls: type) -> bool:
 
 def is_user_class(cls: type) -> bool:
     """Classes whose code a hook may run: written in Python by someone other than JAX, NumPy, jhop and the stdlib."""
-    if is_opaque(cls) or cls.__module__ == "builtins":
+    if is_opaque(cls) or module_of(cls) == "builtins":
         return False
     functions = [value for value in cls.__dict__.values() if isinstance(value, types.FunctionType)]
     if any(is_user_file(fn.__code__.co_filename) for fn in functions):
         return True
-    filename = getattr(sys.modules.get(cls.__module__), "__file__", None)
-    return filename is None or is_user_file(filename) or cls.__module__.split(".")[0] == "jhop"
+    filename = getattr(sys.modules.get(module_of(cls)), "__file__", None)
+    return filename is None or is_user_file(filename) or module_of(cls).split(".")[0] == "jhop"
 
 
 _UNLIFTABLE = (
@@ -60,10 +67,12 @@ def why_not_lifted(cls: type) -> str | None:
     """Why the state of an instance cannot be lifted, and what to do; None where it can, or has none."""
     if cls.__dictoffset__ and isinstance(inspect.getattr_static(cls, "__dict__", None), property):
         return ": its class makes `__dict__` a property, which hides its attributes. Give the property another name"
+    if issubclass(cls, io.IOBase):
+        return ": reading and writing a file happens outside of the graph, once. Use `jax.debug.callback`"
     if hasattr(cls, "__next__"):
         return ": an iterator keeps a position that cannot be lifted into a graph. Keep a counter and index with it"
     if issubclass(cls, _UNLIFTABLE):
         return ", whose contents cannot be lifted into a graph. Use a list or an array"
-    if cls.__module__.partition(".")[0] in _LOCKS and cls.__qualname__ not in _NO_LOCKS:
+    if module_of(cls).partition(".")[0] in _LOCKS and cls.__qualname__ not in _NO_LOCKS:
         return ": it would be asked once, when the hook is traced. Lock around the call of the compiled function"
     return None

@@ -70,11 +70,6 @@ def under(trace: Any) -> Any:
     return _core.set_current_trace(trace)
 
 
-def tracing() -> bool:
-    """Whether operations in this thread are staged into a jaxpr."""
-    return staging() is not None
-
-
 def transforming() -> bool:
     """Whether any transformation of JAX is under way in this thread."""
     return not _core.trace_state_clean()

@@ -249,9 +249,14 @@ class CompiledGraph(Explains):
                             f"and nothing is fused across it. It cannot be traced: {why}"
                         )
                 hooks = [found[i] for i in reasons]
-                run = on_host(Program(gm, transform), hooks, gm.callbacks)
+                run = on_host(self._placed(gm, Program(gm, transform)), hooks, gm.callbacks)
                 return _Entry(gm, run, _shapes_of(flat), self._note(gm, reason), self._static, refused)
         return None
+
+    def _placed(self, gm: GraphModule, run: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+        """A run of a graph that is cut, with what the backend says of where its inputs and outputs are."""
+        n_outs = len(_compat.open_jaxpr(gm.jaxpr)[0].outvars) if gm.lifted is None else gm.lifted.n_outs
+        return self._backend.placed(run, n_outs) if hasattr(self._backend, "placed") else run
 
     def _on_host(self, flat: list[Any], error: Unsupported, reason: str | None) -> _Entry:
         """The whole graph, operation by operation."""
@@ -267,7 +272,7 @@ class CompiledGraph(Explains):
                 f"The graph runs on the host, one operation at a time, with every hook called at each run ({names}), "
                 f"because one of them cannot be traced: {error}"
             )
-        run = backends.eager(self.gm, flat)
+        run = self._placed(self.gm, backends.eager(self.gm, flat))
         return _Entry(self.gm, run, _shapes_of(flat), self._note(self.gm, reason), self._static, error)
 
     def entry(self, flat: list[Any]) -> _Entry:

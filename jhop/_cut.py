@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.experimental
 import jax.extend.core as jex_core
+import numpy as np
 
 from jhop import _compat
 from jhop._contract import HookFn
@@ -152,6 +153,8 @@ def on_host(run: Callable[..., list[Any]], hooks: list[Any], callbacks: Sequence
         if any(slot.container.get(slot.key) is not slot.value for slot in walk.fixed):
             walk = reach_of(hooks)  # they may lead elsewhere now
         before = [(container, container.items()) for container in walk.containers]
+        values = [value for _, items in before for _, value in items] + [value for value, *_ in walk.unlifted]
+        arrays = [(value, value.copy()) for value in values if type(value) is np.ndarray and value.flags.writeable]
         for callback in callbacks:
             callback.error = None
         try:
@@ -163,6 +166,8 @@ def on_host(run: Callable[..., list[Any]], hooks: list[Any], callbacks: Sequence
         except BaseException:
             for container, items in before:
                 container.restore(items)
+            for array, contents in arrays:
+                array[...] = contents
             if callbacks:
                 _compat.forget_failed_effects()
             error = next((callback.error for callback in callbacks if callback.error is not None), None)

@@ -1,4 +1,4 @@
-"""What is said of hooks that were inlined: names and places of their values, and why one cannot be traced."""
+"""What is said of values that inlined hooks computed: their names and places."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import jax
 import jax.extend.core as jex_core
 
-from jhop._contract import HookFn
 from jhop._graph import NO_INFO, Info
 from jhop._scalar import scalar_p
-from jhop._source import describe_hook, eqn_name, is_user_file, origin_of, user_frame
+from jhop._source import eqn_name, origin_of, user_frame
 
 
 class Described(Mapping[Any, Info]):
@@ -88,40 +86,3 @@ def _inside_one_instruction(made: dict[Any, Any], place: dict[int, Any], info: d
             if maker is not None and place[id(maker)] == here and info.get(atom, NO_INFO).operator is None:
                 inside.add(atom)
     return inside
-
-
-_VALUE_ERRORS = (
-    jax.errors.ConcretizationTypeError,
-    jax.errors.TracerArrayConversionError,
-    jax.errors.TracerIntegerConversionError,
-    jax.errors.NonConcreteBooleanIndexError,
-)
-
-
-def explain(hook: HookFn, error: Exception) -> str:
-    """The message for an exception that left a hook while it was traced."""
-    head = f"{describe_hook(hook.base)} cannot be traced"
-    place = _place_of(error)
-    if isinstance(error, jax.errors.TracerBoolConversionError):
-        return (
-            f"{head}: it branches on the value of an array{place}. While the backward is traced, arrays have no "
-            "values. Use `jnp.where` or `jax.lax.cond`, or fullgraph=False to run the hook on the host each time."
-        )
-    if isinstance(error, _VALUE_ERRORS):
-        return (
-            f"{head}: it reads the value of an array{place} (float(), int(), .item(), .tolist(), numpy). While the "
-            "backward is traced, arrays have no values. Stay with jax.numpy, or use fullgraph=False to run the hook "
-            "on the host each time."
-        )
-    return f"{head}: it raised {type(error).__name__}: {error}{place}. Nothing was written."
-
-
-def _place_of(error: Exception) -> str:
-    place, tb = "", error.__traceback__
-    while tb is not None:
-        code = tb.tb_frame.f_code
-        if is_user_file(code.co_filename):
-            origin = origin_of(code, tb.tb_lasti)
-            place = f'\n  File "{origin.file}", line {origin.line}, in {origin.function}\n    {origin.text}\n'
-        tb = tb.tb_next
-    return place

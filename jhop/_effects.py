@@ -16,6 +16,8 @@ What stays unseen:
 - on 3.11, such a hidden call of something that the function never mentions (`self.callbacks["log"]()`, with a
   `partial(print)` in it), or while a debugger or coverage holds `sys.settrace`; profilers written in C see nothing of
   the watched stretch (cProfile is paused and goes on after it);
+- on 3.11, before it happens, what a hook calls after it caught the refusal of an earlier call (Python takes a profile
+  function that raised away), and an error of JAX's about a value that was read, if it is one of Python's own types;
 - on 3.12 and later, before it happens, a call `callbacks["log"](*xs)` whose text does not name what it calls: it is an
   error at the end of the watch only;
 - everywhere, iteration over an open file, a banned function that C code gets other than as an argument of the call
@@ -32,7 +34,7 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from jhop import _banned, _compat
+from jhop import _banned, _compat, _mentions, _reads
 from jhop._errors import Unsupported
 from jhop._profiling import profiling
 from jhop._source import file_kind
@@ -46,6 +48,7 @@ from jhop._watched import (
     monitoring,
     record_operator,
     refuse,
+    refuse_text,
     take_tool,
     thread,
 )
@@ -81,6 +84,8 @@ def watch(hook: Any, *, remedy: str | None = None, trace: Any = None) -> Iterato
                 thread.current = outer
         if seen.error is not None:
             raise seen.error
+        if seen.caught is not None:
+            raise _caught(seen)
     except Exception as error:
         if seen.error is not None and error is not seen.error:
             raise seen.error from None
@@ -88,7 +93,16 @@ def watch(hook: Any, *, remedy: str | None = None, trace: Any = None) -> Iterato
     finally:
         if collecting:
             gc.enable()
-        seen.error = None  # its traceback leads back here
+        seen.error = seen.caught = None  # their tracebacks lead back here
+
+
+def _caught(seen: Watch) -> Unsupported:
+    """The error for a hook that read a value and caught what JAX raised: on values it would go on in another way."""
+    assert seen.caught is not None
+    text = _reads.explain(seen.hook, seen.caught, seen.remedy or _reads.LAST_RESORT, caught=True)
+    error = Unsupported(text)
+    error.__cause__ = seen.caught
+    return error
 
 
 # Python 3.12 and later: one tool of `sys.monitoring` for all threads, taken while any of them watches
@@ -125,7 +139,7 @@ class _Monitor:
             monitoring.register_callback(tool, event, callback)
         if OPERATOR_CODE is not None:
             self._mark(OPERATOR_CODE, events.PY_RETURN)
-        monitoring.set_events(tool, events.PY_START | events.PY_RESUME)
+        monitoring.set_events(tool, events.PY_START | events.PY_RESUME | events.EXCEPTION_HANDLED)
 
     def _stop(self) -> None:
         monitoring.set_events(self._tool, 0)
@@ -144,6 +158,7 @@ class _Monitor:
             events.CALL: self._on_call,
             events.INSTRUCTION: self._on_instruction,
             events.PY_RETURN: self._on_return,
+            events.EXCEPTION_HANDLED: self._on_handled,
         }
 
     def _mark(self, code: types.CodeType, events: int) -> None:
@@ -151,6 +166,9 @@ class _Monitor:
         monitoring.set_local_events(self._tool, code, events)
 
     def _on_start(self, code: types.CodeType, _offset: int) -> Any:
+        if code is _reads.TEXT_CODE:
+            refuse_text(sys._getframe(1).f_back)
+            return None
         kind = file_kind(code.co_filename)
         if (kind is not USER and kind is not STDLIB) or id(code) in _banned.HARMLESS:
             return monitoring.DISABLE
@@ -166,14 +184,14 @@ class _Monitor:
             check_python_call(frame)
         if id(code) not in self._marked:
             events = monitoring.events
-            self._mark(code, events.CALL | (events.INSTRUCTION if _banned.starred_calls(code) else 0))
+            self._mark(code, events.CALL | (events.INSTRUCTION if _mentions.starred_calls(code) else 0))
         return None
 
     def _on_instruction(self, code: types.CodeType, offset: int) -> Any:
-        if offset not in _banned.starred_calls(code):
+        if offset not in _mentions.starred_calls(code):
             return monitoring.DISABLE
         if thread.current is not None:
-            refuse(_banned.label_in_call(sys._getframe(1), offset), sys._getframe(1))
+            refuse(_mentions.label_in_call(sys._getframe(1), offset), sys._getframe(1))
         return None
 
     def _on_call(self, code: types.CodeType, offset: int, callee: Any, arg: Any) -> None:
@@ -181,16 +199,24 @@ class _Monitor:
         if seen is None or id(callee) in seen.jitted:
             return
         label, frame = _banned.label_of(callee, arg), sys._getframe(1)
-        if label is None and _banned.calls_its_argument(callee):
-            label = _banned.label_of(arg) or _banned.label_mentioned(frame, offset)
+        if label is None:
+            label = _banned.label_of(arg) if _mentions.calls_its_argument(callee) else None
+            label = label or _mentions.label_given(frame, offset, callee)
         if label is None:
             if _compat.is_jitted(callee):  # called often, and by any arguments it is the same
                 seen.jitted[id(callee)] = callee
             return
         # CPython (3.12 and 3.13 at least) releases `xs` once too often if the callback of `f(*xs)` raises, and crashes
         # later. `_on_instruction` has looked at that call before; what it missed is an error at the end of the watch.
-        with contextlib.suppress(Unsupported) if offset in _banned.starred_calls(code) else contextlib.nullcontext():
+        with contextlib.suppress(Unsupported) if offset in _mentions.starred_calls(code) else contextlib.nullcontext():
             refuse(label, frame)
+
+    def _on_handled(self, _code: types.CodeType, _offset: int, error: BaseException) -> None:
+        seen = thread.current
+        if seen is None or seen.caught is not None or not _reads.is_read(error):
+            return
+        if _banned.blamed_frame(sys._getframe(1)) is not None:  # what JAX catches is its business
+            seen.caught = error
 
     def _on_return(self, _code: types.CodeType, _offset: int, result: Any) -> None:
         record_operator(sys._getframe(1), result)

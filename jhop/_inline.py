@@ -26,7 +26,7 @@ from jhop._close import kept_apart
 from jhop._container import MISSING, Container
 from jhop._contract import HookFn
 from jhop._cut import Callback, leave
-from jhop._describe import Described, explain, info_of
+from jhop._describe import Described, info_of
 from jhop._effects import many_watches, watch
 from jhop._errors import JhopError, Unsupported
 from jhop._expr import Expr
@@ -36,6 +36,7 @@ from jhop._interp import ClosesOverTracer, evaluate, inner_jaxprs, rewrite
 from jhop._late import compares_identity
 from jhop._leaves import Leaf, is_number
 from jhop._lifted import Lifted, Session, check_needs
+from jhop._reads import explain
 from jhop._rebuild import holds_constants, is_plain_call, is_sealed, rebuild
 from jhop._records import let_go, lift_tuples
 from jhop._repeats import Repeats
@@ -304,7 +305,7 @@ class _Inliner:
         except JhopError:
             raise
         except Exception as error:
-            refused = Unsupported(explain(hook, error))
+            refused = Unsupported(explain(hook.base, error))
             refused.hook = hook.base
             raise refused from error
         finally:

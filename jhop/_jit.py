@@ -182,7 +182,7 @@ class Jitted(Explains):
         """Whether a call is part of what JAX is transforming, and not a computation of its own."""
         leaves = jax.tree.leaves((args, kwargs))
         return (
-            _compat.tracing()
+            _compat.staging() is not None
             or any(isinstance(leaf, _compat.Tracer) for leaf in leaves)
             or closes_over_tracer(self._fn)
         )
@@ -239,7 +239,7 @@ class Jitted(Explains):
         signature.out_tree = jax.tree.structure(traced.out_info)
         gm = self._graph_of(traced, args, kwargs)
         backend: Any = functools.partial(Step, signature=signature)
-        backend.transform = jax.jit
+        backend.transform, backend.placed = signature.piece, signature.placed
         compiled = CompiledGraph(
             gm, backend=backend, fullgraph=self._fullgraph, dynamic=False,
             where="jhop.jit", history=self._history, first=reason,

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from jhop import _compat
-from jhop._classes import OPAQUE_ROOTS
+from jhop._classes import OPAQUE_ROOTS, module_of
 from jhop._container import Container
 
 
@@ -37,7 +37,7 @@ def is_number(value: Any) -> bool:
 def is_array(value: Any) -> bool:
     """Arrays that are lifted."""
     cls = type(value)
-    library = cls.__module__.partition(".")[0] in OPAQUE_ROOTS
+    library = module_of(cls).partition(".")[0] in OPAQUE_ROOTS
     if not library or not (isinstance(value, jax.Array) or cls is np.ndarray) or issubclass(cls, _compat.Tracer):
         return False  # a NumPy scalar is a value like a string: exact, and guarded
     return _compat.has_arrays_of(value.dtype)

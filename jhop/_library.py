@@ -14,7 +14,7 @@ import jax
 import jax.extend.core as jex_core
 
 from jhop import _compat
-from jhop._classes import is_opaque, is_user_class
+from jhop._classes import is_opaque, is_user_class, module_of
 from jhop._container import Container
 from jhop._names import slot_names
 from jhop._source import is_user_file
@@ -31,7 +31,7 @@ def attributes_of(obj: Any) -> list[Container]:
 def is_jaxs(obj: Any) -> bool:
     """Whether an object is an instance of one of JAX's classes, other than an array or a function that it compiled."""
     cls = type(obj)
-    return cls.__module__.partition(".")[0] in ("jax", "jaxlib") and not (
+    return module_of(cls).partition(".")[0] in ("jax", "jaxlib") and not (
         issubclass(cls, (jax.Array, type)) or _compat.is_jitted(obj)
     )
 

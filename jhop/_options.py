@@ -94,6 +94,26 @@ class Options:
         static += [(name, kwargs[name]) for name in sorted(kwargs) if name in self.static.names]
         return static, others, {name: value for name, value in kwargs.items() if name not in self.static.names}
 
+    def _shardings(self, count: int) -> tuple[Any, ...]:
+        """Those of the positional arguments that are not static."""
+        given = self.given["in_shardings"]
+        return tuple(given) if isinstance(given, (tuple, list)) else (given,) * count
+
+    def for_piece(self) -> dict[str, Any]:
+        """Options of `jax.jit` for a part of the program, which is cut where hooks run on the host."""
+        return {name: self.given[name] for name in ("compiler_options", "device", "backend") if name in self.given}
+
+    def for_placing(self, n_args: int, names: Collection[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Options of `jax.jit` for what comes before and after those parts: (of arguments, of results).
+
+        Both are for identities, the first of a tuple of positional arguments and a dict of named ones.
+        """
+        new = self.for_program(n_args, names, state=False)
+        into = {name: value for name, value in new.items() if name.startswith(("donate_", "in_shardings")) and value}
+        if "in_shardings" in into:
+            into["out_shardings"] = (self._shardings(n_args - len(self.static.positions(n_args))), None)
+        return into, {name: new[name] for name in ("out_shardings",) if name in new}
+
     def for_program(self, n_args: int, names: Collection[str], *, state: bool) -> dict[str, Any]:
         """Options of `jax.jit` for a program without static arguments.
 
@@ -109,9 +129,7 @@ class Options:
         new["donate_argnums"] = tuple(i + state for i, place in enumerate(dynamic) if place in donated)
         new["donate_argnames"] = tuple(sorted(self._donated.names & set(names)))
         if state and "in_shardings" in new:
-            given = new["in_shardings"]
-            each = tuple(given) if isinstance(given, (tuple, list)) else (given,) * len(dynamic)
-            new["in_shardings"] = (None, *each)  # None: as the arrays are
+            new["in_shardings"] = (None, *self._shardings(len(dynamic)))  # None: as the arrays are
         if state and "out_shardings" in new:
             new["out_shardings"] = (new["out_shardings"], None)
         return new

@@ -9,11 +9,20 @@ import os
 import sys
 import types
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
-from jhop import _banned
+from jhop import _banned, _mentions, _reads
 from jhop._source import file_kind
-from jhop._watched import OPERATOR_CODE, STDLIB, USER, check_python_call, record_operator, refuse, thread
+from jhop._watched import (
+    OPERATOR_CODE,
+    STDLIB,
+    USER,
+    check_python_call,
+    record_operator,
+    refuse,
+    refuse_text,
+    thread,
+)
 
 
 @contextlib.contextmanager
@@ -42,16 +51,22 @@ def profiling() -> Iterator[None]:
 
 def _profiler(before: Callable[..., Any] | None) -> Callable[..., None]:
     """Makes the profile function. It runs at each call and return of all code, so it does little for most of them."""
-    c_names, operator_code = _banned_c_names(), OPERATOR_CODE
+    c_names, operator_code, text_code = _banned_c_names(), OPERATOR_CODE, _reads.TEXT_CODE
     libraries: set[str] = set()
+    reads: list[_Read] = []
 
     def profile(frame: types.FrameType, event: str, arg: Any) -> None:
         if event == "call":
             if frame.f_code.co_filename not in libraries:
-                _enter(frame, libraries)
+                _enter(frame, libraries, reads)
         elif event == "return":
-            if frame.f_code is operator_code and arg is not None:
+            code = frame.f_code
+            if code is operator_code and arg is not None:
                 record_operator(frame, arg)
+            elif code is text_code:
+                refuse_text(frame.f_back)
+            if reads and frame is reads[-1].entry:
+                _leave(reads, arg)
         elif event == "c_call" and arg.__name__ in c_names and (label := _banned.label_of(arg)) is not None:
             refuse(label, frame)
 
@@ -64,16 +79,36 @@ def _profiler(before: Callable[..., Any] | None) -> Callable[..., None]:
     return made
 
 
-def _enter(frame: types.FrameType, libraries: set[str]) -> None:
+class _Read(NamedTuple):
+    """JAX is about to raise because a value was read."""
+
+    entry: types.FrameType  # what user code called; None comes back from it if the error reaches user code
+    error: BaseException
+
+
+def _leave(reads: list[_Read], result: Any) -> None:
+    """What user code called returns: did the error come out of it, and was not caught by JAX?"""
+    error, seen = reads.pop().error, thread.current
+    if result is None and seen is not None and seen.caught is None:
+        seen.caught = error
+
+
+def _enter(frame: types.FrameType, libraries: set[str], reads: list[_Read]) -> None:
     """Looks at a function that has just been entered; notes its file if there is never anything to see in it."""
     kind = file_kind(frame.f_code.co_filename)
+    if id(frame.f_code) in _reads.ERROR_CODES:
+        entry = frame
+        while entry.f_back is not None and file_kind(entry.f_back.f_code.co_filename) is not USER:
+            entry = entry.f_back
+        if not reads or reads[-1].entry is not entry:
+            reads.append(_Read(entry, frame.f_locals["self"]))
     if kind is USER:
         if (seen := thread.current) is not None:
             seen.nested = seen.nested or _banned.is_staged_within(frame, seen.staging)
         _step_if_needed(frame)
     elif kind is STDLIB:
         check_python_call(frame)
-    else:
+    elif frame.f_code.co_filename not in _reads.ERROR_FILES:
         libraries.add(frame.f_code.co_filename)
 
 
@@ -95,7 +130,7 @@ def _banned_c_names() -> frozenset[str]:
 def _step_if_needed(frame: types.FrameType) -> None:
     """Has `frame` stepped through by instruction if what it calls may be hidden from the profile function."""
     free = sys.gettrace() in (None, _trace_nothing)
-    if free and thread.current is not None and _banned.mentions_banned(frame):
+    if free and thread.current is not None and _mentions.mentions_banned(frame):
         sys.settrace(_trace_nothing)
         frame.f_trace_lines, frame.f_trace_opcodes = False, True
         frame.f_trace = _trace_instruction
@@ -106,8 +141,8 @@ def _trace_nothing(_frame: types.FrameType, _event: str, _arg: Any) -> None:
 
 
 def _trace_instruction(frame: types.FrameType, event: str, _arg: Any) -> Any:
-    if event == "opcode" and frame.f_lasti in _banned.calls_in(frame.f_code):
-        label = _banned.label_in_call(frame, frame.f_lasti)
+    if event == "opcode" and frame.f_lasti in _mentions.calls_in(frame.f_code):
+        label = _mentions.label_in_call(frame, frame.f_lasti)
         if label is not None:
             refuse(label, frame)
     return _trace_instruction

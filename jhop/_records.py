@@ -55,7 +55,15 @@ def lift_tuples(walk: Walk) -> None:
         fixed.append(slot)
     walk.fixed = fixed
     walk.attributes = [found for found in walk.attributes if id(found[0]) not in lifted]
-    walk.refuse_unlifted({id(leaf.value) for leaf in walk.leaves})
+    taken = {id(leaf.value) for leaf in walk.leaves}
+    for array, path, root in walk.unlifted:
+        if id(array) not in taken:
+            walk.refuse(
+                f"a hook reads `{path}`, a NumPy array in a tuple or set that other objects hold too, or that has no "
+                "place of its own. Keep it in an attribute, a list or a dict.",
+                path,
+                root,
+            )
 
 
 def _lift(walk: Walk, slot: Fixed, fixed: list[Fixed]) -> set[int]:

@@ -101,7 +101,7 @@ class Written:
         self._session = session
         self._numbers: list[Expr] = []
         self._tracers: list[Any] = []
-        templates, places = Templates(known, self._note), []
+        templates, places = Templates(known, self._note, inside=True), []
         for change in changes:
             made = [templates.make(value, change.where()) for value in values_of(change)]
             places.append((change._replace(value=None), change.value is MISSING, made))

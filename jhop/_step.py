@@ -39,6 +39,38 @@ class Signature:
         return jax.jit(run, **self._options.for_program(self._n_args, self._names, state=state))
 
 
+    def piece(self, run: Any) -> Any:
+        """`jax.jit` of a part of a graph that is cut, with the user's options for the compiler."""
+        return jax.jit(run, **self._options.for_piece())
+
+    def placed(self, run: Any, n_outs: int) -> Any:
+        """A function of flat inputs with arguments placed and donated, and results placed, as the user's options say.
+
+        Args:
+            run: takes the arguments' leaves, then state; returns the results' leaves, then new values of state.
+            n_outs: how many leaves the results have.
+        """
+        into, out_of = self._options.for_placing(self._n_args, self._names)
+        if not into and not out_of:
+            return run
+        arguments = jax.jit(lambda *args, **kwargs: (args, kwargs), **into)
+        results = jax.jit(lambda results: results, **out_of)
+        n_given = self.in_tree.num_leaves
+
+        def call(*flat: Any) -> list[Any]:
+            given, state = list(flat[:n_given]), flat[n_given:]
+            if into:
+                args, kwargs = jax.tree.unflatten(self.in_tree, given)
+                given = jax.tree.leaves(arguments(*args, **kwargs))
+            outs = run(*given, *state)
+            if not out_of:
+                return outs
+            made = results(jax.tree.unflatten(self.out_tree, outs[:n_outs]))
+            return [*jax.tree.leaves(made), *outs[n_outs:]]
+
+        return call
+
+
 class Step:
     """What `jhop.jit` makes of an inlined graph: a backend of `CompiledGraph`, and more than that.
 

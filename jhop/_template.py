@@ -46,9 +46,13 @@ class Templates:
     Args:
         known: tells whether an object was there before the hooks ran; such objects stay themselves.
         note_output: hands out the number of the output that a tracer becomes.
+        inside: whether hooks go on to run afterwards, for which lists have stand-ins that tell of reads.
     """
 
-    def __init__(self, known: Callable[[Any], bool], note_output: Callable[[Any, str], int]):
+    def __init__(
+        self, known: Callable[[Any], bool], note_output: Callable[[Any, str], int], *, inside: bool = False
+    ):
+        self._inside = inside
         self._known = known
         self._note = note_output
         self._made: dict[int, Any] = {}  # by id: one object that is stored twice stays one
@@ -70,7 +74,7 @@ class Templates:
             return ("array", self._note(value, where))
         if isinstance(value, AppendList):
             self.shared.append(value.original)
-            return ("const", value.original)
+            return ("const", value if self._inside else value.original)
         if self._known(value):
             self.shared.append(value)
             return ("const", value)

@@ -31,6 +31,7 @@ from jhop import _compat, _state
 from jhop._contract import HookFn, flat_caller, hook_fn, identity_key
 from jhop._effects import watch
 from jhop._errors import HookError, Unsupported
+from jhop._reads import VALUE_ERRORS, explain
 from jhop._records import lift_tuples
 from jhop._source import describe_hook, hook_name
 from jhop._walk import Walk
@@ -99,7 +100,7 @@ def trace_wrapped(*args: Any, fn: Callable[..., Any], kind: str = "hook", **kwar
     fn = functools.partial(fn, **kwargs) if kwargs else fn
     make_call = functools.partial(flat_caller, tree=tree, extra_tree=extra_tree)
     flat = [*cts, *extra]
-    staged = any(isinstance(value, _compat.Tracer) for value in flat) or _compat.tracing()
+    staged = any(isinstance(value, _compat.Tracer) for value in flat) or _compat.staging() is not None
     run = getattr(_mode, "run", None)
     if run is not None or not staged:
         call = make_call(fn)
@@ -209,6 +210,18 @@ def no_endless_hooks(fn: HookFn) -> Iterator[None]:
         ) from None
 
 
+@contextlib.contextmanager
+def _no_reads(fn: HookFn) -> Iterator[None]:
+    """Says which hook it was that read a value."""
+    try:
+        yield
+    except VALUE_ERRORS as error:
+        raise Unsupported(explain(fn.base, error, _TO_JHOP_JIT)) from error
+
+
+_TO_JHOP_JIT = "compile with `jhop.jit`, which runs this hook on the host each time"
+
+
 def run_pure(fn: HookFn, args: Sequence[Any]) -> list[Any]:
     """Runs a hook whose equation is being lowered by plain `jax.jit`, where its state cannot be written back.
 
@@ -221,8 +234,9 @@ def run_pure(fn: HookFn, args: Sequence[Any]) -> list[Any]:
         with _state.Lift(walk, [leaf.value for leaf in walk.leaves]) as lift:
             with (
                 inlining(lambda call, flat: call(*flat)),
-                watch(fn.base, trace=_compat.current_trace()),
+                watch(fn.base, remedy=_TO_JHOP_JIT, trace=_compat.current_trace()),
                 no_endless_hooks(fn),
+                _no_reads(fn),
             ):
                 outs = fn.call(*args)
             writes = list(lift.writes())

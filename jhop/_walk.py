@@ -26,12 +26,13 @@ import jax
 import numpy as np
 
 from jhop import _compat
-from jhop._classes import OPAQUE_ROOTS, is_generated, is_opaque, is_user_class, why_not_lifted
+from jhop._classes import OPAQUE_ROOTS, is_generated, is_opaque, is_user_class, module_of, why_not_lifted
 from jhop._container import Container, builtin_kind
 from jhop._errors import Unsupported
 from jhop._leaves import DECLARED, Fixed, Leaf, is_array, is_number
 from jhop._library import FUNCTIONS, cells_of, held, inside
 from jhop._names import TEXT, TEXT_METHODS, names_in_code, names_in_value, slot_names
+from jhop._reads import state_refused
 from jhop._source import is_user_file
 
 MAX_CONTAINERS = 10_000
@@ -66,7 +67,7 @@ class Walk:
         fixed: slots with anything else.
         arrivals: by id of an object, how often it was come across, in slots and otherwise.
         shapes: slots of which only the type counts; what they hold is in other slots (`_records`).
-        unlifted: NumPy arrays that are in no slot, and their paths.
+        unlifted: NumPy arrays that are in no slot, their paths, and the roots that lead there.
         records: tuples whose items are slots, and objects that may be replaced by others with the same slots.
         attributes: (object, attribute, value) for what is fixed besides slots: code, classes, functions of partials.
         alive: weak references, and whether what they refer to is there.
@@ -84,6 +85,7 @@ class Walk:
         limit: int | None = None,
     ):
         self._strict = strict
+        self._root: Any = None  # the hook that is looked into
         self._slots = limit
         self._without = without
         self._names: set[str] = set()
@@ -100,7 +102,7 @@ class Walk:
             self.arrivals: collections.Counter[int] = collections.Counter()
             self.shapes: list[Fixed] = []
             self.records: list[Container] = []
-            self.unlifted: list[tuple[Any, str]] = []
+            self.unlifted: list[tuple[Any, str, Any]] = []
             self.attributes: list[tuple[Any, str, Any]] = []
             self._by_id: dict[tuple[int, str], Container] = {}
             self._seen: dict[int, Any] = {}
@@ -113,6 +115,7 @@ class Walk:
             for path, fn in roots:
                 self._limit = len(self.containers) + MAX_CONTAINERS  # per hook: of these there may be any number
                 self._work.append((fn, path))
+                self._root = fn
                 while self._work:
                     self._visit_if_possible(*self._work.popleft())
             if (len(self._names), self._everything) == known:
@@ -121,6 +124,7 @@ class Walk:
                 for container in self._bare:
                     container.names = set(self._names)
                 break
+        self._root = None
         for container in filter(lambda container: self.is_weak(container.obj), self.containers):
             container.loosen()  # it may have been met before the reference to it
         self.attributes = [at for at in self.attributes if at[1] != "__class__" or not self.is_weak(at[0])]
@@ -146,18 +150,11 @@ class Walk:
         """The instances of a class that were met."""
         return [value for value in self._seen.values() if isinstance(value, cls) and keep(value)]
 
-    def _refuse(self, message: str) -> None:
+    def refuse(self, message: str, path: str, root: Any = None) -> None:
+        """Raises, in a strict walk, in the name of a root: by default the one that is looked into."""
+        root = self._root if root is None else root
         if self._strict:
-            raise Unsupported(message)
-
-    def refuse_unlifted(self, lifted: set[int]) -> None:
-        """Raises for NumPy arrays that are in no slot, less those with these ids."""
-        for value, path in self.unlifted:
-            if id(value) not in lifted:
-                self._refuse(
-                    f"a hook reads `{path}`, a NumPy array in a tuple or set that other objects hold too, or that has "
-                    "no place of its own. Keep it in an attribute, a list or a dict."
-                )
+            raise Unsupported(message) if root is None else state_refused(root, message, path)
 
     def _attribute_names(self) -> set[str] | None:
         return None if self._everything else self._names
@@ -173,9 +170,10 @@ class Walk:
         else:
             if len(self.containers) >= self._limit:
                 self.truncated = True
-                self._refuse(
+                self.refuse(
                     f"jhop walked more than {MAX_CONTAINERS} objects of one hook's Python state at {path}. A hook "
-                    "should reach only the state that it uses: pass it the small object it needs."
+                    "should reach only the state that it uses: pass it the small object it needs.",
+                    path,
                 )
                 return
             container = Container(obj, kind, path, names if names is None else set(names))
@@ -205,7 +203,8 @@ class Walk:
         except Unsupported:
             raise
         except Exception as error:  # an object may raise whatever one asks of it
-            self._refuse(f"jhop could not look into `{path}`, which a hook reads: {type(error).__name__}: {error}.")
+            why = f"{type(error).__name__}: {error}"
+            self.refuse(f"jhop could not look into `{path}`, which a hook reads: {why}.", path)
 
     def _visit(self, value: Any, path: str) -> None:
         if type(value) in _IMMUTABLE or is_number(value):
@@ -226,7 +225,7 @@ class Walk:
             self.attributes.append((value, "default_factory", value.default_factory))
             self._work.append((value.default_factory, f"{path}.default_factory"))
         wrapped = value.__dict__.get("__wrapped__") if hasattr(value, "__dict__") and callable(value) else None
-        if wrapped is None and type(value).__module__.startswith("jaxlib"):
+        if wrapped is None and module_of(type(value)).startswith("jaxlib"):
             wrapped = getattr(value, "__wrapped__", None)
         if wrapped is not None:
             self._work.append((wrapped, f"{path}.__wrapped__"))
@@ -366,16 +365,14 @@ class Walk:
     def _visit_instance(self, value: Any, path: str) -> None:
         cls = type(value)
         if (reason := why_not_lifted(cls)) is not None:
-            self._refuse(f"a hook reads `{path}`, a {cls.__name__}{reason}, or use fullgraph=False.")
+            self.refuse(f"a hook reads `{path}`, a {cls.__name__}{reason}, or use fullgraph=False.", path)
             return
         if isinstance(value, np.ndarray) and is_array(value):
-            self.unlifted.append((value, path))
+            self.unlifted.append((value, path, self._root))
             return
         if isinstance(value, np.ndarray):
-            self._refuse(
-                f"a hook reads `{path}`, a {cls.__name__} of dtype {value.dtype}, which JAX has no arrays of. Use a "
-                "list or an array of numbers."
-            )
+            what = f"a {cls.__name__} of dtype {value.dtype}, which JAX has no arrays of"
+            self.refuse(f"a hook reads `{path}`, {what}. Use a list or an array of numbers.", path)
             return
         if cls in DECLARED:
             self._add(value, "slots", path, set(DECLARED[cls]))
@@ -391,7 +388,7 @@ class Walk:
         if isinstance(getattr(value, "__dict__", None), dict):
             # The code that reads attributes of a standard container (UserDict, SimpleNamespace) is not the user's.
             # Nor is that of `jax.tree.map`, which may be what the function does with a registered class.
-            everything = node or not mine and cls.__module__.split(".")[0] in _STANDARD_CONTAINERS
+            everything = node or not mine and module_of(cls).split(".")[0] in _STANDARD_CONTAINERS
             self._add(value, "attrs", path, None if everything else self._attribute_names())
         slots = slot_names(cls)
         if not (self._everything or node):

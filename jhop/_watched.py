@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jhop import _banned, _compat
+from jhop import _banned, _compat, _reads
 from jhop._errors import Unsupported
 from jhop._source import FileKind, describe_hook, file_kind, origin_of
 
@@ -41,6 +41,7 @@ class Watch:
         self.staging, self.nested = _compat.staging(), False  # nested: a transformation in the hook traced user code
         self.jitted: dict[int, Any] = {}  # functions that may be called, by id
         self.error: Unsupported | None = None
+        self.caught: BaseException | None = None  # that a value was read, which the hook caught
         self.imports = _banned.count_imports(sys._getframe())
 
 
@@ -82,6 +83,18 @@ def refuse(label: str | None, frame: types.FrameType | None) -> None:
         raise error
     finally:
         del error  # else this frame and the error hold each other, and the tracers in its traceback
+
+
+def refuse_text(frame: types.FrameType | None) -> None:
+    """Raises `Unsupported` if user code makes text of a tracer in a call that `frame` makes."""
+    seen = thread.current
+    error = None if seen is None else _reads.text_read(frame, seen.hook, seen.remedy or _reads.LAST_RESORT)
+    if seen is not None and error is not None:
+        seen.error = seen.error or error
+        try:
+            raise error
+        finally:
+            del error
 
 
 def check_python_call(frame: types.FrameType) -> None:

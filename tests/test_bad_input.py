@@ -1,7 +1,11 @@
 """What is wrong is said at once, by its name, with what was expected and what came; nothing is changed by it."""
 
 import contextlib
+import functools
+import io
+import itertools
 import re
+import threading
 import types
 
 import jax
@@ -10,6 +14,7 @@ import numpy as np
 import pytest
 
 import jhop
+from jhop._source import describe_hook
 
 
 @pytest.fixture(autouse=True)
@@ -571,3 +576,54 @@ def test_message_quotes_the_line(mode):
     _, out = mode(branches)
     with pytest.raises(jhop.Unsupported, match=r"return grad if grad\.sum\(\) > 0 else -grad"):
         backward(out, True)
+
+
+# State that cannot be lifted
+
+
+class HoldsLock:
+    def __init__(self):
+        self.lock = threading.Lock()
+
+    def __call__(self, ct):
+        with self.lock:
+            return ct * 2
+
+
+def counts_with(numbers, second=itertools.count(5)):  # noqa: B008
+    def hook(ct):
+        return ct * next(numbers)
+
+    def by_default(ct, size=2, second=second):
+        return ct * next(second) * size
+
+    return hook, by_default
+
+
+steps, console = itertools.count(1), io.TextIOWrapper(io.BytesIO())
+
+
+@pytest.mark.parametrize(
+    ("hook", "line", "words"),
+    [
+        (HoldsLock(), "with self.lock:", "Lock around the call"),
+        (counts_with(itertools.count(1))[0], "return ct * next(numbers)", "a count: an iterator keeps a position"),
+        (counts_with(itertools.count(1))[1], "return ct * next(second) * size", "an iterator keeps a position"),
+        (functools.partial(lambda ct, file: file.write("") and ct, file=console), "file.write", "a TextIOWrapper"),
+        (lambda ct: [next(steps) for _ in ct] and ct, "next(steps)", "an iterator keeps a position"),
+    ],
+)
+def test_state_that_cannot_be_lifted_is_named_with_the_hook_and_the_line(hook, line, words):
+    def other(ct):
+        return ct * 3
+
+    def loss(x):
+        return (jhop.hook(jhop.hook(x, other), hook) ** 2).sum()
+
+    for jit, options in ((jhop.jit, {"fullgraph": True}), (jax.jit, {})):
+        with pytest.raises(jhop.Unsupported) as caught:
+            jit(jax.grad(loss), **options)(jnp.ones(3))
+        message = str(caught.value)
+        assert message.startswith(f"{describe_hook(hook)} reads `") and words in message
+        assert f'File "{__file__}", line ' in message and line in message.splitlines()[2]
+

@@ -1,7 +1,10 @@
 """A traced hook may not act outside the trace, and the operators it applies are recorded."""
 
+import atexit
 import builtins
 import contextlib
+import contextvars
+import copy
 import cProfile
 import datetime
 import functools
@@ -10,11 +13,14 @@ import itertools
 import json
 import logging
 import math
+import operator
 import os
 import pathlib
 import pprint
 import random
+import re
 import secrets
+import signal
 import socket
 import sqlite3
 import subprocess
@@ -26,6 +32,7 @@ import urllib.parse
 import urllib.request
 import uuid
 import warnings
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +67,7 @@ buffer, console = io.StringIO(), io.TextIOWrapper(io.BytesIO())
 log = logging.getLogger("test_effects")
 log.addHandler(logging.StreamHandler(buffer))
 printer = functools.partial(print, "partial")
+jitted_print = jax.jit(print)
 cached_time = functools.lru_cache(time.time)
 
 
@@ -222,6 +230,29 @@ BANNED = [
     ("print", lambda: jax.tree.map(says, [1])),
     ("print", lambda: [print(x) for x in range(1)]),
     ("print", lambda: {print(x) for x in range(1)}),
+    ("print", lambda: [2, 1].sort(key=print)),
+    ("print", lambda: operator.call(print, "x")),
+    ("print", lambda: re.sub("x", print, "x")),
+    ("print", lambda: re.compile("x").sub(print, "x")),
+    ("print", lambda: contextvars.copy_context().run(print, "x")),
+    ("print", lambda: weakref.finalize(Printing(), print, "x")),
+    ("print", lambda: jax.tree.map(print, [1])),
+    ("print", lambda: jax.tree.map(functools.partial(print, "x"), [1])),
+    ("print", lambda: jax.vmap(print)(ones)),
+    ("print", lambda: jax.jit(print)(ones)),
+    ("print", lambda: jitted_print(ones)),
+    ("print", lambda: jax.lax.map(print, ones)),
+    ("print", lambda: np.vectorize(print, otypes=[object])(np.ones(2))),
+    ("print", lambda: np.apply_along_axis(print, 0, np.ones(2))),
+    ("print", lambda: np.frompyfunc(print, 1, 1)(np.ones(2))),
+    ("print", lambda: jax.grad(lambda x: jhop.hook(x, print) * 2.0)(1.0)),
+    ("print", lambda: jhop.trace_wrapped(ones, fn=print)),
+    ("sys.stdout.write", lambda: sys.stdout.write("x")),
+    ("sys.stdout.write", lambda: pprint.pprint({"a": 1})),
+    ("sys.displayhook", lambda: sys.displayhook("x")),
+    ("atexit.register", lambda: atexit.register(says, 1)),
+    ("signal.getsignal", lambda: signal.getsignal(signal.SIGINT)),
+    ("numpy.info", lambda: np.info("sin")),
     ("time.time", lambda: cached_time()),
     ("time.time", lambda: list(map(lambda f: f(), [time.time]))),
     ("os.getpid", lambda: getattr(os, "getpid")()),  # noqa: B009
@@ -330,6 +361,9 @@ ALLOWED = [
     lambda: jax.debug.print("{}", ones),
     lambda: jax.debug.callback(print, 1),
     lambda: jax.debug.callback(functools.partial(print, "x"), 1),
+    lambda: jax.debug.callback(jax.tree_util.Partial(print), 1),
+    lambda: jnp.sin(jax.pure_callback(rng.normal, jax.ShapeDtypeStruct((), jnp.float32))),
+    lambda: (re.sub("x", "y", "x"), operator.call(len, [1]), jax.tree.map(abs, [1]), np.vectorize(len)(["x"])),
     lambda: jax.pure_callback(np.sin, jax.ShapeDtypeStruct((), jnp.float32), jnp.float32(1)),
     lambda: jax.random.normal(jax.random.key(0), (3,)),
     lambda: jax.random.split(jax.random.key(0)),
@@ -410,6 +444,16 @@ def test_a_starred_call_that_nothing_names_is_an_error_after_it(capsys):
     assert sys.getrefcount(values) == before
 
 
+def test_console_that_is_a_buffer(no_effect):
+    """`print` is not all that writes there."""
+    with contextlib.redirect_stdout(io.StringIO()) as console:
+        for call in (lambda: pprint.pprint([1]), lambda: sys.stdout.write("x")):
+            with pytest.raises(Unsupported, match=r"`sys\.stdout\.write`"):
+                traced(lambda ct, call=call: call())
+        traced(lambda ct: ct * len(io.StringIO().getvalue() + pprint.pformat([1])))
+    assert console.getvalue() == ""
+
+
 # The message
 
 
@@ -452,6 +496,18 @@ def test_remedies(call, remedy):
 def test_given_remedy_replaces_the_last_resort():
     with pytest.raises(Unsupported, match="; or compile with `jhop.jit`."):
         traced(says, remedy="compile with `jhop.jit`")
+
+
+draw = rng.normal
+
+
+def test_function_of_cython_is_named_by_the_call(no_effect):
+    with pytest.raises(Unsupported, match=r"cannot trace a call to `numpy\.random\.normal` in hook `hook`"):
+
+        def hook(ct):
+            return ct * draw()
+
+        jhop.jit(jax.grad(lambda x: jhop.hook(x, hook) * 3.0), fullgraph=True)(2.0)
 
 
 @pytest.mark.parametrize(
@@ -830,3 +886,17 @@ def test_operators_are_missing_where_jax_differs(monkeypatch):
     for module in (_effects, _profiling):
         monkeypatch.setattr(module, "OPERATOR_CODE", None)
     assert traced(plain_mul).operators == []
+
+
+@pytest.mark.parametrize(
+    "hook",
+    [
+        lambda ct: ct * ct[0, ct[0].argmax()],
+        lambda ct: ct * ct[[0, ct[0].argmax()],].sum(),
+        lambda ct: copy.deepcopy(ct) * 3.0,
+    ],
+)
+def test_operators_keep_no_tracers_in_containers(hook):
+    x = jnp.arange(6.0).reshape(2, 3)
+    got = jhop.jit(jax.grad(lambda x: (jhop.hook(x, hook) ** 2).sum()), fullgraph=True)(x)
+    np.testing.assert_allclose(got, hook(2 * x))

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from test_state_control_flow import JAX, PYTHON
 from under import make_mesh
@@ -179,6 +180,32 @@ def test_error_is_the_hook_s_own_and_nothing_was_written():
     assert (box.n, log.calls, len(log.seen)) == (2, 8, 2)
 
 
+@pytest.mark.parametrize("loop", [False, True])
+def test_error_undoes_what_was_written_into_numpy_arrays(loop):
+    box = types.SimpleNamespace(seen=np.zeros(3), pair=(np.ones(2), 5), all=[np.arange(2.0)])
+    before = [box.seen, box.pair[0], box.all[0]]
+    contents = [array.copy() for array in before]
+
+    def fails(ct):
+        box.seen[1] = float(ct[0])
+        box.pair[0][:] = 7
+        box.all[0] += 3
+        box.seen = np.full(3, 4.0)
+        raise LookupError("as it happens")
+
+    def program(x):
+        if not loop:
+            return (jhop.hook(x * 1.5, fails) ** 2).sum()
+        return jax.lax.scan(lambda c, _: (jhop.hook(c * 1.5, fails), None), x, None, length=2)[0].sum()
+
+    with pytest.raises(LookupError), pytest.warns(UserWarning):
+        jhop.jit(jax.grad(program))(X)
+    now = [box.seen, box.pair[0], box.all[0]]
+    assert [id(array) for array in now] == [id(array) for array in before]
+    for array, content in zip(now, contents, strict=True):
+        np.testing.assert_array_equal(array, content)
+
+
 def test_state_that_nobody_can_lift():
     box = types.SimpleNamespace(lock=threading.Lock(), n=0)
 
@@ -324,6 +351,77 @@ def test_error_inside_is_the_hook_s_own_and_nothing_was_written(program):
     box.fails = -1
     agree(step(X), first)
     assert (box.calls, own.n) == (2 * calls, 2 * n)
+
+
+def told(seen):
+    """A hook that looks at values, and notes how its cotangent is sharded."""
+
+    def hook(ct):
+        seen.append((getattr(ct.sharding, "spec", None), float(ct[0])))
+        return ct * 1.25
+
+    return hook
+
+
+@pytest.mark.filterwarnings("ignore:hook .* runs on the host")
+@pytest.mark.parametrize("loop", [False, True])
+def test_shardings_and_donation(loop):
+    mesh = make_mesh((4,), ("a",))
+    rows, whole = NamedSharding(mesh, P("a")), NamedSharding(mesh, P())
+    seen = []
+
+    def loss(params, power, *, scale=1.0):
+        w = params["w"] * params["b"]
+        if loop:
+            w, _ = jax.lax.scan(lambda c, _: (jhop.hook(c * 1.5, told(seen)), None), w, None, length=2)
+        else:
+            w = jhop.hook(w * 1.5, told(seen))
+        return (w**power).sum() * scale
+
+    gradient = jax.value_and_grad(loss)
+    params = {"w": np.arange(8, dtype=np.float32), "b": np.full(8, 0.5, np.float32)}
+    places = {"w": rows, "b": whole}
+    step = jhop.jit(
+        gradient, static_argnums=1, in_shardings=(places,), out_shardings=(whole, places), donate_argnums=0
+    )
+    with jax.disable_jit():
+        value, expected = gradient(jax.tree.map(jnp.asarray, params), 2)
+    for _ in range(2):
+        given = jax.tree.map(lambda leaf, place: jax.device_put(leaf, place), params, places)
+        got, grads = step(given, 2)
+        assert all(leaf.is_deleted() for leaf in given.values())
+        assert {name: grad.sharding.spec for name, grad in grads.items()} == {"w": P("a"), "b": P()}
+        assert got.sharding.spec == P()
+        agree(got, value)
+        jax.tree.map(agree, grads, expected)
+    if not loop:
+        assert {spec for spec, _ in seen if spec} == {P("a")}
+    with pytest.raises(ValueError, match="does not match the sharding"):
+        step(jax.device_put(params, whole), 2)
+
+
+@pytest.mark.filterwarnings("ignore:hook .* runs on the host")
+def test_donation_by_name_and_no_more():
+    def loss(x, *, scale, other):
+        return (jhop.hook(x * 1.5, Prints()) ** 2).sum() * scale + other
+
+    step = jhop.jit(jax.grad(loss), donate_argnames="scale")
+    x, scale, other = X + 0, jnp.array(2.0), jnp.array(3.0)
+    agree(step(x, scale=scale, other=other), jax.grad(loss)(X, scale=2.0, other=3.0))
+    assert [array.is_deleted() for array in (x, scale, other)] == [False, True, False]
+
+
+@pytest.mark.filterwarnings("ignore:.*runs? on the host")
+def test_options_hold_where_no_part_is_compiled():
+    lock = threading.Lock()
+
+    def hook(ct):
+        with lock:
+            return ct * 2
+
+    place = NamedSharding(make_mesh((4,), ("a",)), P("a"))
+    step = jhop.jit(jax.grad(lambda x: (jhop.hook(x * 1.5, hook) ** 2).sum()), out_shardings=place)
+    assert step(jnp.arange(8.0)).sharding.spec == P("a")
 
 
 def test_not_under_vmap_and_not_in_shard_map():

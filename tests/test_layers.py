@@ -16,6 +16,8 @@ LAYERS = (
     "_source",
     "_static",
     "_banned",
+    "_mentions",
+    "_reads",
     "_watched",
     "_profiling",
     "_effects",

@@ -749,3 +749,26 @@ def test_nothing_leaks(program):
     with jax.checking_leaks():
         if program is in_scan:
             check(program, every_other, versions=None)
+
+
+def test_lists_change_places_inside_a_call():
+    def run(flow, compiled):
+        ours, other = types.SimpleNamespace(log=[5]), types.SimpleNamespace(log=[2, 2])
+
+        def hook(ct):
+            for item in ours.log[:3]:
+                ours.log, other.log = other.log, ours.log
+                ct = ct if item % 2 else ct * 0.25
+            ours.log.extend([1, 2])
+            return ct
+
+        def program(x):
+            first = jhop.hook(jnp.sin(x) * 1.5, hook)
+            return (first + flow.checkpoint(lambda v: jnp.sin(jhop.hook(jnp.cos(v), hook)))(x)).sum()
+
+        step, found = compiled(jax.grad(program)), []
+        for _ in range(2):
+            found.append((np.asarray(step(X)).round(4).tolist(), list(ours.log), list(other.log)))
+        return found
+
+    assert run(JAX, lambda step: jhop.jit(step, fullgraph=True)) == run(PYTHON, lambda step: step)
