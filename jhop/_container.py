@@ -41,11 +41,12 @@ class Container:
         path: str,
         names: set[str] | None = None,
         *,
+        weak: bool = False,
         place: tuple[Container, Any] | None = None,
     ):
-        self._obj: Any = None if place is not None else obj
+        self._obj: Any = weakref.ref(obj) if weak else None if place is not None else obj
         self.place = place
-        self.weak = False
+        self.weak = weak
         self.kind = kind
         self.path = path
         self.names = names
@@ -62,7 +63,7 @@ class Container:
 
     def loosen(self) -> None:
         """From now on, it does not keep the object alive."""
-        self._obj, self.weak = weakref.ref(self._obj), True
+        self._obj, self.weak = weakref.ref(self.obj), True
 
     def as_of_now(self) -> Container:
         """A container that stays with the object that this one has now."""

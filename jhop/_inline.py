@@ -38,7 +38,7 @@ from jhop._leaves import Leaf, is_number
 from jhop._lifted import Lifted, Session, check_needs
 from jhop._reads import explain
 from jhop._rebuild import holds_constants, is_plain_call, is_sealed, rebuild
-from jhop._records import let_go, lift_tuples
+from jhop._records import let_go, lift_tuples, loosen
 from jhop._repeats import Repeats
 from jhop._scalar import Scalar, device_kind, is_scalar, weak_aval
 from jhop._source import describe_hook, is_user_file
@@ -122,6 +122,7 @@ class _Inliner:
         before = self._gm.info
         jaxpr, slots = self._prune(jaxpr, len(given))
         n_outs = len(self._jaxpr.outvars)
+        loosen(self._walk)
         let_go(self._walk, self._shared)
         lifted = Lifted(
             slots=slots,

@@ -23,6 +23,7 @@ from jhop._guards import Guards
 from jhop._interp import inner_jaxprs
 from jhop._names import stores_outside
 from jhop._ran import note_code_that_runs
+from jhop._records import loosen
 from jhop._source import is_user_file, warn
 from jhop._walk import MAX_CONTAINERS, REFLECTION, Walk
 
@@ -93,6 +94,7 @@ class Lookups:
         # A hook that the function also calls itself is a part of it like any other.
         without = frozenset(code for hook in hooks for code in code_of(hook)) - _epoch.ran
         walk = Walk(self._roots, strict=False, without=without)
+        loosen(walk)
         changed: list[tuple[int, Any]] = []
         grown = []
         for container in walk.containers:

@@ -83,6 +83,14 @@ def _lift(walk: Walk, slot: Fixed, fixed: list[Fixed]) -> set[int]:
     return lifted
 
 
+def loosen(walk: Walk) -> None:
+    """Keeps no object alive of which hooks can see by a weak reference that it is gone."""
+    for container in walk.containers:
+        if walk.is_weak(container.obj):
+            container.loosen()
+    walk.attributes = [found for found in walk.attributes if found[1] != "__class__" or not walk.is_weak(found[0])]
+
+
 def let_go(walk: Walk, stored: Iterable[Any]) -> None:
     """Of objects that equal ones may replace, keeps the places instead of the objects.
 

@@ -111,7 +111,7 @@ class Walk:
             self.pinned: set[int] = set()  # ids of objects that are reached by more than slots
             self.holds_tracer = self.truncated = False
             self._weak: set[int] = set()  # ids of objects reached through weak references
-            self._work: collections.deque[tuple[Any, str]] = collections.deque()
+            self._work = collections.deque[tuple[Any, str]]()
             for path, fn in roots:
                 self._limit = len(self.containers) + MAX_CONTAINERS  # per hook: of these there may be any number
                 self._work.append((fn, path))
@@ -125,12 +125,10 @@ class Walk:
                     container.names = set(self._names)
                 break
         self._root = None
-        for container in filter(lambda container: self.is_weak(container.obj), self.containers):
-            container.loosen()  # it may have been met before the reference to it
-        self.attributes = [at for at in self.attributes if at[1] != "__class__" or not self.is_weak(at[0])]
 
     def is_weak(self, value: Any) -> bool:
-        return value is not None and id(value) in self._weak  # hooks can see when it is gone
+        """Whether hooks reach an object by a weak reference too: they can see when it is gone."""
+        return value is not None and id(value) in self._weak
 
     def mentions(self, *names: str) -> bool:
         """Whether the hooks' code uses one of these names."""
@@ -176,7 +174,8 @@ class Walk:
                     path,
                 )
                 return
-            container = Container(obj, kind, path, names if names is None else set(names))
+            copy = names if names is None else set(names)
+            container = Container(obj, kind, path, copy, weak=id(obj) in self._weak)
             self._by_id[id(obj), kind] = container
             self.containers.append(container)
         for key, value in container.items():
