@@ -59,7 +59,7 @@ def explain(hook: Any, error: BaseException, last_resort: str = LAST_RESORT, *, 
             f"{head}: it branches on the value of an array{also}{place}. {NOT_TRACED} Use `jnp.where` or "
             f"`jax.lax.cond`, or {last_resort}."
         )
-    if isinstance(error, VALUE_ERRORS) or (caught and is_read(error)) or "Tracer.__format__" in str(error):
+    if is_read(error):
         return (
             f"{head}: it reads the value of an array{also}{place} (float(), int(), .item(), .tolist(), numpy, "
             f"text). {NOT_TRACED} Stay with jax.numpy, or {last_resort}."

@@ -31,7 +31,7 @@ from jhop import _compat, _state
 from jhop._contract import HookFn, flat_caller, hook_fn, identity_key
 from jhop._effects import watch
 from jhop._errors import HookError, Unsupported
-from jhop._reads import VALUE_ERRORS, explain
+from jhop._reads import explain, is_read
 from jhop._records import lift_tuples
 from jhop._source import describe_hook, hook_name
 from jhop._walk import Walk
@@ -215,7 +215,9 @@ def _no_reads(fn: HookFn) -> Iterator[None]:
     """Says which hook it was that read a value."""
     try:
         yield
-    except VALUE_ERRORS as error:
+    except Exception as error:
+        if not is_read(error):
+            raise
         raise Unsupported(explain(fn.base, error, _TO_JHOP_JIT)) from error
 
 

@@ -97,7 +97,13 @@ def test_on_the_host_it_does_what_eager_code_does(hook):
 
 @pytest.mark.parametrize(
     "hook",
-    [lambda ct: ct * float(ct[0]), lambda ct: ct if ct.sum() > 0 else -ct, lambda ct: ct * ct.max().item()],
+    [
+        lambda ct: ct * float(ct[0]),
+        lambda ct: ct if ct.sum() > 0 else -ct,
+        lambda ct: ct * ct.max().item(),
+        lambda ct: ct * len(f"{ct[0]:.3f}"),
+        lambda ct: ct + jnp.zeros(ct.argmax()).sum(),
+    ],
 )
 def test_plain_jit_names_jhop_jit(hook):
     with pytest.raises(jhop.Unsupported, match=r"or compile with `jhop\.jit`, which runs this hook on the host"):
