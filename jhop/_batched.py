@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -50,14 +52,29 @@ class _BatchedPass(_engine.Pass):
 
     def tensor_hooks(self, ct: Any, hooks: HookList) -> Any:
         for fn in hooks.snapshot():
-            walk = Walk([(hook_name(fn), fn)], strict=False)
-            with _state.LOCK:
-                with _state.Lift(walk, [leaf.value for leaf in walk.leaves]) as lift:
-                    ct = trace_wrapped(ct, fn=fn, kind="tensor_pre_hook")
-                    writes = list(lift.writes())
-                for container, key, value in writes:
-                    for part in jax.tree.leaves(value):
-                        if _compat.is_mapped(part):
-                            raise _state.explain_leak(container.path_of(key), part)
-                _state.commit(writes)
+            with _lifted(fn):
+                ct = trace_wrapped(ct, fn=fn, kind="tensor_pre_hook")
         return ct
+
+    def tuple_hook(self, fn: Any, cts: list[Any], *others: list[Any]) -> list[Any]:
+        with _lifted(fn):
+            return super().tuple_hook(fn, cts, *others)
+
+
+@contextlib.contextmanager
+def _lifted(fn: Any) -> Iterator[None]:
+    """Inside, a hook writes its state for all examples at once.
+
+    Raises:
+        Unsupported: what it writes differs from example to example.
+    """
+    walk = Walk([(hook_name(fn), fn)], strict=False)
+    with _state.LOCK:
+        with _state.Lift(walk, [leaf.value for leaf in walk.leaves]) as lift:
+            yield
+            writes = list(lift.writes())
+        for container, key, value in writes:
+            for part in jax.tree.leaves(value):
+                if _compat.is_mapped(part):
+                    raise _state.explain_leak(container.path_of(key), part)
+        _state.commit(writes)

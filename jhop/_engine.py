@@ -11,7 +11,7 @@ import dataclasses
 import heapq
 import itertools
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -207,39 +207,40 @@ class Pass:
                 self._results[place] = cts[slot]
             if node in self._plan.ends:
                 return [None] * len(node.edges)
-        if leaf is not None:
-            self.accumulate(leaf, cts[0])
-            self.post_accumulate(leaf)
-            return []
         if node.pre_hooks or node.post_hooks:
-            return self.hooked_node(node, cts)
-        return self.node(node, cts)
+            return self._hooked_node(node, cts)
+        return self.node(node, cts) if leaf is None else self._leaf(leaf, cts)
 
-    def hooked_node(self, node: Node, cts: list[Any]) -> list[Any]:
+    def _leaf(self, leaf: Any, cts: list[Any]) -> list[Any]:
+        self.accumulate(leaf, cts[0])
+        self.post_accumulate(leaf)
+        return []
+
+    def _hooked_node(self, node: Node, cts: list[Any]) -> list[Any]:
         """A node with hooks of its own: on the tuple of its cotangents before, on both tuples after."""
         for fn in node.pre_hooks.snapshot() if node.pre_hooks else ():
-            cts = self._replaced(fn, fn(tuple(cts)), cts)
+            cts = self.tuple_hook(fn, cts)
+        if isinstance(node, AccumulateGrad):
+            outs = self._leaf(node.leaf, cts)
+            for fn in node.post_hooks.snapshot() if node.post_hooks else ():
+                self.end_hook(fn, node.leaf, cts)
+            return outs
         outs = self.node(node, cts)
         for fn in node.post_hooks.snapshot() if node.post_hooks else ():
-            outs = self._replaced(fn, fn(tuple(outs), tuple(cts)), outs)
+            outs = self.tuple_hook(fn, outs, cts)
         return outs
 
-    def _replaced(self, fn: Any, returned: Any, before: list[Any]) -> list[Any]:
-        """What a node hook made of a tuple of cotangents; None keeps them."""
+    def tuple_hook(self, fn: Any, cts: list[Any], *others: list[Any]) -> list[Any]:
+        """Calls a hook on tuples; it may replace the first of them."""
+        returned = checked_tuple(fn, fn(tuple(cts), *map(tuple, others)), cts)
         if returned is None:
-            return before
-        if not isinstance(returned, tuple) or len(returned) != len(before):
-            raise HookError(
-                f"{describe_hook(fn)} of a node must return a tuple of {len(before)} cotangents or None, but returned "
-                f"{type(returned).__name__}" + (f" of {len(returned)}." if isinstance(returned, tuple) else ".")
-            )
-        if any(old is None and new is not None for new, old in zip(returned, before, strict=True)):
-            raise HookError(
-                f"{describe_hook(fn)} of a node returned a cotangent where it was given None: nothing flows there. "
-                "Return None in its place."
-            )
-        pairs = zip(returned, before, strict=True)
+            return cts
+        pairs = zip(returned, cts, strict=True)
         return [old if new is None else self.contract(fn, new, old) for new, old in pairs]
+
+    def end_hook(self, fn: Any, leaf: Any, cts: list[Any]) -> None:
+        """Calls the hook after a leaf's node, which sends nothing on."""
+        self.tuple_hook(fn, [], cts)
 
     def node(self, node: Node, cts: list[Any]) -> list[Any]:
         """The cotangents of a node's inputs, None where none flows or is wanted."""
@@ -303,6 +304,27 @@ def run_post_hook(fn: Callable[[Any], Any], leaf: Any) -> None:
             f"post-accumulate {describe_hook(fn)} must return None, but returned {type(returned).__name__}. "
             "It is given the Tensor: change its .grad instead."
         )
+
+
+def checked_tuple(fn: Any, returned: Any, before: Sequence[Any]) -> tuple[Any, ...] | None:
+    """What a node hook returned for the cotangents `before`: a tuple of as many, or None, which keeps them.
+
+    Raises:
+        HookError: it is something else, or has a cotangent where nothing flows.
+    """
+    if returned is None:
+        return None
+    if not isinstance(returned, tuple) or len(returned) != len(before):
+        raise HookError(
+            f"{describe_hook(fn)} of a node must return a tuple of {len(before)} cotangents or None, but returned "
+            f"{type(returned).__name__}" + (f" of {len(returned)}." if isinstance(returned, tuple) else ".")
+        )
+    if any(old is None and new is not None for new, old in zip(returned, before, strict=True)):
+        raise HookError(
+            f"{describe_hook(fn)} of a node returned a cotangent where it was given None: nothing flows there. "
+            "Return None in its place."
+        )
+    return returned
 
 
 @jax.jit

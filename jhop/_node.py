@@ -108,13 +108,58 @@ class Node:
         return self._metadata
 
     def register_prehook(self, fn: Callable[..., Any]) -> Any:
-        """Registers `fn(grad_outputs) -> tuple | None`, run before this node on the tuple of its cotangents."""
+        """Registers `fn(grad_outputs) -> tuple | None`, run before this node, after the hooks of its Tensors.
+
+        Args:
+            fn: gets a tuple with the cotangent of each output, None where none came, and returns another of as many
+                (None in it keeps a cotangent), or None to keep all.
+
+        Returns:
+            A handle whose `remove()` removes the hook.
+
+        Raises:
+            HookError: `fn` is not callable. During the pass: it returned something else, or a cotangent of another
+                shape or dtype, or one where it was given None.
+
+        Example:
+            >>> import jhop
+            >>> x = jhop.tensor(2.0, requires_grad=True)
+            >>> y = x * x
+            >>> _ = y.grad_fn.register_prehook(lambda grads: (grads[0] * 10.0,))
+            >>> y.backward()
+            >>> float(x.grad)
+            40.0
+
+        The counterpart in PyTorch is `torch.autograd.graph.Node.register_prehook`.
+        """
         if self.pre_hooks is None:
             self.pre_hooks = HookList()
         return self.pre_hooks.add(fn, "Node.register_prehook")
 
     def register_hook(self, fn: Callable[..., Any]) -> Any:
-        """Registers `fn(grad_inputs, grad_outputs) -> tuple | None`, run after this node."""
+        """Registers `fn(grad_inputs, grad_outputs) -> tuple | None`, run after this node.
+
+        The hook after the node of a leaf (`AccumulateGrad`) runs when `.grad` is written and post-accumulate hooks have
+        run; its `grad_inputs` is empty. Such a node lives as long as a graph, or somebody else, holds it.
+
+        Args:
+            fn: gets the cotangents that the node computed, None where none flows or is wanted, and those that it was
+                given. It returns a tuple in place of the first (None in it keeps a cotangent), or None to keep all.
+
+        Returns, raises:
+            As `register_prehook`.
+
+        Example:
+            >>> import jhop
+            >>> x = jhop.tensor(2.0, requires_grad=True)
+            >>> y = x * 3.0
+            >>> _ = y.grad_fn.register_hook(lambda grad_inputs, grad_outputs: (grad_inputs[0] + grad_outputs[0],))
+            >>> y.backward()
+            >>> float(x.grad)
+            4.0
+
+        The counterpart in PyTorch is `torch.autograd.graph.Node.register_hook`.
+        """
         if self.post_hooks is None:
             self.post_hooks = HookList()
         return self.post_hooks.add(fn, "Node.register_hook")

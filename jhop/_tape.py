@@ -87,7 +87,6 @@ class Tape:
                 tuple((number.get(edge.node), edge.slot) for edge in node.edges),
                 tuple(self.saved[node]),
                 tuple(tuple(map(identity_key, hooks.snapshot())) if hooks else None for hooks in _hook_lists(node)),
-                bool(node.pre_hooks or node.post_hooks),
                 tuple(slot for slot, _ in node.retained()),
                 tuple(plan.captures.get(node, ())),
             )
@@ -168,9 +167,8 @@ def _kind(node: Node) -> Any:
 
 
 def _hook_lists(node: Node) -> list[Any]:
-    if isinstance(node, AccumulateGrad):
-        return [node.leaf._hooks, node.leaf._post_hooks]
-    return list(node.hooks)
+    own = [node.leaf._hooks, node.leaf._post_hooks] if isinstance(node, AccumulateGrad) else node.hooks
+    return [node.pre_hooks, node.post_hooks, *own]
 
 
 def _aval_key(value: Any) -> Any:
