@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from jhop import _compat, _engine, _state
+from jhop import _compat, _engine, _plan, _state
 from jhop._errors import JhopError
 from jhop._hook import HookList
 from jhop._source import hook_name
@@ -16,7 +16,7 @@ from jhop._trace_wrapped import trace_wrapped
 from jhop._walk import Walk
 
 
-def backward(request: _engine.Request) -> list[Any]:
+def backward(request: _plan.Request) -> list[Any]:
     """Runs a pass whose cotangents have one more axis, the first; so have its results.
 
     Returns:
@@ -26,7 +26,7 @@ def backward(request: _engine.Request) -> list[Any]:
         JhopError: a Tensor on the way retains its gradient.
         Unsupported: a hook writes to its state what differs from example to example.
     """
-    found = _engine.plan(request)
+    found = _plan.plan(request)
     for node in found.run:
         node.saved()
     edges = [edge for edge, _ in request.seeds]

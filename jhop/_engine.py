@@ -1,17 +1,14 @@
 """Walks a tape backwards: sums the cotangents of each value, runs its hooks once, and calls each node once.
 
-The order is a matter of the graph alone, so it is found first (`plan`), and a `Pass` then visits the nodes. The same
+The order is a matter of the graph alone, so it is found first (`_plan`), and a `Pass` then visits the nodes. The same
 `Pass` runs on arrays (`backward()` as it is), on tracers (while compiled autograd captures) and, with other arithmetic,
 on Tensors (`_record`, for `create_graph`).
 """
 
 from __future__ import annotations
 
-import dataclasses
-import heapq
-import itertools
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,54 +17,13 @@ import jax.numpy as jnp
 from jhop import _compat
 from jhop._contract import check_contract
 from jhop._errors import HookError
+from jhop._gates import Group, GroupHook, Stop
 from jhop._hook import run_hooks
 from jhop._node import AccumulateGrad, Edge, Node, set_grad_enabled
+from jhop._plan import Plan, Request, plan
 from jhop._source import describe_hook
 
 _context = threading.local()
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Request:
-    """What a backward pass is asked for.
-
-    Attributes:
-        seeds: where it starts, and with which cotangents: arrays, or Tensors with `create_graph`.
-        keep_graph: whether what was saved is kept for another pass.
-        create_graph: whether the pass itself is recorded, so that its results can be differentiated.
-        inputs: the values whose gradients are wanted; None for all leaves.
-        returned: whether these gradients are returned, and no `.grad` of a leaf is touched.
-    """
-
-    seeds: list[tuple[Edge, Any]]
-    keep_graph: bool
-    create_graph: bool = False
-    inputs: tuple[Edge, ...] | None = None
-    returned: bool = False
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan:
-    """Which nodes a pass visits.
-
-    Attributes:
-        order: the nodes, each after all those that send cotangents to it.
-        wanted: those nodes as a set, if there are others that cotangents could flow to.
-        ends: nodes where gradients are taken and nothing flows on: only the hooks of their Tensors run.
-        captures: per node, (output, place in the results) of gradients that are returned.
-        n_results: how many are.
-    """
-
-    order: list[Node]
-    wanted: set[Node] | None = None
-    ends: frozenset[Node] = frozenset()
-    captures: dict[Node, list[tuple[int, int]]] = dataclasses.field(default_factory=dict)
-    n_results: int = 0
-
-    @property
-    def run(self) -> list[Node]:
-        """The nodes that are run, and not only visited."""
-        return [node for node in self.order if node not in self.ends]
 
 
 def capture_with(runner: Callable[..., Any] | None) -> Callable[..., Any] | None:
@@ -75,76 +31,6 @@ def capture_with(runner: Callable[..., Any] | None) -> Callable[..., Any] | None
     before = getattr(_context, "runner", None)
     _context.runner = runner
     return before
-
-
-def _dependencies(roots: Iterable[Node]) -> dict[Node, int]:
-    """Per reachable node, how many edges lead to it. No recursion: tapes may be long."""
-    counts = dict.fromkeys(roots, 0)
-    stack = list(counts)
-    while stack:
-        for edge in stack.pop().edges:
-            if edge.node not in counts:
-                counts[edge.node] = 0
-                stack.append(edge.node)
-            counts[edge.node] += 1
-    return counts
-
-
-def execution_order(roots: list[Node], *, stack: bool = False) -> list[Node]:
-    """The order in which nodes run: every node after all those that send cotangents to it.
-
-    Args:
-        roots: where the pass starts.
-        stack: the order in which compiled autograd collects nodes (last edge first); otherwise the eager engine's:
-            leaves as soon as and in the order that they are ready, other nodes latest first.
-    """
-    counts = _dependencies(roots)
-    ready: list[Any] = []
-    turn = itertools.count()
-    order: list[Node] = []
-
-    def push(node: Node) -> None:
-        if stack:
-            ready.append((0, 0, node))
-        else:
-            is_leaf = isinstance(node, AccumulateGrad)
-            heapq.heappush(ready, (0, next(turn), node) if is_leaf else (1, -node.sequence, node))
-
-    for node in dict.fromkeys(roots):
-        if counts[node] == 0:
-            push(node)
-    while ready:
-        node = (ready.pop() if stack else heapq.heappop(ready))[2]
-        order.append(node)
-        for edge in node.edges:
-            counts[edge.node] -= 1
-            if counts[edge.node] == 0:
-                push(edge.node)
-    return order
-
-
-def plan(request: Request, *, stack: bool = False) -> Plan:
-    """Finds the nodes to visit: with `inputs`, those on the paths to them. `stack` is as for `execution_order`."""
-    order = execution_order([edge.node for edge, _ in request.seeds], stack=stack)
-    if request.inputs is None:
-        return Plan(order=order)
-    targets = {edge.node for edge in request.inputs}
-    running = set() if request.returned else targets.intersection(order)
-    wanted = targets.intersection(order)
-    for node in reversed(order):
-        if any(edge.node in wanted for edge in node.edges):
-            running.add(node)
-            wanted.add(node)
-    captures: dict[Node, list[tuple[int, int]]] = {}
-    for place, edge in enumerate(request.inputs if request.returned else ()):
-        captures.setdefault(edge.node, []).append((edge.slot, place))
-    return Plan(
-        order=[node for node in order if node in wanted],
-        wanted=wanted,
-        ends=frozenset(wanted - running),
-        captures=captures,
-        n_results=len(request.inputs) if request.returned else 0,
-    )
 
 
 class Pass:
@@ -161,17 +47,21 @@ class Pass:
         self._keep_graph = keep_graph
         self._before: dict[int, tuple[Any, Any]] = {}  # by id: a Tensor, and its .grad before this pass
         self._results: list[Any] = [None] * plan.n_results
+        self._taken: dict[Group, list[Any]] = {}  # the gradients of groups, as far as they are known
+        self._rest: dict[Any, Any] = {}  # per value that a group took: its hooks that have not run
 
     def run(self, seeds: list[tuple[Edge, Any]]) -> list[Any]:
         """Visits the nodes, starting with the given cotangents; the gradients that are asked for, or None."""
         pending: dict[Node, list[Any]] = {}
-        wanted = self._wanted
+        wanted, stops = self._wanted, self._plan.stops
         recording = set_grad_enabled(self.recording)
         try:
             for edge, ct in seeds:
                 if wanted is None or edge.node in wanted:
                     self._add(pending, edge, ct)
             for node in self._plan.order:
+                for stop in stops.get(node, ()) if stops else ():
+                    self._stop(stop, pending)
                 cts = pending.pop(node, None)
                 if cts is not None:
                     for edge, ct in zip(node.edges, self.visit(node, cts), strict=True):
@@ -191,9 +81,33 @@ class Pass:
         old = slots[edge.slot]
         slots[edge.slot] = ct if old is None else self.add(old, ct)
 
+    def _stop(self, stop: Stop, pending: dict[Node, list[Any]]) -> None:
+        """Takes gradients of a group, after the hooks of each that were registered before; runs its hook if it can."""
+        group = stop.group
+        taken = self._taken.setdefault(group, [None] * len(group.places))
+        known = any(ct is not None for ct in taken)
+        for i, edge in stop.members:
+            cts = pending.get(edge.node)
+            if cts is None or cts[edge.slot] is None:
+                continue
+            hooks, self._rest[edge] = self._rest.get(edge, hooks_of(edge)).split(group.id)
+            if hooks:
+                cts[edge.slot] = self.tensor_hooks(cts[edge.slot], hooks)
+            taken[i] = cts[edge.slot]
+        if not stop.fires or (known and group.first) or all(ct is None for ct in taken):
+            return
+        given = [ct for ct in taken if ct is not None] if group.first else taken
+        made = self.tuple_hook(GroupHook(stop), given)
+        for i, edge in stop.members:
+            if taken[i] is not None:
+                pending[edge.node][edge.slot] = made[0 if group.first else i]
+
     def visit(self, node: Node, cts: list[Any]) -> list[Any]:
         """Hooks, then the node: the cotangents for its edges."""
+        rest = self._rest
         for slot, hooks in enumerate(node.hooks):
+            if rest:
+                hooks = rest.get((node, slot), hooks)
             if hooks and cts[slot] is not None:
                 cts[slot] = self.tensor_hooks(cts[slot], hooks)
         for slot, tensor in node.retained() if node.retain else ():
@@ -201,7 +115,9 @@ class Pass:
                 self.accumulate(tensor, cts[slot])
         leaf = node.leaf if isinstance(node, AccumulateGrad) else None
         if leaf is not None and leaf._hooks:
-            cts[0] = self.tensor_hooks(cts[0], leaf._hooks)
+            hooks = rest.get((node, 0), leaf._hooks)
+            if hooks:
+                cts[0] = self.tensor_hooks(cts[0], hooks)
         if self._wanted is not None:
             for slot, place in self._plan.captures.get(node, ()):
                 self._results[place] = cts[slot]
@@ -290,6 +206,12 @@ class Pass:
         if not self._keep_graph:
             for node in self._plan.run:
                 node.release()
+
+
+def hooks_of(edge: Edge) -> Any:
+    """The hooks of the Tensor that an edge leads to."""
+    node = edge.node
+    return node.leaf._hooks if isinstance(node, AccumulateGrad) else node.hooks_at(edge.slot)
 
 
 def run_post_hook(fn: Callable[[Any], Any], leaf: Any) -> None:

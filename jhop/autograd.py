@@ -10,8 +10,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jhop import _batched, _engine
-from jhop._errors import JhopError
+from jhop import _batched, _engine, _plan
+from jhop._errors import HookError, JhopError
+from jhop._gates import Group
+from jhop._hook import RemovableHandle
 from jhop._lift import lift
 from jhop._node import set_grad_enabled
 from jhop._tensor import Tensor, given_tensors, request_for
@@ -152,8 +154,8 @@ def grad(
     edges = tuple(tensor._edge("autograd.grad") for tensor in by)
     keep = create_graph if retain_graph is None else retain_graph
 
-    def request(gradients: Any, keep_graph: bool) -> _engine.Request:
-        return _engine.Request(
+    def request(gradients: Any, keep_graph: bool) -> _plan.Request:
+        return _plan.Request(
             seeds=_seeds(outputs, gradients, "autograd.grad", create_graph), keep_graph=keep_graph,
             create_graph=create_graph, inputs=edges, returned=True,
         )  # fmt: skip
@@ -166,6 +168,61 @@ def grad(
         _result(i, tensor, value, create_graph, allow_unused or materialize_grads, materialize_grads)
         for i, (tensor, value) in enumerate(zip(by, found, strict=True))
     )
+
+
+def register_multi_grad_hook(
+    tensors: Sequence[Tensor], fn: Callable[[Any], Any], *, mode: str = "all"
+) -> RemovableHandle:
+    """Registers one hook on several Tensors.
+
+    With mode "all", `fn(grads) -> sequence | None` runs once per backward pass, when the gradients of all Tensors that
+    the pass reaches are complete: `grads` is a list in the order of `tensors`, None for those that it does not reach.
+    The gradients that it returns take the place of these, None keeps one; none of them flows on before it ran. Where
+    the gradient of one Tensor is computed from that of another, some have flowed on: then it may only look on. With
+    mode "any", `fn(grad) -> None` runs once per pass, on the first of these gradients.
+
+    On each Tensor it has its turn among the hooks of that Tensor, in order of registration.
+
+    Args:
+        tensors: two or more Tensors, or one, each once: leaves or not.
+        fn: gets arrays of the Tensors' shapes and dtypes (Tensors with `create_graph`), returns others like them.
+        mode: "all" or "any".
+
+    Returns:
+        A handle whose `remove()` removes the hook from all Tensors.
+
+    Raises:
+        HookError: `fn` is not callable, `mode` is another, or a Tensor does not require grad or is given twice. During
+            the pass: what `fn` returned is no sequence of that length, has another shape or dtype in it, or a gradient
+            where it was given None; or it returned something where it may only look on.
+        JhopError: `tensors` are no Tensors, or a function that `jhop.compile` traces is running.
+
+    Example:
+        >>> import jhop, jax.numpy as jnp
+        >>> x, y = (jhop.tensor(value, requires_grad=True) for value in (1.0, 2.0))
+        >>> def clip(grads):
+        ...     norm = jnp.sqrt(sum(grad * grad for grad in grads))
+        ...     return [grad / norm for grad in grads]
+        >>> handle = jhop.autograd.register_multi_grad_hook([x, y], clip)
+        >>> (x * 3.0 + y * 4.0).backward()
+        >>> round(float(x.grad), 3), round(float(y.grad), 3)
+        (0.6, 0.8)
+
+    The counterpart in PyTorch is `torch.autograd.graph.register_multi_grad_hook`, which ignores what `fn` returns.
+    """
+    where = "autograd.register_multi_grad_hook"
+    members = given_tensors(tensors, where)
+    if mode not in ("all", "any"):
+        raise HookError(f"{where}: expected mode 'all' or 'any', got {mode!r}.")
+    if not callable(fn):
+        raise HookError(f"{where}: expected a callable hook, got {type(fn).__name__} ({fn!r}).")
+    for i, tensor in enumerate(members):
+        tensor._outside(where)
+        tensor._need_grad(f"{where}: tensors[{i}]")
+        if any(tensor is other for other in members[:i]):
+            raise HookError(f"{where}: tensors[{i}], of shape {tensor.shape}, is given twice. Give each Tensor once.")
+    group = Group(fn, first=mode == "any", places=[tensor._place() for tensor in members])
+    return group.register([tensor._hook_list() for tensor in members])
 
 
 def _result(i: int, tensor: Tensor, value: Any, create_graph: bool, allow_unused: bool, zeros: bool) -> Any:
@@ -194,7 +251,7 @@ def _examples(outputs: Any, gradients: Any) -> list[Any]:
     return list(given)
 
 
-def _for_each(request: Callable[[Any, bool], _engine.Request], given: list[Any], keep: bool) -> list[Any]:
+def _for_each(request: Callable[[Any, bool], _plan.Request], given: list[Any], keep: bool) -> list[Any]:
     """The results of a pass for each example of the cotangents, stacked."""
     examples = [[ct[i] for ct in given] for i in range(len(given[0]))]
     first = request(examples[0], keep)

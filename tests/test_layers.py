@@ -91,6 +91,8 @@ LAYERS = (
     "_questions",
     "_functionalize",
     "_node",
+    "_gates",
+    "_plan",
     "_engine",
     "_batched",
     "_values",
