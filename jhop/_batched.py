@@ -28,7 +28,7 @@ def backward(request: _plan.Request) -> list[Any]:
     """
     found = _plan.plan(request)
     for node in found.run:
-        node.saved()
+        node.check()
     edges = [edge for edge, _ in request.seeds]
     reached: list[bool] = []
 

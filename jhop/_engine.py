@@ -277,7 +277,7 @@ def backward(request: Request) -> list[Any]:
         return runner(request)
     found = plan(request)
     for node in found.run:
-        node.saved()  # a freed node is found before any hook has run
+        node.check()  # a freed node is found before any hook has run
     if request.create_graph and any([node.unfold() for node in found.run]):
         found = plan(request)
     kind = RECORDED[0] if request.create_graph else Pass

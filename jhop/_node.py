@@ -12,8 +12,11 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
+
 from jhop._errors import JhopError
 from jhop._hook import HookList
+from jhop._kept import Kept, context, values_of
 
 _sequence = itertools.count()
 _mode = threading.local()
@@ -164,8 +167,11 @@ class Node:
             self.post_hooks = HookList()
         return self.post_hooks.add(fn, "Node.register_hook")
 
+    def check(self) -> None:
+        """Raises JhopError if the node was freed."""
+
     def saved(self) -> list[Any]:
-        """Arrays that the node keeps for its backward."""
+        """Arrays that the node keeps for its backward. It is asked once per pass: they may have to be unpacked."""
         return []
 
     def apply(self, cts: list[Any], saved: list[Any]) -> list[Any]:
@@ -214,7 +220,8 @@ class OpNode(Node):
     def __init__(self, edges: Any, avals: Any, op: Any, saved: list[Any], fn: Any, has_number: bool):
         super().__init__(edges, avals)
         self.op = op
-        self._saved: list[Any] | None = saved
+        hooks = context.hooks
+        self._saved: list[Any] | Kept | None = saved if hooks is None else Kept(hooks, saved)
         self._fn = fn
         self.has_number = has_number
 
@@ -222,10 +229,14 @@ class OpNode(Node):
         label = getattr(self._fn, "__name__", type(self._fn).__name__)
         return "".join(part.capitalize() for part in label.strip("_").split("_")) + "Backward"
 
+    def check(self) -> None:
+        if self._saved is None:
+            raise freed(self)
+
     def saved(self) -> list[Any]:
         if self._saved is None:
             raise freed(self)
-        return self._saved
+        return values_of(self._saved)
 
     def apply(self, cts: list[Any], saved: list[Any]) -> list[Any]:
         return self.op.pullback(saved, cts)
@@ -238,7 +249,10 @@ class OpNode(Node):
         return self.op.depends
 
     def flows(self) -> tuple[frozenset[int], ...] | None:
-        return self.op.depends or self.op.flows(self.saved())
+        if self.op.depends is not None or self._saved is None:
+            return self.op.depends
+        kept = self._saved
+        return self.op.flows(kept.avals if isinstance(kept, Kept) else tuple(map(jax.typeof, kept)))
 
     def release(self) -> None:
         self._saved = None

@@ -14,8 +14,9 @@ from jhop import _batched, _engine, _plan
 from jhop._errors import HookError, JhopError
 from jhop._gates import Group
 from jhop._hook import RemovableHandle
+from jhop._kept import Hooks, keeping
 from jhop._lift import lift
-from jhop._node import set_grad_enabled
+from jhop._node import inside, set_grad_enabled
 from jhop._tensor import Tensor, given_tensors, request_for
 
 
@@ -58,6 +59,53 @@ def _recording(enabled: bool) -> Iterator[None]:
         yield
     finally:
         set_grad_enabled(before)
+
+
+@contextlib.contextmanager
+def saved_tensors_hooks(pack: Callable[[Any], Any], unpack: Callable[[Any], Any]) -> Iterator[None]:
+    """Inside the block, what operations of this thread keep for their backward is kept as `pack` says.
+
+    A node keeps the arguments of its operation; a call of a compiled function, its inputs and what its backward graph
+    needs. `pack` runs when the operation is recorded, `unpack` once in each backward pass that runs the node, also
+    under compiled autograd. Of nested blocks, the innermost counts. Python numbers are kept as they are.
+
+    Args:
+        pack: `pack(array) -> anything`, for each array that is kept: one that is two arguments is packed twice, except
+            for a compiled function. What it returns may be anything: another array, a file name, an index.
+        unpack: `unpack(anything) -> array`, which is given that and returns an array of the shape and dtype that were
+            packed.
+
+    Raises:
+        HookError: one of them is not callable. During the pass: what `unpack` returned has another shape or dtype.
+        JhopError: used inside a function that `jhop.compile` traces.
+
+    Example: keep activations in half the bytes. (On the host, it is `jax.device_get` and `jnp.asarray`; or
+    `jax.device_put` both ways, with `array.sharding.with_memory_kind("pinned_host")` there.)
+
+        >>> import jhop, jax.numpy as jnp
+        >>> x = jhop.tensor([1.0, 3.0], requires_grad=True)
+        >>> with jhop.autograd.saved_tensors_hooks(
+        ...     lambda array: array.astype(jnp.bfloat16), lambda kept: kept.astype(jnp.float32)
+        ... ):
+        ...     y = (x * x).sum()
+        >>> y.backward()
+        >>> x.grad.tolist()
+        [2.0, 6.0]
+
+    The counterpart in PyTorch is `torch.autograd.graph.saved_tensors_hooks`.
+    """
+    for name, fn in (("pack", pack), ("unpack", unpack)):
+        if not callable(fn):
+            raise HookError(
+                f"autograd.saved_tensors_hooks: expected {name} as a function, got {type(fn).__name__} ({fn!r})."
+            )
+    if inside() is not None:
+        raise JhopError(
+            "autograd.saved_tensors_hooks inside a function that jhop.compile traces has nothing to keep: the function "
+            "becomes one operation. Call the function inside the block instead."
+        )
+    with keeping(Hooks(pack, unpack)):
+        yield
 
 
 def backward(

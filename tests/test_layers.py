@@ -90,6 +90,7 @@ LAYERS = (
     "_entries",
     "_questions",
     "_functionalize",
+    "_kept",
     "_node",
     "_gates",
     "_plan",
