@@ -271,6 +271,27 @@ def backward(request: Request) -> list[Any]:
     Returns:
         The gradients at `inputs`, None where none came; an empty list if none are to be returned.
     """
+    outer = getattr(_context, "ending", None)
+    ending: list[Callable[[], Any]] = []  # a pass that a hook runs has its own
+    _context.ending = ending
+    try:
+        results = _backward(request)
+        for fn in ending:  # one of these may queue another
+            fn()
+        return results
+    finally:
+        _context.ending = outer
+
+
+def at_end(fn: Callable[[], Any]) -> bool:
+    """Queues a function for the end of this thread's backward pass; says whether there is one."""
+    ending = getattr(_context, "ending", None)
+    if ending is not None:
+        ending.append(fn)
+    return ending is not None
+
+
+def _backward(request: Request) -> list[Any]:
     runner = getattr(_context, "runner", None)
     tracing = any(isinstance(ct, _compat.Tracer) for _, ct in request.seeds)
     if runner is not None and not tracing and not request.create_graph:

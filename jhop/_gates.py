@@ -46,14 +46,14 @@ class Group:
         self.id = handle.id
         self._lists = [weakref.ref(hooks) for hooks in lists]
         for hooks in lists:
-            hooks.groups[self.id] = self
+            hooks.groups = {**(hooks.groups or {}), self.id: self}
         LIVE[self.id] = self
         return handle
 
     def remove(self, handle_id: int) -> None:
         LIVE.pop(handle_id, None)
         for ref in self._lists:
-            if (hooks := ref()) is not None:
+            if (hooks := ref()) is not None and hooks.groups:
                 hooks.groups.pop(handle_id, None)
 
 

@@ -34,14 +34,14 @@ class HookList:
     """Hooks of one value, in order of registration. Compared by identity: it is a parameter of JAX functions.
 
     Attributes:
-        groups: hooks that it shares with other values (`_gates.Group`), by the ids of their handles.
+        groups: hooks that it shares with other values (`_gates.Group`), by the ids of their handles; None before.
     """
 
     __slots__ = ("__weakref__", "_hooks", "groups")
 
     def __init__(self) -> None:
         self._hooks: dict[int, Callable[..., Any]] = {}
-        self.groups: dict[int, Any] = {}
+        self.groups: dict[int, Any] | None = None
 
     def add(self, fn: Callable[..., Any], where: str = "register_hook") -> RemovableHandle:
         """Registers a hook; the same function may be registered twice and then runs twice.

@@ -10,8 +10,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jhop import _batched, _engine, _plan
-from jhop._errors import HookError, JhopError
+from jhop import _batched, _compat, _engine, _plan
+from jhop._errors import HookError, JhopError, Unsupported
 from jhop._gates import Group
 from jhop._hook import RemovableHandle
 from jhop._kept import Hooks, keeping
@@ -216,6 +216,44 @@ def grad(
         _result(i, tensor, value, create_graph, allow_unused or materialize_grads, materialize_grads)
         for i, (tensor, value) in enumerate(zip(by, found, strict=True))
     )
+
+
+def queue_callback(fn: Callable[[], Any]) -> None:
+    """Runs `fn()` when the backward pass that is under way has ended: called from a hook, in that hook's thread.
+
+    All gradients are written then. Callbacks run in the order in which they were queued, also those that a callback
+    queues. If the pass raises, none runs.
+
+    Args:
+        fn: a function without arguments; what it returns is ignored.
+
+    Raises:
+        HookError: `fn` is not callable, or no backward pass is under way.
+        Unsupported: the hook is being traced. Where hooks that cannot be traced run on the host (`fullgraph=False`),
+            this one does; with `fullgraph=True` it is an error.
+
+    Example:
+        >>> import jhop
+        >>> x = jhop.tensor(2.0, requires_grad=True)
+        >>> _ = x.register_hook(lambda grad: jhop.autograd.queue_callback(lambda: print("done:", float(x.grad))))
+        >>> (x * 3.0).backward()
+        done: 3.0
+
+    The counterpart in PyTorch is `torch.autograd.Variable._execution_engine.queue_callback`.
+    """
+    if not callable(fn):
+        raise HookError(f"autograd.queue_callback: expected a function, got {type(fn).__name__} ({fn!r}).")
+    if _compat.tracing():
+        raise Unsupported(
+            "autograd.queue_callback is called by a hook that is being traced: it would queue its function at the "
+            "trace and at no run. Call the function after backward(), or compile with fullgraph=False, where the hook "
+            "runs on the host."
+        )
+    if not _engine.at_end(fn):
+        raise HookError(
+            "autograd.queue_callback: expected a backward pass to be under way in this thread, found none. Call it "
+            "from a hook."
+        )
 
 
 def register_multi_grad_hook(
