@@ -94,7 +94,8 @@ class Gates:
         self._held: dict[Group, list[int]] = {}
         self._left: dict[Group, int] = {}
         self._loose: set[Group] = set()  # members flowed on before all were there
-        for group in sorted(LIVE.values(), key=lambda group: group.id):
+        live = (ref() for ref in LIVE.valuerefs())  # a copy: other threads may register hooks now
+        for group in sorted((group for group in live if group is not None), key=lambda group: group.id):
             places = ((i, place()) for i, place in enumerate(group.places))
             members = {i: edge for i, edge in places if edge is not None and edge.node in nodes}
             for i, edge in members.items():
