@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 
-from jhop import _compat, _engine, _state
+from jhop import _compat, _engine, _plan, _state
 from jhop._errors import JhopError
 from jhop._hook import HookList
 from jhop._source import hook_name
@@ -14,7 +16,7 @@ from jhop._trace_wrapped import trace_wrapped
 from jhop._walk import Walk
 
 
-def backward(request: _engine.Request) -> list[Any]:
+def backward(request: _plan.Request) -> list[Any]:
     """Runs a pass whose cotangents have one more axis, the first; so have its results.
 
     Returns:
@@ -24,9 +26,9 @@ def backward(request: _engine.Request) -> list[Any]:
         JhopError: a Tensor on the way retains its gradient.
         Unsupported: a hook writes to its state what differs from example to example.
     """
-    found = _engine.plan(request)
+    found = _plan.plan(request)
     for node in found.run:
-        node.saved()
+        node.check()
     edges = [edge for edge, _ in request.seeds]
     reached: list[bool] = []
 
@@ -50,14 +52,29 @@ class _BatchedPass(_engine.Pass):
 
     def tensor_hooks(self, ct: Any, hooks: HookList) -> Any:
         for fn in hooks.snapshot():
-            walk = Walk([(hook_name(fn), fn)], strict=False)
-            with _state.LOCK:
-                with _state.Lift(walk, [leaf.value for leaf in walk.leaves]) as lift:
-                    ct = trace_wrapped(ct, fn=fn, kind="tensor_pre_hook")
-                    writes = list(lift.writes())
-                for container, key, value in writes:
-                    for part in jax.tree.leaves(value):
-                        if _compat.is_mapped(part):
-                            raise _state.explain_leak(container.path_of(key), part)
-                _state.commit(writes)
+            with _lifted(fn):
+                ct = trace_wrapped(ct, fn=fn, kind="tensor_pre_hook")
         return ct
+
+    def tuple_hook(self, fn: Any, cts: list[Any], *others: list[Any]) -> list[Any]:
+        with _lifted(fn):
+            return super().tuple_hook(fn, cts, *others)
+
+
+@contextlib.contextmanager
+def _lifted(fn: Any) -> Iterator[None]:
+    """Inside, a hook writes its state for all examples at once.
+
+    Raises:
+        Unsupported: what it writes differs from example to example.
+    """
+    walk = Walk([(hook_name(fn), fn)], strict=False)
+    with _state.LOCK:
+        with _state.Lift(walk, [leaf.value for leaf in walk.leaves]) as lift:
+            yield
+            writes = list(lift.writes())
+        for container, key, value in writes:
+            for part in jax.tree.leaves(value):
+                if _compat.is_mapped(part):
+                    raise _state.explain_leak(container.path_of(key), part)
+        _state.commit(writes)

@@ -9,7 +9,7 @@ from typing import Any
 from jhop import _compat, _engine, _state
 from jhop._boundary import accumulate_grad, aot_prologue, validate_outputs
 from jhop._capture import Recorder
-from jhop._errors import HookError, Unsupported
+from jhop._errors import HookError
 from jhop._forward import CompiledNode
 from jhop._graph import Info
 from jhop._hook import run_hooks
@@ -66,11 +66,20 @@ class CapturePass(_engine.Pass):
         self._origin = f"{node.name()} (NodeCall {self._tape.number[node] + 1})"
         return super().visit(node, cts)
 
-    def hooked_node(self, node: Node, cts: list[Any]) -> list[Any]:
-        raise Unsupported(
-            f"compiled_autograd: {node.name()} has hooks on the node itself, which cannot be captured yet. Hook its "
-            "Tensors with register_hook, or run backward() outside of enable()."
-        )
+    def tuple_hook(self, fn: Any, cts: list[Any], *others: list[Any]) -> list[Any]:
+        self._hook_place()
+        kind = "post_hook" if others else "pre_hook"
+        # None is structure in a pytree: the hook is given it where no cotangent came.
+        outs = list(trace_wrapped(tuple(cts), *map(tuple, others), fn=TupleHook(fn), kind=kind))
+        self._note([out for out in outs if out is not None])
+        return outs
+
+    def end_hook(self, fn: Any, leaf: Any, cts: list[Any]) -> None:
+        # It is given no cotangent to replace, so it is tied to the new gradient, which it comes after.
+        self._hook_place()
+        grad = self._grads[id(leaf)]
+        self._grads[id(leaf)] = out = trace_wrapped(grad, cts[0], fn=EndHook(fn), kind="post_hook")
+        self._note([out])
 
     def compute(self, node: Node, cts: list[Any]) -> list[Any]:
         saved = [self._flat[i] for i in self._tape.saved[node]]
@@ -172,4 +181,30 @@ class PostAccumulate:
                 leaf._grad = before
 
 
+class TupleHook:
+    """A hook on tuples of cotangents, whose result is checked."""
+
+    __slots__ = ("__wrapped__",)
+
+    def __init__(self, fn: Callable[..., Any]):
+        self.__wrapped__ = fn
+
+    def __call__(self, cts: tuple[Any, ...], *others: tuple[Any, ...]) -> Any:
+        return _engine.checked_tuple(self.__wrapped__, self.__wrapped__(cts, *others), cts)
+
+
+class EndHook:
+    """The hook after a leaf's node as a function of the leaf's new gradient, which it does not see."""
+
+    __slots__ = ("__wrapped__",)
+
+    def __init__(self, fn: Callable[..., Any]):
+        self.__wrapped__ = fn
+
+    def __call__(self, grad: Any, ct: Any) -> None:
+        _engine.checked_tuple(self.__wrapped__, self.__wrapped__((), (ct,)), ())
+
+
+declare_state(TupleHook, "__wrapped__")
+declare_state(EndHook, "__wrapped__")
 declare_state(PostAccumulate, "__wrapped__", "_leaf")

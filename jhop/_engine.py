@@ -1,17 +1,14 @@
 """Walks a tape backwards: sums the cotangents of each value, runs its hooks once, and calls each node once.
 
-The order is a matter of the graph alone, so it is found first (`plan`), and a `Pass` then visits the nodes. The same
+The order is a matter of the graph alone, so it is found first (`_plan`), and a `Pass` then visits the nodes. The same
 `Pass` runs on arrays (`backward()` as it is), on tracers (while compiled autograd captures) and, with other arithmetic,
 on Tensors (`_record`, for `create_graph`).
 """
 
 from __future__ import annotations
 
-import dataclasses
-import heapq
-import itertools
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,54 +17,13 @@ import jax.numpy as jnp
 from jhop import _compat
 from jhop._contract import check_contract
 from jhop._errors import HookError
+from jhop._gates import Group, GroupHook, Stop
 from jhop._hook import run_hooks
 from jhop._node import AccumulateGrad, Edge, Node, set_grad_enabled
+from jhop._plan import Plan, Request, plan
 from jhop._source import describe_hook
 
 _context = threading.local()
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Request:
-    """What a backward pass is asked for.
-
-    Attributes:
-        seeds: where it starts, and with which cotangents: arrays, or Tensors with `create_graph`.
-        keep_graph: whether what was saved is kept for another pass.
-        create_graph: whether the pass itself is recorded, so that its results can be differentiated.
-        inputs: the values whose gradients are wanted; None for all leaves.
-        returned: whether these gradients are returned, and no `.grad` of a leaf is touched.
-    """
-
-    seeds: list[tuple[Edge, Any]]
-    keep_graph: bool
-    create_graph: bool = False
-    inputs: tuple[Edge, ...] | None = None
-    returned: bool = False
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan:
-    """Which nodes a pass visits.
-
-    Attributes:
-        order: the nodes, each after all those that send cotangents to it.
-        wanted: those nodes as a set, if there are others that cotangents could flow to.
-        ends: nodes where gradients are taken and nothing flows on: only the hooks of their Tensors run.
-        captures: per node, (output, place in the results) of gradients that are returned.
-        n_results: how many are.
-    """
-
-    order: list[Node]
-    wanted: set[Node] | None = None
-    ends: frozenset[Node] = frozenset()
-    captures: dict[Node, list[tuple[int, int]]] = dataclasses.field(default_factory=dict)
-    n_results: int = 0
-
-    @property
-    def run(self) -> list[Node]:
-        """The nodes that are run, and not only visited."""
-        return [node for node in self.order if node not in self.ends]
 
 
 def capture_with(runner: Callable[..., Any] | None) -> Callable[..., Any] | None:
@@ -75,76 +31,6 @@ def capture_with(runner: Callable[..., Any] | None) -> Callable[..., Any] | None
     before = getattr(_context, "runner", None)
     _context.runner = runner
     return before
-
-
-def _dependencies(roots: Iterable[Node]) -> dict[Node, int]:
-    """Per reachable node, how many edges lead to it. No recursion: tapes may be long."""
-    counts = dict.fromkeys(roots, 0)
-    stack = list(counts)
-    while stack:
-        for edge in stack.pop().edges:
-            if edge.node not in counts:
-                counts[edge.node] = 0
-                stack.append(edge.node)
-            counts[edge.node] += 1
-    return counts
-
-
-def execution_order(roots: list[Node], *, stack: bool = False) -> list[Node]:
-    """The order in which nodes run: every node after all those that send cotangents to it.
-
-    Args:
-        roots: where the pass starts.
-        stack: the order in which compiled autograd collects nodes (last edge first); otherwise the eager engine's:
-            leaves as soon as and in the order that they are ready, other nodes latest first.
-    """
-    counts = _dependencies(roots)
-    ready: list[Any] = []
-    turn = itertools.count()
-    order: list[Node] = []
-
-    def push(node: Node) -> None:
-        if stack:
-            ready.append((0, 0, node))
-        else:
-            is_leaf = isinstance(node, AccumulateGrad)
-            heapq.heappush(ready, (0, next(turn), node) if is_leaf else (1, -node.sequence, node))
-
-    for node in dict.fromkeys(roots):
-        if counts[node] == 0:
-            push(node)
-    while ready:
-        node = (ready.pop() if stack else heapq.heappop(ready))[2]
-        order.append(node)
-        for edge in node.edges:
-            counts[edge.node] -= 1
-            if counts[edge.node] == 0:
-                push(edge.node)
-    return order
-
-
-def plan(request: Request, *, stack: bool = False) -> Plan:
-    """Finds the nodes to visit: with `inputs`, those on the paths to them. `stack` is as for `execution_order`."""
-    order = execution_order([edge.node for edge, _ in request.seeds], stack=stack)
-    if request.inputs is None:
-        return Plan(order=order)
-    targets = {edge.node for edge in request.inputs}
-    running = set() if request.returned else targets.intersection(order)
-    wanted = targets.intersection(order)
-    for node in reversed(order):
-        if any(edge.node in wanted for edge in node.edges):
-            running.add(node)
-            wanted.add(node)
-    captures: dict[Node, list[tuple[int, int]]] = {}
-    for place, edge in enumerate(request.inputs if request.returned else ()):
-        captures.setdefault(edge.node, []).append((edge.slot, place))
-    return Plan(
-        order=[node for node in order if node in wanted],
-        wanted=wanted,
-        ends=frozenset(wanted - running),
-        captures=captures,
-        n_results=len(request.inputs) if request.returned else 0,
-    )
 
 
 class Pass:
@@ -161,17 +47,21 @@ class Pass:
         self._keep_graph = keep_graph
         self._before: dict[int, tuple[Any, Any]] = {}  # by id: a Tensor, and its .grad before this pass
         self._results: list[Any] = [None] * plan.n_results
+        self._taken: dict[Group, list[Any]] = {}  # the gradients of groups, as far as they are known
+        self._rest: dict[Any, Any] = {}  # per value that a group took: its hooks that have not run
 
     def run(self, seeds: list[tuple[Edge, Any]]) -> list[Any]:
         """Visits the nodes, starting with the given cotangents; the gradients that are asked for, or None."""
         pending: dict[Node, list[Any]] = {}
-        wanted = self._wanted
+        wanted, stops = self._wanted, self._plan.stops
         recording = set_grad_enabled(self.recording)
         try:
             for edge, ct in seeds:
                 if wanted is None or edge.node in wanted:
                     self._add(pending, edge, ct)
             for node in self._plan.order:
+                for stop in stops.get(node, ()) if stops else ():
+                    self._stop(stop, pending)
                 cts = pending.pop(node, None)
                 if cts is not None:
                     for edge, ct in zip(node.edges, self.visit(node, cts), strict=True):
@@ -191,9 +81,33 @@ class Pass:
         old = slots[edge.slot]
         slots[edge.slot] = ct if old is None else self.add(old, ct)
 
+    def _stop(self, stop: Stop, pending: dict[Node, list[Any]]) -> None:
+        """Takes gradients of a group, after the hooks of each that were registered before; runs its hook if it can."""
+        group = stop.group
+        taken = self._taken.setdefault(group, [None] * len(group.places))
+        known = any(ct is not None for ct in taken)
+        for i, edge in stop.members:
+            cts = pending.get(edge.node)
+            if cts is None or cts[edge.slot] is None:
+                continue
+            hooks, self._rest[edge] = self._rest.get(edge, hooks_of(edge)).split(group.id)
+            if hooks:
+                cts[edge.slot] = self.tensor_hooks(cts[edge.slot], hooks)
+            taken[i] = cts[edge.slot]
+        if not stop.fires or (known and group.first) or all(ct is None for ct in taken):
+            return
+        given = [ct for ct in taken if ct is not None] if group.first else taken
+        made = self.tuple_hook(GroupHook(stop), given)
+        for i, edge in stop.members:
+            if taken[i] is not None:
+                pending[edge.node][edge.slot] = made[0 if group.first else i]
+
     def visit(self, node: Node, cts: list[Any]) -> list[Any]:
         """Hooks, then the node: the cotangents for its edges."""
+        rest = self._rest
         for slot, hooks in enumerate(node.hooks):
+            if rest:
+                hooks = rest.get((node, slot), hooks)
             if hooks and cts[slot] is not None:
                 cts[slot] = self.tensor_hooks(cts[slot], hooks)
         for slot, tensor in node.retained() if node.retain else ():
@@ -201,45 +115,48 @@ class Pass:
                 self.accumulate(tensor, cts[slot])
         leaf = node.leaf if isinstance(node, AccumulateGrad) else None
         if leaf is not None and leaf._hooks:
-            cts[0] = self.tensor_hooks(cts[0], leaf._hooks)
+            hooks = rest.get((node, 0), leaf._hooks)
+            if hooks:
+                cts[0] = self.tensor_hooks(cts[0], hooks)
         if self._wanted is not None:
             for slot, place in self._plan.captures.get(node, ()):
                 self._results[place] = cts[slot]
             if node in self._plan.ends:
                 return [None] * len(node.edges)
-        if leaf is not None:
-            self.accumulate(leaf, cts[0])
-            self.post_accumulate(leaf)
-            return []
         if node.pre_hooks or node.post_hooks:
-            return self.hooked_node(node, cts)
-        return self.node(node, cts)
+            return self._hooked_node(node, cts)
+        return self.node(node, cts) if leaf is None else self._leaf(leaf, cts)
 
-    def hooked_node(self, node: Node, cts: list[Any]) -> list[Any]:
+    def _leaf(self, leaf: Any, cts: list[Any]) -> list[Any]:
+        self.accumulate(leaf, cts[0])
+        self.post_accumulate(leaf)
+        return []
+
+    def _hooked_node(self, node: Node, cts: list[Any]) -> list[Any]:
         """A node with hooks of its own: on the tuple of its cotangents before, on both tuples after."""
         for fn in node.pre_hooks.snapshot() if node.pre_hooks else ():
-            cts = self._replaced(fn, fn(tuple(cts)), cts)
+            cts = self.tuple_hook(fn, cts)
+        if isinstance(node, AccumulateGrad):
+            outs = self._leaf(node.leaf, cts)
+            for fn in node.post_hooks.snapshot() if node.post_hooks else ():
+                self.end_hook(fn, node.leaf, cts)
+            return outs
         outs = self.node(node, cts)
         for fn in node.post_hooks.snapshot() if node.post_hooks else ():
-            outs = self._replaced(fn, fn(tuple(outs), tuple(cts)), outs)
+            outs = self.tuple_hook(fn, outs, cts)
         return outs
 
-    def _replaced(self, fn: Any, returned: Any, before: list[Any]) -> list[Any]:
-        """What a node hook made of a tuple of cotangents; None keeps them."""
+    def tuple_hook(self, fn: Any, cts: list[Any], *others: list[Any]) -> list[Any]:
+        """Calls a hook on tuples; it may replace the first of them."""
+        returned = checked_tuple(fn, fn(tuple(cts), *map(tuple, others)), cts)
         if returned is None:
-            return before
-        if not isinstance(returned, tuple) or len(returned) != len(before):
-            raise HookError(
-                f"{describe_hook(fn)} of a node must return a tuple of {len(before)} cotangents or None, but returned "
-                f"{type(returned).__name__}" + (f" of {len(returned)}." if isinstance(returned, tuple) else ".")
-            )
-        if any(old is None and new is not None for new, old in zip(returned, before, strict=True)):
-            raise HookError(
-                f"{describe_hook(fn)} of a node returned a cotangent where it was given None: nothing flows there. "
-                "Return None in its place."
-            )
-        pairs = zip(returned, before, strict=True)
+            return cts
+        pairs = zip(returned, cts, strict=True)
         return [old if new is None else self.contract(fn, new, old) for new, old in pairs]
+
+    def end_hook(self, fn: Any, leaf: Any, cts: list[Any]) -> None:
+        """Calls the hook after a leaf's node, which sends nothing on."""
+        self.tuple_hook(fn, [], cts)
 
     def node(self, node: Node, cts: list[Any]) -> list[Any]:
         """The cotangents of a node's inputs, None where none flows or is wanted."""
@@ -291,6 +208,12 @@ class Pass:
                 node.release()
 
 
+def hooks_of(edge: Edge) -> Any:
+    """The hooks of the Tensor that an edge leads to."""
+    node = edge.node
+    return node.leaf._hooks if isinstance(node, AccumulateGrad) else node.hooks_at(edge.slot)
+
+
 def run_post_hook(fn: Callable[[Any], Any], leaf: Any) -> None:
     """Runs a post-accumulate hook.
 
@@ -303,6 +226,27 @@ def run_post_hook(fn: Callable[[Any], Any], leaf: Any) -> None:
             f"post-accumulate {describe_hook(fn)} must return None, but returned {type(returned).__name__}. "
             "It is given the Tensor: change its .grad instead."
         )
+
+
+def checked_tuple(fn: Any, returned: Any, before: Sequence[Any]) -> tuple[Any, ...] | None:
+    """What a node hook returned for the cotangents `before`: a tuple of as many, or None, which keeps them.
+
+    Raises:
+        HookError: it is something else, or has a cotangent where nothing flows.
+    """
+    if returned is None:
+        return None
+    if not isinstance(returned, tuple) or len(returned) != len(before):
+        raise HookError(
+            f"{describe_hook(fn)} of a node must return a tuple of {len(before)} cotangents or None, but returned "
+            f"{type(returned).__name__}" + (f" of {len(returned)}." if isinstance(returned, tuple) else ".")
+        )
+    if any(old is None and new is not None for new, old in zip(returned, before, strict=True)):
+        raise HookError(
+            f"{describe_hook(fn)} of a node returned a cotangent where it was given None: nothing flows there. "
+            "Return None in its place."
+        )
+    return returned
 
 
 @jax.jit
@@ -327,13 +271,34 @@ def backward(request: Request) -> list[Any]:
     Returns:
         The gradients at `inputs`, None where none came; an empty list if none are to be returned.
     """
+    outer = getattr(_context, "ending", None)
+    ending: list[Callable[[], Any]] = []  # a pass that a hook runs has its own
+    _context.ending = ending
+    try:
+        results = _backward(request)
+        for fn in ending:  # one of these may queue another
+            fn()
+        return results
+    finally:
+        _context.ending = outer
+
+
+def at_end(fn: Callable[[], Any]) -> bool:
+    """Queues a function for the end of this thread's backward pass; says whether there is one."""
+    ending = getattr(_context, "ending", None)
+    if ending is not None:
+        ending.append(fn)
+    return ending is not None
+
+
+def _backward(request: Request) -> list[Any]:
     runner = getattr(_context, "runner", None)
     tracing = any(isinstance(ct, _compat.Tracer) for _, ct in request.seeds)
     if runner is not None and not tracing and not request.create_graph:
         return runner(request)
     found = plan(request)
     for node in found.run:
-        node.saved()  # a freed node is found before any hook has run
+        node.check()  # a freed node is found before any hook has run
     if request.create_graph and any([node.unfold() for node in found.run]):
         found = plan(request)
     kind = RECORDED[0] if request.create_graph else Pass

@@ -29,6 +29,7 @@ from jhop._guards import Guards
 from jhop._history import History, Trace
 from jhop._interp import evaluate
 from jhop._joint import Joint, Tracing, is_dynamic, value_of
+from jhop._kept import Kept, keep, values_of
 from jhop._lookups import Lookups
 from jhop._node import Edge, Node, freed, grad_enabled
 from jhop._op import derivatives_of, edges_of
@@ -110,18 +111,23 @@ class CompiledNode(Node):
         self.compiled = compiled
         self.input_shapes = [jnp.shape(value) for value in values]
         self.passes: tuple[int, ...] | None = None
-        self._saved: list[Any] | None = saved
-        self._call: tuple[list[Any], dict[int, Edge]] | None = (values, moving)
+        packed: dict[int, Any] = {}  # most of what is saved is among the inputs
+        self._saved: list[Any] | Kept | None = keep(saved, packed)
+        self._call: tuple[list[Any] | Kept, dict[int, Edge]] | None = (keep(values, packed), moving)
         self._bound = [weakref.ref(hook) for hook in bound]
         self._history: Any = None
 
     def name(self) -> str:
         return "CompiledFunctionBackward"
 
+    def check(self) -> None:
+        if self._saved is None:
+            raise freed(self)
+
     def saved(self) -> list[Any]:
         if self._saved is None:
             raise freed(self)
-        return self._saved
+        return values_of(self._saved)
 
     def apply(self, cts: list[Any], saved: list[Any]) -> list[Any]:
         if self.passes is not None:
@@ -146,7 +152,7 @@ class CompiledNode(Node):
             return False
         if self._call is None:
             raise freed(self)
-        values, moving = self._call
+        values, moving = values_of(self._call[0]), self._call[1]
         joint = self.compiled.joint
         bound = [hook for ref in self._bound if (hook := ref()) is not None]
         laid = Unfolded(joint, self.compiled.segments, values, moving, self.sequence, bound)

@@ -31,12 +31,17 @@ _ids = itertools.count()
 
 
 class HookList:
-    """Hooks of one value, in order of registration. Compared by identity: it is a parameter of JAX functions."""
+    """Hooks of one value, in order of registration. Compared by identity: it is a parameter of JAX functions.
 
-    __slots__ = ("__weakref__", "_hooks")
+    Attributes:
+        groups: hooks that it shares with other values (`_gates.Group`), by the ids of their handles; None before.
+    """
+
+    __slots__ = ("__weakref__", "_hooks", "groups")
 
     def __init__(self) -> None:
         self._hooks: dict[int, Callable[..., Any]] = {}
+        self.groups: dict[int, Any] | None = None
 
     def add(self, fn: Callable[..., Any], where: str = "register_hook") -> RemovableHandle:
         """Registers a hook; the same function may be registered twice and then runs twice.
@@ -56,6 +61,13 @@ class HookList:
     def snapshot(self) -> tuple[Callable[..., Any], ...]:
         """The hooks as of now: one removed or added by a running hook counts from the next backward on."""
         return tuple(self._hooks.values())
+
+    def split(self, handle_id: int) -> tuple[HookList, HookList]:
+        """Those that were registered before and those that were after a handle was made."""
+        before, after = HookList(), HookList()
+        for own, fn in self._hooks.items():
+            (before if own < handle_id else after)._hooks[own] = fn
+        return before, after
 
     def __bool__(self) -> bool:
         return bool(self._hooks)
@@ -78,8 +90,8 @@ class RemovableHandle:
 
     __slots__ = ("_hooks", "id")
 
-    def __init__(self, hooks: HookList):
-        self._hooks = weakref.ref(hooks)
+    def __init__(self, hooks: Any):
+        self._hooks = weakref.ref(hooks)  # what has `remove(id)`
         self.id = next(_ids)
 
     def remove(self) -> None:

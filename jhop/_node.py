@@ -12,8 +12,11 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
+
 from jhop._errors import JhopError
 from jhop._hook import HookList
+from jhop._kept import Kept, context, values_of
 
 _sequence = itertools.count()
 _mode = threading.local()
@@ -108,19 +111,67 @@ class Node:
         return self._metadata
 
     def register_prehook(self, fn: Callable[..., Any]) -> Any:
-        """Registers `fn(grad_outputs) -> tuple | None`, run before this node on the tuple of its cotangents."""
+        """Registers `fn(grad_outputs) -> tuple | None`, run before this node, after the hooks of its Tensors.
+
+        Args:
+            fn: gets a tuple with the cotangent of each output, None where none came, and returns another of as many
+                (None in it keeps a cotangent), or None to keep all.
+
+        Returns:
+            A handle whose `remove()` removes the hook.
+
+        Raises:
+            HookError: `fn` is not callable. During the pass: it returned something else, or a cotangent of another
+                shape or dtype, or one where it was given None.
+
+        Example:
+            >>> import jhop
+            >>> x = jhop.tensor(2.0, requires_grad=True)
+            >>> y = x * x
+            >>> _ = y.grad_fn.register_prehook(lambda grads: (grads[0] * 10.0,))
+            >>> y.backward()
+            >>> float(x.grad)
+            40.0
+
+        The counterpart in PyTorch is `torch.autograd.graph.Node.register_prehook`.
+        """
         if self.pre_hooks is None:
             self.pre_hooks = HookList()
         return self.pre_hooks.add(fn, "Node.register_prehook")
 
     def register_hook(self, fn: Callable[..., Any]) -> Any:
-        """Registers `fn(grad_inputs, grad_outputs) -> tuple | None`, run after this node."""
+        """Registers `fn(grad_inputs, grad_outputs) -> tuple | None`, run after this node.
+
+        The hook after the node of a leaf (`AccumulateGrad`) runs when `.grad` is written and post-accumulate hooks have
+        run; its `grad_inputs` is empty. Such a node lives as long as a graph, or somebody else, holds it.
+
+        Args:
+            fn: gets the cotangents that the node computed, None where none flows or is wanted, and those that it was
+                given. It returns a tuple in place of the first (None in it keeps a cotangent), or None to keep all.
+
+        Returns, raises:
+            As `register_prehook`.
+
+        Example:
+            >>> import jhop
+            >>> x = jhop.tensor(2.0, requires_grad=True)
+            >>> y = x * 3.0
+            >>> _ = y.grad_fn.register_hook(lambda grad_inputs, grad_outputs: (grad_inputs[0] + grad_outputs[0],))
+            >>> y.backward()
+            >>> float(x.grad)
+            4.0
+
+        The counterpart in PyTorch is `torch.autograd.graph.Node.register_hook`.
+        """
         if self.post_hooks is None:
             self.post_hooks = HookList()
         return self.post_hooks.add(fn, "Node.register_hook")
 
+    def check(self) -> None:
+        """Raises JhopError if the node was freed."""
+
     def saved(self) -> list[Any]:
-        """Arrays that the node keeps for its backward."""
+        """Arrays that the node keeps for its backward. It is asked once per pass: they may have to be unpacked."""
         return []
 
     def apply(self, cts: list[Any], saved: list[Any]) -> list[Any]:
@@ -169,7 +220,8 @@ class OpNode(Node):
     def __init__(self, edges: Any, avals: Any, op: Any, saved: list[Any], fn: Any, has_number: bool):
         super().__init__(edges, avals)
         self.op = op
-        self._saved: list[Any] | None = saved
+        hooks = context.hooks
+        self._saved: list[Any] | Kept | None = saved if hooks is None else Kept(hooks, saved)
         self._fn = fn
         self.has_number = has_number
 
@@ -177,10 +229,14 @@ class OpNode(Node):
         label = getattr(self._fn, "__name__", type(self._fn).__name__)
         return "".join(part.capitalize() for part in label.strip("_").split("_")) + "Backward"
 
+    def check(self) -> None:
+        if self._saved is None:
+            raise freed(self)
+
     def saved(self) -> list[Any]:
         if self._saved is None:
             raise freed(self)
-        return self._saved
+        return values_of(self._saved)
 
     def apply(self, cts: list[Any], saved: list[Any]) -> list[Any]:
         return self.op.pullback(saved, cts)
@@ -193,7 +249,10 @@ class OpNode(Node):
         return self.op.depends
 
     def flows(self) -> tuple[frozenset[int], ...] | None:
-        return self.op.depends or self.op.flows(self.saved())
+        if self.op.depends is not None or self._saved is None:
+            return self.op.depends
+        kept = self._saved
+        return self.op.flows(kept.avals if isinstance(kept, Kept) else tuple(map(jax.typeof, kept)))
 
     def release(self) -> None:
         self._saved = None

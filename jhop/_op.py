@@ -44,9 +44,8 @@ class Op:
     _backward: dict[Any, _BackwardOp | None] = dataclasses.field(default_factory=dict)
     _flows: dict[Any, tuple[frozenset[int], ...]] = dataclasses.field(default_factory=dict)
 
-    def flows(self, saved: list[Any]) -> tuple[frozenset[int], ...]:
-        """What `depends` is for these arguments."""
-        avals = tuple(map(jax.typeof, saved))
+    def flows(self, avals: tuple[Any, ...]) -> tuple[frozenset[int], ...]:
+        """What `depends` is for arguments of these types."""
         if avals not in self._flows:
 
             def outs(*values: Any) -> list[Any]:

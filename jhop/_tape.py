@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from jhop import _compat, _engine
+from jhop import _compat, _engine, _plan
 from jhop._capture import Backward, Recorder, trace
 from jhop._capture_pass import CapturePass
 from jhop._contract import WeakIdentity, identity_key
@@ -41,9 +41,9 @@ class Tape:
         owners: Tensors that may get a gradient: leaves, then those that retain theirs.
     """
 
-    def __init__(self, request: _engine.Request):
+    def __init__(self, request: _plan.Request):
         self.seeds = request.seeds
-        self.plan = _engine.plan(request, stack=True)
+        self.plan = _plan.plan(request, stack=True)
         self.wanted = request.inputs or ()
         self.inputs: list[Any] = []
         self._index: dict[int, int] = {}
@@ -87,17 +87,29 @@ class Tape:
                 tuple((number.get(edge.node), edge.slot) for edge in node.edges),
                 tuple(self.saved[node]),
                 tuple(tuple(map(identity_key, hooks.snapshot())) if hooks else None for hooks in _hook_lists(node)),
-                bool(node.pre_hooks or node.post_hooks),
                 tuple(slot for slot, _ in node.retained()),
                 tuple(plan.captures.get(node, ())),
             )
             for node in plan.order
         )
+        stops = tuple(
+            (number[node], tuple(self._stop_key(stop) for stop in plan.stops[node]))
+            for node in plan.order if node in plan.stops
+        )  # fmt: skip
         retained = tuple(tensor._grad is None for _, _, tensor in self._retained)
         seeds = tuple((number.get(edge.node), edge.slot) for edge, _ in self.seeds)
         # A hook on a parameter is given the parameter itself.
         owners = tuple(WeakIdentity(node.leaf) if node.leaf._post_hooks else None for node in self.leaves)
-        return nodes, retained, owners, tuple(self.seed_index), seeds, tuple(_aval_key(value) for value in self.inputs)
+        given = tuple(_aval_key(value) for value in self.inputs)
+        return nodes, stops, retained, owners, tuple(self.seed_index), seeds, given
+
+    def _stop_key(self, stop: Any) -> tuple[Any, ...]:
+        members = tuple(
+            (i, self.number[edge.node], edge.slot, len(_engine.hooks_of(edge).split(stop.group.id)[0]))
+            for i, edge in stop.members
+        )
+        group = stop.group
+        return identity_key(group.fn), group.first, len(group.places), stop.fires, stop.replaces, members
 
     def capture(self) -> tuple[GraphModule, Outputs]:
         """The whole pass as a graph with opaque hooks."""
@@ -168,9 +180,8 @@ def _kind(node: Node) -> Any:
 
 
 def _hook_lists(node: Node) -> list[Any]:
-    if isinstance(node, AccumulateGrad):
-        return [node.leaf._hooks, node.leaf._post_hooks]
-    return list(node.hooks)
+    own = [node.leaf._hooks, node.leaf._post_hooks] if isinstance(node, AccumulateGrad) else node.hooks
+    return [node.pre_hooks, node.post_hooks, *own]
 
 
 def _aval_key(value: Any) -> Any:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jhop import _compat, _engine
+from jhop import _compat, _engine, _plan
 from jhop._errors import HookError, JhopError
 from jhop._hook import HookList, RemovableHandle
 from jhop._leaves import declare_state
@@ -164,11 +164,29 @@ class Tensor(Values):
         self._need_grad("Tensor.register_hook")
         if self._trace is None and inside() is not None:
             return inside().enter(self).register_hook(fn)
+        return self._hook_list().add(fn, "Tensor.register_hook")
+
+    def _hook_list(self) -> HookList:
+        """Where its hooks are, outside of compiled functions."""
         if self._node is not None:
-            return self._node.hooks_at(self._slot).add(fn, "Tensor.register_hook")
+            return self._node.hooks_at(self._slot)
         if self._hooks is None:
             self._hooks = HookList()
-        return self._hooks.add(fn, "Tensor.register_hook")
+        return self._hooks
+
+    def _place(self) -> Callable[[], Edge | None]:
+        """What tells where its cotangent goes, as long as something on the tape leads there; keeps nothing alive."""
+        if self._node is not None:
+            node, slot = weakref.ref(self._node), self._slot
+            return lambda: None if (found := node()) is None else Edge(found, slot)
+        leaf = weakref.ref(self)
+
+        def end() -> Edge | None:
+            tensor = leaf()
+            found = tensor._accumulate() if tensor is not None and tensor._accumulate is not None else None
+            return None if found is None else Edge(found, 0)
+
+        return end
 
     def register_post_accumulate_grad_hook(self, fn: Callable[[Tensor], None]) -> RemovableHandle:
         """Registers `fn(tensor)`, run after this leaf's `.grad` was updated.
@@ -309,7 +327,7 @@ class Tensor(Values):
 declare_state(Tensor, "_value")
 
 
-def request_for(seeds: Any, retain_graph: bool | None, create_graph: bool, inputs: Any) -> _engine.Request:
+def request_for(seeds: Any, retain_graph: bool | None, create_graph: bool, inputs: Any) -> _plan.Request:
     """A backward pass that accumulates into `.grad`, with the arguments of `Tensor.backward`."""
     edges = None
     if inputs is not None:
@@ -318,7 +336,7 @@ def request_for(seeds: Any, retain_graph: bool | None, create_graph: bool, input
         for tensor in tensors:
             tensor.retain_grad()  # of those that are no leaves
     keep = create_graph if retain_graph is None else retain_graph
-    return _engine.Request(seeds=seeds, keep_graph=keep, create_graph=create_graph, inputs=edges)
+    return _plan.Request(seeds=seeds, keep_graph=keep, create_graph=create_graph, inputs=edges)
 
 
 def given_tensors(given: Any, where: str) -> list[Tensor]:

@@ -10,10 +10,13 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jhop import _batched, _engine
-from jhop._errors import JhopError
+from jhop import _batched, _compat, _engine, _plan
+from jhop._errors import HookError, JhopError, Unsupported
+from jhop._gates import Group
+from jhop._hook import RemovableHandle
+from jhop._kept import Hooks, keeping
 from jhop._lift import lift
-from jhop._node import set_grad_enabled
+from jhop._node import inside, set_grad_enabled
 from jhop._tensor import Tensor, given_tensors, request_for
 
 
@@ -56,6 +59,53 @@ def _recording(enabled: bool) -> Iterator[None]:
         yield
     finally:
         set_grad_enabled(before)
+
+
+@contextlib.contextmanager
+def saved_tensors_hooks(pack: Callable[[Any], Any], unpack: Callable[[Any], Any]) -> Iterator[None]:
+    """Inside the block, what operations of this thread keep for their backward is kept as `pack` says.
+
+    A node keeps the arguments of its operation; a call of a compiled function, its inputs and what its backward graph
+    needs. `pack` runs when the operation is recorded, `unpack` once in each backward pass that runs the node, also
+    under compiled autograd. Of nested blocks, the innermost counts. Python numbers are kept as they are.
+
+    Args:
+        pack: `pack(array) -> anything`, for each array that is kept: one that is two arguments is packed twice, except
+            for a compiled function. What it returns may be anything: another array, a file name, an index.
+        unpack: `unpack(anything) -> array`, which is given that and returns an array of the shape and dtype that were
+            packed.
+
+    Raises:
+        HookError: one of them is not callable. During the pass: what `unpack` returned has another shape or dtype.
+        JhopError: used inside a function that `jhop.compile` traces.
+
+    Example: keep activations in half the bytes. (On the host, it is `jax.device_get` and `jnp.asarray`; or
+    `jax.device_put` both ways, with `array.sharding.with_memory_kind("pinned_host")` there.)
+
+        >>> import jhop, jax.numpy as jnp
+        >>> x = jhop.tensor([1.0, 3.0], requires_grad=True)
+        >>> with jhop.autograd.saved_tensors_hooks(
+        ...     lambda array: array.astype(jnp.bfloat16), lambda kept: kept.astype(jnp.float32)
+        ... ):
+        ...     y = (x * x).sum()
+        >>> y.backward()
+        >>> x.grad.tolist()
+        [2.0, 6.0]
+
+    The counterpart in PyTorch is `torch.autograd.graph.saved_tensors_hooks`.
+    """
+    for name, fn in (("pack", pack), ("unpack", unpack)):
+        if not callable(fn):
+            raise HookError(
+                f"autograd.saved_tensors_hooks: expected {name} as a function, got {type(fn).__name__} ({fn!r})."
+            )
+    if inside() is not None:
+        raise JhopError(
+            "autograd.saved_tensors_hooks inside a function that jhop.compile traces has nothing to keep: the function "
+            "becomes one operation. Call the function inside the block instead."
+        )
+    with keeping(Hooks(pack, unpack)):
+        yield
 
 
 def backward(
@@ -152,8 +202,8 @@ def grad(
     edges = tuple(tensor._edge("autograd.grad") for tensor in by)
     keep = create_graph if retain_graph is None else retain_graph
 
-    def request(gradients: Any, keep_graph: bool) -> _engine.Request:
-        return _engine.Request(
+    def request(gradients: Any, keep_graph: bool) -> _plan.Request:
+        return _plan.Request(
             seeds=_seeds(outputs, gradients, "autograd.grad", create_graph), keep_graph=keep_graph,
             create_graph=create_graph, inputs=edges, returned=True,
         )  # fmt: skip
@@ -166,6 +216,99 @@ def grad(
         _result(i, tensor, value, create_graph, allow_unused or materialize_grads, materialize_grads)
         for i, (tensor, value) in enumerate(zip(by, found, strict=True))
     )
+
+
+def queue_callback(fn: Callable[[], Any]) -> None:
+    """Runs `fn()` when the backward pass that is under way has ended: called from a hook, in that hook's thread.
+
+    All gradients are written then. Callbacks run in the order in which they were queued, also those that a callback
+    queues. If the pass raises, none runs.
+
+    Args:
+        fn: a function without arguments; what it returns is ignored.
+
+    Raises:
+        HookError: `fn` is not callable, or no backward pass is under way.
+        Unsupported: the hook is being traced. Where hooks that cannot be traced run on the host (`fullgraph=False`),
+            this one does; with `fullgraph=True` it is an error.
+
+    Example:
+        >>> import jhop
+        >>> x = jhop.tensor(2.0, requires_grad=True)
+        >>> _ = x.register_hook(lambda grad: jhop.autograd.queue_callback(lambda: print("done:", float(x.grad))))
+        >>> (x * 3.0).backward()
+        done: 3.0
+
+    The counterpart in PyTorch is `torch.autograd.Variable._execution_engine.queue_callback`.
+    """
+    if not callable(fn):
+        raise HookError(f"autograd.queue_callback: expected a function, got {type(fn).__name__} ({fn!r}).")
+    if _compat.staging() is not None:
+        raise Unsupported(
+            "autograd.queue_callback is called by a hook that is being traced: it would queue its function at the "
+            "trace and at no run. Call the function after backward(), or compile with fullgraph=False, where the hook "
+            "runs on the host."
+        )
+    if not _engine.at_end(fn):
+        raise HookError(
+            "autograd.queue_callback: expected a backward pass to be under way in this thread, found none. Call it "
+            "from a hook."
+        )
+
+
+def register_multi_grad_hook(
+    tensors: Sequence[Tensor], fn: Callable[[Any], Any], *, mode: str = "all"
+) -> RemovableHandle:
+    """Registers one hook on several Tensors.
+
+    With mode "all", `fn(grads) -> sequence | None` runs once per backward pass, when the gradients of all Tensors that
+    the pass reaches are complete: `grads` is a list in the order of `tensors`, None for those that it does not reach.
+    The gradients that it returns take the place of these, None keeps one; none of them flows on before it ran. Where
+    the gradient of one Tensor is computed from that of another, some have flowed on: then it may only look on. With
+    mode "any", `fn(grad) -> None` runs once per pass, on the first of these gradients.
+
+    On each Tensor it has its turn among the hooks of that Tensor, in order of registration.
+
+    Args:
+        tensors: two or more Tensors, or one, each once: leaves or not.
+        fn: gets arrays of the Tensors' shapes and dtypes (Tensors with `create_graph`), returns others like them.
+        mode: "all" or "any".
+
+    Returns:
+        A handle whose `remove()` removes the hook from all Tensors.
+
+    Raises:
+        HookError: `fn` is not callable, `mode` is another, or a Tensor does not require grad or is given twice. During
+            the pass: what `fn` returned is no sequence of that length, has another shape or dtype in it, or a gradient
+            where it was given None; or it returned something where it may only look on.
+        JhopError: `tensors` are no Tensors, or a function that `jhop.compile` traces is running.
+
+    Example:
+        >>> import jhop, jax.numpy as jnp
+        >>> x, y = (jhop.tensor(value, requires_grad=True) for value in (1.0, 2.0))
+        >>> def clip(grads):
+        ...     norm = jnp.sqrt(sum(grad * grad for grad in grads))
+        ...     return [grad / norm for grad in grads]
+        >>> handle = jhop.autograd.register_multi_grad_hook([x, y], clip)
+        >>> (x * 3.0 + y * 4.0).backward()
+        >>> round(float(x.grad), 3), round(float(y.grad), 3)
+        (0.6, 0.8)
+
+    The counterpart in PyTorch is `torch.autograd.graph.register_multi_grad_hook`, which ignores what `fn` returns.
+    """
+    where = "autograd.register_multi_grad_hook"
+    members = given_tensors(tensors, where)
+    if mode not in ("all", "any"):
+        raise HookError(f"{where}: expected mode 'all' or 'any', got {mode!r}.")
+    if not callable(fn):
+        raise HookError(f"{where}: expected a callable hook, got {type(fn).__name__} ({fn!r}).")
+    for i, tensor in enumerate(members):
+        tensor._outside(where)
+        tensor._need_grad(f"{where}: tensors[{i}]")
+        if any(tensor is other for other in members[:i]):
+            raise HookError(f"{where}: tensors[{i}], of shape {tensor.shape}, is given twice. Give each Tensor once.")
+    group = Group(fn, first=mode == "any", places=[tensor._place() for tensor in members])
+    return group.register([tensor._hook_list() for tensor in members])
 
 
 def _result(i: int, tensor: Tensor, value: Any, create_graph: bool, allow_unused: bool, zeros: bool) -> Any:
@@ -194,7 +337,7 @@ def _examples(outputs: Any, gradients: Any) -> list[Any]:
     return list(given)
 
 
-def _for_each(request: Callable[[Any, bool], _engine.Request], given: list[Any], keep: bool) -> list[Any]:
+def _for_each(request: Callable[[Any, bool], _plan.Request], given: list[Any], keep: bool) -> list[Any]:
     """The results of a pass for each example of the cotangents, stacked."""
     examples = [[ct[i] for ct in given] for i in range(len(given[0]))]
     first = request(examples[0], keep)

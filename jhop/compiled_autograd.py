@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from jhop import _engine
+from jhop import _engine, _plan
 from jhop._errors import JhopError
 from jhop._graph import GraphModule
 from jhop._node import set_grad_enabled
@@ -56,7 +56,7 @@ def enable(compiler_fn: Callable[[GraphModule], Callable[..., Any]]) -> Iterator
             f"{type(compiler_fn).__name__}."
         )
 
-    def runner(request: _engine.Request) -> list[Any]:
+    def runner(request: _plan.Request) -> list[Any]:
         recording = set_grad_enabled(False)  # hooks run, and are traced, as in a pass that runs node by node
         try:
             return _run(compiler_fn, request)
@@ -70,7 +70,7 @@ def enable(compiler_fn: Callable[[GraphModule], Callable[..., Any]]) -> Iterator
         _engine.capture_with(before)
 
 
-def _run(compiler_fn: Any, request: _engine.Request) -> list[Any]:
+def _run(compiler_fn: Any, request: _plan.Request) -> list[Any]:
     tape = Tape(request)
     if not tape.plan.order:
         return [None] * tape.plan.n_results
