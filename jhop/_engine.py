@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from jhop import _compat
 from jhop._contract import check_contract
@@ -54,6 +53,7 @@ class Plan:
         order: the nodes, each after all those that send cotangents to it.
         wanted: those nodes as a set, if there are others that cotangents could flow to.
         ends: nodes where gradients are taken and nothing flows on: only the hooks of their Tensors run.
+        idle: results of functions that lead to nothing wanted, though others of the same node do.
         captures: per node, (output, place in the results) of gradients that are returned.
         n_results: how many are.
     """
@@ -61,6 +61,7 @@ class Plan:
     order: list[Node]
     wanted: set[Node] | None = None
     ends: frozenset[Node] = frozenset()
+    idle: frozenset[Edge] = frozenset()
     captures: dict[Node, list[tuple[int, int]]] = dataclasses.field(default_factory=dict)
     n_results: int = 0
 
@@ -68,6 +69,10 @@ class Plan:
     def run(self) -> list[Node]:
         """The nodes that are run, and not only visited."""
         return [node for node in self.order if node not in self.ends]
+
+    def wants(self, edge: Edge) -> bool:
+        """Whether a cotangent goes there."""
+        return self.wanted is None or (edge.node in self.wanted and edge not in self.idle)
 
 
 def capture_with(runner: Callable[..., Any] | None) -> Callable[..., Any] | None:
@@ -131,10 +136,16 @@ def plan(request: Request, *, stack: bool = False) -> Plan:
     targets = {edge.node for edge in request.inputs}
     running = set() if request.returned else targets.intersection(order)
     wanted = targets.intersection(order)
+    idle: set[Edge] = set()
     for node in reversed(order):
-        if any(edge.node in wanted for edge in node.edges):
+        leads = [edge.node in wanted and edge not in idle for edge in node.edges]
+        if any(leads):
             running.add(node)
             wanted.add(node)
+        flows = node.flows() if node.many and node in wanted else None
+        for slot, edges in enumerate(flows or ()):
+            if Edge(node, slot) not in request.inputs and not any(leads[i] for i in edges):
+                idle.add(Edge(node, slot))
     captures: dict[Node, list[tuple[int, int]]] = {}
     for place, edge in enumerate(request.inputs if request.returned else ()):
         captures.setdefault(edge.node, []).append((edge.slot, place))
@@ -142,6 +153,7 @@ def plan(request: Request, *, stack: bool = False) -> Plan:
         order=[node for node in order if node in wanted],
         wanted=wanted,
         ends=frozenset(wanted - running),
+        idle=frozenset(idle),
         captures=captures,
         n_results=len(request.inputs) if request.returned else 0,
     )
@@ -165,11 +177,11 @@ class Pass:
     def run(self, seeds: list[tuple[Edge, Any]]) -> list[Any]:
         """Visits the nodes, starting with the given cotangents; the gradients that are asked for, or None."""
         pending: dict[Node, list[Any]] = {}
-        wanted = self._wanted
+        wants = self._plan.wants
         recording = set_grad_enabled(self.recording)
         try:
             for edge, ct in seeds:
-                if wanted is None or edge.node in wanted:
+                if wants(edge):
                     self._add(pending, edge, ct)
             for node in self._plan.order:
                 cts = pending.pop(node, None)
@@ -248,18 +260,23 @@ class Pass:
             depends = node.flows()
         if wanted is None and depends is None:
             return self.compute(node, cts)
-        if wanted is not None and not any(edge.node in wanted for edge in node.edges):
+        asked = self.asked(node)
+        if asked is not None and not any(asked):
             return [None] * len(node.edges)
         outs = self.compute(node, cts)
-        if wanted is not None:
-            outs = [out if edge.node in wanted else None for out, edge in zip(outs, node.edges, strict=True)]
+        if asked is not None:
+            outs = [out if here else None for out, here in zip(outs, asked, strict=True)]
         if depends is not None:
             flows = frozenset[int]().union(*(depends[slot] for slot, ct in enumerate(cts) if ct is not None))
             outs = [out if i in flows else None for i, out in enumerate(outs)]
         return outs
 
     def compute(self, node: Node, cts: list[Any]) -> list[Any]:
-        return node.apply(full_cts(node, cts), node.saved())
+        return node.apply(cts, node.saved(), self.asked(node))
+
+    def asked(self, node: Node) -> tuple[bool, ...] | None:
+        """Per edge of a node, whether its cotangent is asked for; None if all are."""
+        return None if self._wanted is None else tuple(map(self._plan.wants, node.edges))
 
     def contract(self, fn: Any, returned: Any, ct: Any) -> Any:
         """What a hook returned for a cotangent, once it is known to be like it."""
@@ -308,13 +325,6 @@ def run_post_hook(fn: Callable[[Any], Any], leaf: Any) -> None:
 @jax.jit
 def _add(old: Any, new: Any) -> Any:
     return old + new
-
-
-def full_cts(node: Node, cts: list[Any]) -> list[Any]:
-    """Cotangents with zeros for outputs that nothing depends on."""
-    if len(cts) == 1:
-        return cts  # a node is visited only when something arrived
-    return [jnp.zeros(aval.shape, aval.dtype) if ct is None else ct for ct, aval in zip(cts, node.avals, strict=True)]
 
 
 # What runs a pass that is recorded: `_record` fills it, which stands above Tensors, as this file does not.

@@ -103,6 +103,7 @@ LAYERS = (
     "_joint",
     "_bound",
     "_unfold",
+    "_reach",
     "_forward",
     "_schedule",
     "_capture_pass",
