@@ -142,8 +142,8 @@ class Program:
     def _returned(self, end):
         """What `forward` returns.
 
-        All that moves; compiled, values none of which was computed from another: as in torch.compile, a hook outside on
-        one that others were computed from would see the part of its gradient that comes from outside.
+        All that moves; compiled, values without hooks none of which was computed from another: as in torch.compile, a
+        hook outside sees what comes from outside, and hooks inside run after it.
         """
         made = [v for v in self._values if v.moves and not v.leaf]
         if not self._compiled:
@@ -151,7 +151,7 @@ class Program:
         outs = [end]
         for value in self._rng.sample(made, min(2, len(made))):
             apart = all(value.name not in out.below and out.name not in value.below for out in outs)
-            if apart and not value.paired:
+            if apart and not value.paired and value.name not in self.where.values():
                 outs.append(value)
         return outs
 

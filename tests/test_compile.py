@@ -410,6 +410,15 @@ def test_hook_inside_that_leads_to_no_input_asked_for_does_not_run(backend, cont
 
 
 @each_backend
+def test_input_that_is_used_by_what_is_detached_alone_gets_no_gradient(backend):
+    x, y = leaf(1.0), leaf(2.0)
+    hooked = []
+    y.register_post_accumulate_grad_hook(lambda leaf: hooked.append(leaf))
+    jhop.compile(lambda x, y: x * (y * 5.0).detach(), backend=backend)(x, y).sum().backward()
+    assert (x.grad.tolist(), y.grad, hooked) == ([10.0], None, [])
+
+
+@each_backend
 def test_several_outputs_together(backend):
     x = leaf(1.0)
     first, second = jhop.compile(lambda x: (x * 3.0, x * 100.0), backend=backend)(x)

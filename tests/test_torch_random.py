@@ -92,7 +92,7 @@ def compare(found, expected, path=""):
         for i, (f, e) in enumerate(zip(found, expected, strict=True)):
             compare(f, e, f"{path}[{i}]")
     elif expected is None or isinstance(expected, int):
-        assert found == expected, path
+        assert type(found) is type(expected) and found == expected, path
     else:
         assert found is not None and found.shape == expected.shape, path
         scale = max(1.0, float(np.abs(expected).max(initial=0.0)))
