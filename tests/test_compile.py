@@ -410,6 +410,16 @@ def test_hook_inside_that_leads_to_no_input_asked_for_does_not_run(backend, cont
 
 
 @each_backend
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_hook_outside_that_leads_to_no_input_asked_for_does_not_run(backend, create_graph):
+    branches, x, y = Branches(backend), leaf(1.0), leaf(1.0)
+    a, b = branches.run(x, y)
+    a.register_hook(branches.add("outside"))
+    (by_y,) = jhop.autograd.grad((a * b).sum(), y, create_graph=create_graph)
+    assert (by_y.tolist() if not create_graph else by_y.value.tolist(), branches.log) == ([7.5], ["b"])
+
+
+@each_backend
 def test_input_that_is_used_by_what_is_detached_alone_gets_no_gradient(backend):
     x, y = leaf(1.0), leaf(2.0)
     hooked = []
