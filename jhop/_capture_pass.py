@@ -15,7 +15,7 @@ from jhop._graph import Info
 from jhop._hook import run_hooks
 from jhop._interp import evaluate
 from jhop._leaves import declare_state
-from jhop._node import Node
+from jhop._node import Node, full_cts
 from jhop._source import describe_hook
 from jhop._trace_wrapped import trace_wrapped, trace_wrapped_p
 
@@ -83,13 +83,12 @@ class CapturePass(_engine.Pass):
 
     def compute(self, node: Node, cts: list[Any]) -> list[Any]:
         saved = [self._flat[i] for i in self._tape.saved[node]]
-        cts = _engine.full_cts(node, cts)
         if isinstance(node, CompiledNode) and node.passes is None:
             return self._compiled(node, saved, cts)
         self.checked.append(len(self.sizes))
         for edge in node.edges:
             self.sizes.extend(edge.node.avals[edge.slot].shape)
-        outs = node.apply(cts, saved)
+        outs = node.apply(cts, saved, self.asked(node))
         self._note(outs)
         checked = validate_outputs(outs)
         self._note(checked)
@@ -103,9 +102,8 @@ class CapturePass(_engine.Pass):
             self.sizes.extend(edge.node.avals[edge.slot].shape)
         compiled = node.compiled
         use = self._uses[compiled.aot_id] = self._uses.get(compiled.aot_id, -1) + 1
-        assert compiled.backward is not None
-        gm = compiled.backward.gm
-        values = aot_prologue(saved, cts, aot_id=compiled.aot_id, call=use)
+        gm = compiled.backward_for(cts, self.asked(node)).gm
+        values = aot_prologue(saved, full_cts(node, cts), aot_id=compiled.aot_id, call=use)
         self._note(values)
 
         def note(variable: Any, value: Any) -> None:

@@ -93,6 +93,13 @@ class CompiledGraph(Explains):
         self._static = static
         _compiled.add(self)
 
+    def like(self, gm: GraphModule, first: str) -> CompiledGraph:
+        """Another graph, compiled in the same way; `first` says why it is traced."""
+        return CompiledGraph(
+            gm, backend=self._backend, fullgraph=self._fullgraph, dynamic=self._dynamic, where=self._where,
+            history=self.history, first=first, static=self._static,
+        )  # fmt: skip
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the graph; arguments and results as for the `GraphModule`. State is written after everything else."""
         return self.gm.unflatten(self.run(self.gm.flatten(args, kwargs)))

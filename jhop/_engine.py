@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from jhop import _compat
 from jhop._contract import check_contract
@@ -53,11 +52,11 @@ class Pass:
     def run(self, seeds: list[tuple[Edge, Any]]) -> list[Any]:
         """Visits the nodes, starting with the given cotangents; the gradients that are asked for, or None."""
         pending: dict[Node, list[Any]] = {}
-        wanted, stops = self._wanted, self._plan.stops
+        wants, stops = self._plan.wants, self._plan.stops
         recording = set_grad_enabled(self.recording)
         try:
             for edge, ct in seeds:
-                if wanted is None or edge.node in wanted:
+                if wants(edge):
                     self._add(pending, edge, ct)
             for node in self._plan.order:
                 for stop in stops.get(node, ()) if stops else ():
@@ -165,18 +164,23 @@ class Pass:
             depends = node.flows()
         if wanted is None and depends is None:
             return self.compute(node, cts)
-        if wanted is not None and not any(edge.node in wanted for edge in node.edges):
+        asked = self.asked(node)
+        if asked is not None and not any(asked):
             return [None] * len(node.edges)
         outs = self.compute(node, cts)
-        if wanted is not None:
-            outs = [out if edge.node in wanted else None for out, edge in zip(outs, node.edges, strict=True)]
+        if asked is not None:
+            outs = [out if here else None for out, here in zip(outs, asked, strict=True)]
         if depends is not None:
             flows = frozenset[int]().union(*(depends[slot] for slot, ct in enumerate(cts) if ct is not None))
             outs = [out if i in flows else None for i, out in enumerate(outs)]
         return outs
 
     def compute(self, node: Node, cts: list[Any]) -> list[Any]:
-        return node.apply(full_cts(node, cts), node.saved())
+        return node.apply(cts, node.saved(), self.asked(node))
+
+    def asked(self, node: Node) -> tuple[bool, ...] | None:
+        """Per edge of a node, whether its cotangent is asked for; None if all are."""
+        return None if self._wanted is None else tuple(map(self._plan.wants, node.edges))
 
     def contract(self, fn: Any, returned: Any, ct: Any) -> Any:
         """What a hook returned for a cotangent, once it is known to be like it."""
@@ -252,13 +256,6 @@ def checked_tuple(fn: Any, returned: Any, before: Sequence[Any]) -> tuple[Any, .
 @jax.jit
 def _add(old: Any, new: Any) -> Any:
     return old + new
-
-
-def full_cts(node: Node, cts: list[Any]) -> list[Any]:
-    """Cotangents with zeros for outputs that nothing depends on."""
-    if len(cts) == 1:
-        return cts  # a node is visited only when something arrived
-    return [jnp.zeros(aval.shape, aval.dtype) if ct is None else ct for ct, aval in zip(cts, node.avals, strict=True)]
 
 
 # What runs a pass that is recorded: `_record` fills it, which stands above Tensors, as this file does not.

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import types
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -31,8 +31,9 @@ from jhop._interp import evaluate
 from jhop._joint import Joint, Tracing, is_dynamic, value_of
 from jhop._kept import Kept, keep, values_of
 from jhop._lookups import Lookups
-from jhop._node import Edge, Node, freed, grad_enabled
+from jhop._node import Edge, Node, freed, full_cts, grad_enabled
 from jhop._op import derivatives_of, edges_of
+from jhop._reach import narrowed
 from jhop._report import Report
 from jhop._source import hook_name
 from jhop._static import Static
@@ -53,6 +54,7 @@ class _Compiled:
         captured: Tensors that the function reaches by itself, which are inputs after its arguments.
         guards: what the function takes for granted.
         trace: why it was traced; `static`: static arguments, in words.
+        narrowed: the backwards of passes that some of the hooks have no part in.
     """
 
     joint: Joint
@@ -64,6 +66,7 @@ class _Compiled:
     guards: Guards
     trace: Trace
     static: tuple[str, ...]
+    narrowed: dict[Any, CompiledGraph] = dataclasses.field(default_factory=dict)
 
     @property
     def gm(self) -> GraphModule:
@@ -88,6 +91,21 @@ class _Compiled:
 
         return edges_of(derivatives_of(outs, avals, self.diff), self.joint.only_reached(self.diff))
 
+    def backward_for(self, cts: Sequence[Any], wanted: Sequence[bool] | None) -> CompiledGraph:
+        """The backward of a pass to which these cotangents came; `wanted` is as for `Node.apply`."""
+        assert self.backward is not None  # a node is made only for outputs that carry gradients
+        if wanted is None and all(ct is not None for ct in cts):
+            return self.backward
+        came = tuple(ct is not None for ct in cts)
+        asked = iter(wanted or [True] * sum(self.joint.reached))
+        results = tuple(used and next(asked) for used in self.joint.reached)
+        found = self.narrowed.get((came, results))
+        if found is None:
+            gm = narrowed(self.backward.gm, came, results)
+            found = self.backward if gm is self.backward.gm else self.backward.like(gm, "first pass over a part of it")
+            self.narrowed[came, results] = found
+        return found
+
     refused = None  # a forward has no state, so its hooks are compiled or an error
 
 
@@ -101,6 +119,7 @@ class CompiledNode(Node):
         passes: which outputs it passes on, once it is unfolded; None before.
     """
 
+    many = True
     __slots__ = ("_bound", "_call", "_history", "_saved", "compiled", "input_shapes", "passes")
 
     def __init__(
@@ -129,11 +148,11 @@ class CompiledNode(Node):
             raise freed(self)
         return values_of(self._saved)
 
-    def apply(self, cts: list[Any], saved: list[Any]) -> list[Any]:
+    def apply(self, cts: list[Any], saved: list[Any], wanted: Sequence[bool] | None = None) -> list[Any]:
+        full = full_cts(self, cts)
         if self.passes is not None:
-            return [cts[slot] for slot in self.passes]
-        assert self.compiled.backward is not None  # a node is made only for outputs that carry gradients
-        return self.compiled.joint.only_reached(self.compiled.backward(*saved, *cts))
+            return [full[slot] for slot in self.passes]
+        return self.compiled.joint.only_reached(self.compiled.backward_for(cts, wanted)(*saved, *full))
 
     def record(self, cts: list[Any]) -> list[Any]:
         return self.apply(cts, self.saved())
@@ -216,7 +235,8 @@ class CompiledFunction(Explains):
         graphs = []
         for compiled in [compiled for known in list(self._cache.values()) for compiled in list(known)]:
             graphs.append(graph_report(compiled, hooks_of(compiled.gm), compiled.guards))
-            graphs += [] if compiled.backward is None else compiled.backward.reports()
+            backwards = dict.fromkeys([compiled.backward, *compiled.narrowed.values()])
+            graphs += [report for backward in backwards if backward is not None for report in backward.reports()]
         note = 'backend="eager" compiles nothing.' if self._backend is backends.eager else ""
         return Report.of("jhop.compile", hook_name(self._fn), graphs, self._history, note)
 

@@ -271,17 +271,18 @@ class Tracing:
         return Joint(
             forward=forward, backward=backward, residuals=residuals, out_tree=self._out_tree,
             out_moving=self._out_moving, registered=tuple(self._registered),
-            reached=self._reached(jaxpr, n), primal=primal, points=tuple(self._points),
+            reached=self._reached(primal), primal=primal, points=tuple(self._points),
         )  # fmt: skip
 
-    def _reached(self, jaxpr: Any, n: int) -> tuple[bool, ...]:
-        """Which differentiated inputs the outputs with gradients depend on."""
+    def _reached(self, primal: Any) -> tuple[bool, ...]:
+        """Which differentiated inputs the outputs with gradients depend on, past what is detached."""
+        jaxpr, _ = _compat.open_jaxpr(primal)
         needed = {
-            v for v, moves in zip(jaxpr.outvars[:n], self._out_moving, strict=True)
+            v for v, moves in zip(jaxpr.outvars, self._out_moving, strict=False)
             if moves and not isinstance(v, jex_core.Literal)
         }  # fmt: skip
         for eqn in reversed(jaxpr.eqns):
-            if needed.intersection(eqn.outvars):
+            if needed.intersection(eqn.outvars) and eqn.primitive.name != "stop_gradient":
                 needed.update(v for v in eqn.invars if not isinstance(v, jex_core.Literal))
         return tuple(jaxpr.invars[i] in needed for i in self._diff)
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from jhop._errors import JhopError
 from jhop._hook import HookList
@@ -64,6 +65,8 @@ class Node:
     """
 
     __slots__ = ("__weakref__", "_metadata", "avals", "edges", "hooks", "post_hooks", "pre_hooks", "retain", "sequence")
+
+    many = False  # whether it stands for many operations, of which a pass may need those for some outputs only
 
     def __init__(self, edges: Sequence[Edge], avals: Sequence[Any]):
         self.edges = tuple(edges)
@@ -174,8 +177,13 @@ class Node:
         """Arrays that the node keeps for its backward. It is asked once per pass: they may have to be unpacked."""
         return []
 
-    def apply(self, cts: list[Any], saved: list[Any]) -> list[Any]:
-        """Cotangents of the inputs, one per edge, from those of the outputs and the saved arrays (or tracers)."""
+    def apply(self, cts: list[Any], saved: list[Any], wanted: Sequence[bool] | None = None) -> list[Any]:
+        """Cotangents of the inputs, one per edge, from those of the outputs and the saved arrays (or tracers).
+
+        Args:
+            cts: per output, None where nothing came.
+            wanted: per edge, whether its cotangent is asked for; None if all are. The others may be anything.
+        """
         raise NotImplementedError
 
     def record(self, cts: list[Any]) -> list[Any]:
@@ -238,8 +246,8 @@ class OpNode(Node):
             raise freed(self)
         return values_of(self._saved)
 
-    def apply(self, cts: list[Any], saved: list[Any]) -> list[Any]:
-        return self.op.pullback(saved, cts)
+    def apply(self, cts: list[Any], saved: list[Any], wanted: Sequence[bool] | None = None) -> list[Any]:
+        return self.op.pullback(saved, full_cts(self, cts))
 
     def record(self, cts: list[Any]) -> list[Any]:
         return self.op.record(self.saved(), self.edges, cts)
@@ -267,8 +275,15 @@ class AccumulateGrad(Node):
         super().__init__((), (aval,))
         self.leaf = leaf
 
-    def apply(self, cts: list[Any], saved: list[Any]) -> list[Any]:
+    def apply(self, cts: list[Any], saved: list[Any], wanted: Sequence[bool] | None = None) -> list[Any]:
         return []
+
+
+def full_cts(node: Node, cts: list[Any]) -> list[Any]:
+    """Cotangents with zeros for outputs that nothing depends on."""
+    if len(cts) == 1:
+        return cts  # a node is visited only when something arrived
+    return [jnp.zeros(aval.shape, aval.dtype) if ct is None else ct for ct, aval in zip(cts, node.avals, strict=True)]
 
 
 def freed(node: Node) -> JhopError:

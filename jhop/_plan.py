@@ -39,6 +39,7 @@ class Plan:
         order: the nodes, each after all those that send cotangents to it.
         wanted: those nodes as a set, if there are others that cotangents could flow to.
         ends: nodes where gradients are taken and nothing flows on: only the hooks of their Tensors run.
+        idle: results of functions that lead to nothing wanted, though others of the same node do.
         captures: per node, (output, place in the results) of gradients that are returned.
         n_results: how many are.
         stops: per node, where hooks on several Tensors take their gradients before it is visited.
@@ -47,6 +48,7 @@ class Plan:
     order: list[Node]
     wanted: set[Node] | None = None
     ends: frozenset[Node] = frozenset()
+    idle: frozenset[Edge] = frozenset()
     captures: dict[Node, list[tuple[int, int]]] = dataclasses.field(default_factory=dict)
     n_results: int = 0
     stops: dict[Node, list[Stop]] = dataclasses.field(default_factory=dict)
@@ -55,6 +57,10 @@ class Plan:
     def run(self) -> list[Node]:
         """The nodes that are run, and not only visited."""
         return [node for node in self.order if node not in self.ends]
+
+    def wants(self, edge: Edge) -> bool:
+        """Whether a cotangent goes there."""
+        return self.wanted is None or (edge.node in self.wanted and edge not in self.idle)
 
 
 def _dependencies(roots: Iterable[Node]) -> dict[Node, int]:
@@ -126,10 +132,16 @@ def plan(request: Request, *, stack: bool = False) -> Plan:
     targets = {edge.node for edge in request.inputs}
     running = set() if request.returned else targets.intersection(order)
     wanted = targets.intersection(order)
+    idle: set[Edge] = set()
     for node in reversed(order):
-        if any(edge.node in wanted for edge in node.edges):
+        leads = [edge.node in wanted and edge not in idle for edge in node.edges]
+        if any(leads):
             running.add(node)
             wanted.add(node)
+        flows = node.flows() if node.many and node in wanted else None
+        for slot, edges in enumerate(flows or ()):
+            if Edge(node, slot) not in request.inputs and not any(leads[i] for i in edges):
+                idle.add(Edge(node, slot))
     captures: dict[Node, list[tuple[int, int]]] = {}
     for place, edge in enumerate(request.inputs if request.returned else ()):
         captures.setdefault(edge.node, []).append((edge.slot, place))
@@ -139,6 +151,7 @@ def plan(request: Request, *, stack: bool = False) -> Plan:
         order=order,
         wanted=wanted,
         ends=frozenset(wanted - running),
+        idle=frozenset(idle),
         captures=captures,
         n_results=len(request.inputs) if request.returned else 0,
         stops=stops,

@@ -84,7 +84,7 @@ class Tape:
         nodes = tuple(
             (
                 _kind(node),
-                tuple((number.get(edge.node), edge.slot) for edge in node.edges),
+                tuple((number.get(edge.node), edge.slot, edge in plan.idle) for edge in node.edges),
                 tuple(self.saved[node]),
                 tuple(tuple(map(identity_key, hooks.snapshot())) if hooks else None for hooks in _hook_lists(node)),
                 tuple(slot for slot, _ in node.retained()),
@@ -97,7 +97,7 @@ class Tape:
             for node in plan.order if node in plan.stops
         )  # fmt: skip
         retained = tuple(tensor._grad is None for _, _, tensor in self._retained)
-        seeds = tuple((number.get(edge.node), edge.slot) for edge, _ in self.seeds)
+        seeds = tuple((number.get(edge.node), edge.slot, edge in plan.idle) for edge, _ in self.seeds)
         # A hook on a parameter is given the parameter itself.
         owners = tuple(WeakIdentity(node.leaf) if node.leaf._post_hooks else None for node in self.leaves)
         given = tuple(_aval_key(value) for value in self.inputs)

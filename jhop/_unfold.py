@@ -101,6 +101,13 @@ def _variables(eqn: Any) -> list[Any]:
     return [atom for atom in eqn.invars if not isinstance(atom, jex_core.Literal)]
 
 
+class SegmentNode(OpNode):
+    """The node of a segment."""
+
+    many = True
+    __slots__ = ()
+
+
 class Unfolded:
     """One call of a compiled function, laid out on the tape.
 
@@ -153,7 +160,7 @@ class Unfolded:
         if moving and slots:
             has_number = any(type(value) is float for value in values)
             avals = [jax.typeof(outs[i]) for i in slots]
-            node = OpNode([edge for edge in edges if edge is not None], avals, op, values, op.fn, has_number)
+            node = SegmentNode([edge for edge in edges if edge is not None], avals, op, values, op.fn, has_number)
         variables = [*(points[i] for i in segment.points), *segment.outputs[len(segment.points) :]]
         self._values.update(zip(variables, outs, strict=True))
         if node is not None:

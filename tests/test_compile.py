@@ -1,5 +1,6 @@
 """`jhop.compile` and `jhop.compiled_autograd`: hooks inside and outside, what is traced how often, all or nothing."""
 
+import contextlib
 import functools
 import gc
 import threading
@@ -54,6 +55,10 @@ class Compiler:
     def backend(self, gm, example_inputs):
         self.graphs.append(gm)
         return self._backend(gm, example_inputs)
+
+
+def capturing():
+    return jhop.compiled_autograd.enable(Compiler())
 
 
 @pytest.fixture
@@ -358,6 +363,69 @@ def test_several_outputs_of_which_one_is_used(backend):
     first, _ = jhop.compile(lambda x: (x * 3.0, x * 100.0), backend=backend)(x)
     first.backward(jnp.array([1.0]))
     assert x.grad.tolist() == [3.0]
+
+
+class Branches:
+    """Hooks inside a function of two branches: 2 * x and 3 * y."""
+
+    def __init__(self, backend):
+        self.log = []
+        self.run = jhop.compile(self.both, backend=backend)
+
+    def add(self, name):
+        def hook(grad):
+            self.log.append(name)
+            return grad + 0.5
+
+        return hook
+
+    def both(self, x, y):
+        a, b = x * 2.0, y * 3.0
+        a.register_hook(self.add("a"))
+        b.register_hook(self.add("b"))
+        return a, b
+
+
+@each_backend
+@pytest.mark.parametrize("context", [contextlib.nullcontext, capturing], ids=["as it is", "captured"])
+def test_hook_inside_on_a_result_that_nothing_uses_does_not_run(backend, context):
+    branches, x, y = Branches(backend), leaf(1.0), leaf(1.0)
+    for used, grads in ((0, [3.0, 0.0]), (1, [3.0, 4.5]), (0, [6.0, 4.5])):
+        with context():
+            branches.run(x, y)[used].sum().backward()
+        assert [0.0 if t.grad is None else float(t.grad[0]) for t in (x, y)] == grads
+    assert branches.log == ["a", "b", "a"]
+
+
+@each_backend
+@pytest.mark.parametrize("context", [contextlib.nullcontext, capturing], ids=["as it is", "captured"])
+def test_hook_inside_that_leads_to_no_input_asked_for_does_not_run(backend, context):
+    branches, x, y = Branches(backend), leaf(1.0), leaf(1.0)
+    a, b = branches.run(x, y)
+    with context():
+        (by_y,) = jhop.autograd.grad((a * b).sum(), y, retain_graph=True)
+        assert (by_y.tolist(), branches.log) == ([7.5], ["b"])
+        (a * b).sum().backward(inputs=[x])
+    assert (x.grad.tolist(), y.grad, branches.log) == ([7.0], None, ["b", "a"])
+
+
+@each_backend
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_hook_outside_that_leads_to_no_input_asked_for_does_not_run(backend, create_graph):
+    branches, x, y = Branches(backend), leaf(1.0), leaf(1.0)
+    a, b = branches.run(x, y)
+    a.register_hook(branches.add("outside"))
+    (by_y,) = jhop.autograd.grad((a * b).sum(), y, create_graph=create_graph)
+    assert (by_y.tolist() if not create_graph else by_y.value.tolist(), branches.log) == ([7.5], ["b"])
+
+
+@each_backend
+def test_input_that_is_used_by_what_is_detached_alone_gets_no_gradient(backend):
+    x, y = leaf(1.0), leaf(2.0)
+    hooked = []
+    y.register_post_accumulate_grad_hook(lambda leaf: hooked.append(leaf))
+    jhop.compile(lambda x, y: x * (y * 5.0).detach(), backend=backend)(x, y).sum().backward()
+    assert (x.grad.tolist(), y.grad, hooked) == ([10.0], None, [])
 
 
 @each_backend

@@ -108,6 +108,7 @@ LAYERS = (
     "_joint",
     "_bound",
     "_unfold",
+    "_reach",
     "_forward",
     "_schedule",
     "_capture_pass",
