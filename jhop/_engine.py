@@ -59,8 +59,9 @@ class Pass:
                 if wants(edge):
                     self._add(pending, edge, ct)
             for node in self._plan.order:
-                for stop in stops.get(node, ()) if stops else ():
-                    self._stop(stop, pending)
+                if stops:
+                    for stop in stops.get(node, ()):
+                        self._stop(stop, pending)
                 cts = pending.pop(node, None)
                 if cts is not None:
                     for edge, ct in zip(node.edges, self.visit(node, cts), strict=True):

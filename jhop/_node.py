@@ -242,9 +242,12 @@ class OpNode(Node):
             raise freed(self)
 
     def saved(self) -> list[Any]:
-        if self._saved is None:
+        kept = self._saved
+        if type(kept) is list:
+            return kept
+        if kept is None:
             raise freed(self)
-        return values_of(self._saved)
+        return values_of(kept)
 
     def apply(self, cts: list[Any], saved: list[Any], wanted: Sequence[bool] | None = None) -> list[Any]:
         return self.op.pullback(saved, full_cts(self, cts))
