@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -198,10 +199,24 @@ def _trace_wrapped_batch(axis_data: Any, args: Any, dims: Any, *, fn: HookFn, ou
     return outs, [0] * len(outs)
 
 
+# Frames for one hook. To run into Python's limit inside JAX is not safe: its C++ code may not survive that.
+_RESERVE = 300
+
+
+def _frames_left() -> int:
+    frame: Any = sys._getframe()
+    left = sys.getrecursionlimit()
+    while frame is not None:
+        frame, left = frame.f_back, left - 1
+    return left
+
+
 @contextlib.contextmanager
 def no_endless_hooks(fn: HookFn) -> Iterator[None]:
     """Says which hook it was that ran itself again and again."""
     try:
+        if _frames_left() < _RESERVE:
+            raise RecursionError
         yield
     except RecursionError:
         raise Unsupported(
