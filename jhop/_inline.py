@@ -45,7 +45,7 @@ from jhop._source import describe_hook, is_user_file
 from jhop._splice import Splice, expand, retrace
 from jhop._template import Templates, plain
 from jhop._thread import Threads
-from jhop._trace_wrapped import inlining, no_endless_hooks, trace_wrapped_p
+from jhop._trace_wrapped import check_frames, inlining, no_endless_hooks, trace_wrapped_p
 from jhop._walk import Walk
 from jhop._writeback import after_results, stay_numpy
 
@@ -261,6 +261,7 @@ class _Inliner:
     def _run_inner_hook(self, call: Callable[..., list[Any]], flat: Sequence[Any]) -> list[Any]:
         """Runs a hook that a running hook uses, as part of that one."""
         assert self._lift is not None
+        check_frames()
         if _compat.staging() is self._staging:
             return call(*flat)
         before = self._lift.mark()

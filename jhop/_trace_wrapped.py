@@ -199,24 +199,26 @@ def _trace_wrapped_batch(axis_data: Any, args: Any, dims: Any, *, fn: HookFn, ou
     return outs, [0] * len(outs)
 
 
-# Frames for one hook. To run into Python's limit inside JAX is not safe: its C++ code may not survive that.
+# Frames for one hook. To run into Python's limit is not safe: what `sys.monitoring` calls would raise, be handled and
+# called again, without end.
 _RESERVE = 300
 
 
-def _frames_left() -> int:
+def check_frames() -> None:
+    """Raises RecursionError where few frames are left for a hook."""
     frame: Any = sys._getframe()
     left = sys.getrecursionlimit()
     while frame is not None:
         frame, left = frame.f_back, left - 1
-    return left
+    if left < _RESERVE:
+        raise RecursionError
 
 
 @contextlib.contextmanager
 def no_endless_hooks(fn: HookFn) -> Iterator[None]:
     """Says which hook it was that ran itself again and again."""
     try:
-        if _frames_left() < _RESERVE:
-            raise RecursionError
+        check_frames()
         yield
     except RecursionError:
         raise Unsupported(
@@ -239,6 +241,11 @@ def _no_reads(fn: HookFn) -> Iterator[None]:
 _TO_JHOP_JIT = "compile with `jhop.jit`, which runs this hook on the host each time"
 
 
+def _run_inner_hook(call: Callable[..., list[Any]], flat: Sequence[Any]) -> list[Any]:
+    check_frames()
+    return call(*flat)
+
+
 def run_pure(fn: HookFn, args: Sequence[Any]) -> list[Any]:
     """Runs a hook whose equation is being lowered by plain `jax.jit`, where its state cannot be written back.
 
@@ -250,7 +257,7 @@ def run_pure(fn: HookFn, args: Sequence[Any]) -> list[Any]:
         lift_tuples(walk)
         with _state.Lift(walk, [leaf.value for leaf in walk.leaves]) as lift:
             with (
-                inlining(lambda call, flat: call(*flat)),
+                inlining(_run_inner_hook),
                 watch(fn.base, remedy=_TO_JHOP_JIT, trace=_compat.current_trace()),
                 no_endless_hooks(fn),
                 _no_reads(fn),
