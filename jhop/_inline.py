@@ -328,10 +328,13 @@ class _Inliner:
 
     def _refuse_leaks(self) -> None:
         """Raises where a hook kept a tracer in a place that the walk over its state did not find."""
-        if not any(ref() is not None for ref in self._watched):
-            return
-        gc.collect()  # a cycle is no leak
         alive = [ref() for ref in self._watched if ref() is not None]
+        for generation in range(3):  # a cycle is no leak, and a young one is found at little cost
+            if not alive:
+                return
+            alive = []  # it would itself keep them
+            gc.collect(generation)
+            alive = [ref() for ref in self._watched if ref() is not None]
         if alive:
             holders = {type(holder).__name__ for holder in gc.get_referrers(alive[0]) if holder is not alive}
             raise Unsupported(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -82,8 +83,7 @@ class SlotCode:
         """Makes a function of the lines of its body, which stand in the order in which they run."""
         body = "\n".join(f"    {line}" for line in lines)
         found = {name: source for source, name in self._found.items()}
-        every = "".join([body, *found.values()])
-        often = {name for name in _PLACE.findall(every) if every.count(f"\0{name}\0") > 1}
+        often = {name for name, n in Counter(_PLACE.findall("".join([body, *found.values()]))).items() if n > 1}
         seen: set[str] = set()
 
         def place(match: re.Match[str]) -> str:

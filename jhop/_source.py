@@ -96,7 +96,7 @@ class FileKind(enum.Enum):
     """Whose code a file holds."""
 
     USER = "user"
-    STDLIB = "stdlib"
+    STDLIB = "stdlib"  # and what else is looked through: who called it makes the call
     IMPORT = "import"  # the import system
     JHOP = "jhop"
     LIBRARY = "library"  # JAX and what it is built on
@@ -104,6 +104,8 @@ class FileKind(enum.Enum):
 
 # Packages whose frames stand between a user's call and what JAX does for it.
 _LIBRARIES = ("jax", "jaxlib", "numpy", "chex", "ml_dtypes", "opt_einsum")
+# What JAX reads and writes files through where it is installed (its compilation cache does), and users may as well.
+_HELPERS = ("etils", "filelock", "zstandard")
 
 
 @functools.cache
@@ -111,12 +113,13 @@ def _known_folders() -> tuple[tuple[str, FileKind], ...]:
     """Folders with the kind of file they hold, those inside others first."""
     here = os.path.dirname(os.path.abspath(__file__))
     folders = [(here, FileKind.JHOP)]
-    for name in _LIBRARIES:
+    for name in (*_LIBRARIES, *_HELPERS):
         try:
             spec = importlib.util.find_spec(name)
         except (ImportError, ValueError):  # not installed; or a test's stand-in without a spec
             continue
-        folders += [(path, FileKind.LIBRARY) for path in (spec and spec.submodule_search_locations) or ()]
+        kind = FileKind.LIBRARY if name in _LIBRARIES else FileKind.STDLIB
+        folders += [(path, kind) for path in (spec and spec.submodule_search_locations) or ()]
     paths = sysconfig.get_paths()
     installed = {paths["purelib"], paths["platlib"]}
     installed |= {os.path.join(paths["stdlib"], leaf) for leaf in ("site-packages", "dist-packages")}

@@ -8,6 +8,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 _xla_flags = os.environ.get("XLA_FLAGS", "")
 if "--xla_force_host_platform_device_count" not in _xla_flags:
     _xla_flags += " --xla_force_host_platform_device_count=8"
+if os.environ["JAX_PLATFORMS"] == "cpu" and "--xla_backend_optimization_level" not in _xla_flags:
+    # Half of the tests' time is LLVM's, for programs that run once or twice.
+    _xla_flags += " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 if "PYTEST_XDIST_WORKER" in os.environ:
     # The workers already share the cores among them.
     if "--xla_cpu_multi_thread_eigen" not in _xla_flags:

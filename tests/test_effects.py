@@ -8,6 +8,7 @@ import copy
 import cProfile
 import datetime
 import functools
+import importlib
 import io
 import itertools
 import json
@@ -40,7 +41,7 @@ import numpy as np
 import pytest
 
 import jhop
-from jhop import _effects, _profiling
+from jhop import _effects, _profiling, _source
 from jhop._effects import watch
 from jhop._errors import Unsupported
 from jhop._source import describe_hook
@@ -665,6 +666,35 @@ def test_other_threads_are_not_watched():
     thread.join()
     assert results == [(True, True, (3,))]
     assert seen.operators == []
+
+
+@pytest.fixture
+def helper(tmp_path, monkeypatch):
+    """A stand-in for a package through which both JAX and users reach files."""
+    folder = tmp_path / "etils"
+    folder.mkdir()
+    (folder / "__init__.py").write_text("import os\n\n\ndef exists(path):\n    return os.stat(path) is not None\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "etils"]:
+        monkeypatch.delitem(sys.modules, name)
+    caches = _source._known_folders, _source.file_kind
+    for cache in caches:
+        cache.cache_clear()
+    yield importlib.import_module("etils")
+    sys.modules.pop("etils")
+    for cache in caches:
+        cache.cache_clear()
+
+
+def test_package_that_jax_reads_files_through(helper):
+    space = {}
+    exec(compile("def called(f, *xs):\n    return f(*xs)\n", f"{jax.__path__[0]}/cache.py", "exec"), space)
+    called, path = space["called"], os.path.dirname(__file__)
+    traced(lambda ct: ct * float(called(helper.exists, path)))
+    with pytest.raises(Unsupported, match="`os.stat`"):
+        traced(lambda ct: ct * helper.exists(path))
+    with pytest.raises(Unsupported, match="`os.stat`"):
+        traced(lambda ct: ct * called(lambda: helper.exists(path)))
 
 
 def test_each_thread_has_its_own_watch():
