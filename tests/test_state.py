@@ -10,7 +10,6 @@ import heapq
 import itertools
 import math
 import operator
-import threading
 import time
 import types
 import warnings
@@ -1923,64 +1922,3 @@ def test_callback_of_the_garbage_collector_is_not_blamed_on_the_hook():
         assert jhop.jit(gradient(hook), fullgraph=True)(X).tolist() == (2.0 * X).tolist()
     finally:
         gc.callbacks.remove(callback)
-
-
-# Threads.
-
-
-def test_two_threads_with_state_of_their_own():
-    wrong = []
-
-    def work(start):
-        box = Box(n=start)
-
-        def hook(ct):
-            box.n += 1
-            return ct * (2.0 if box.n % 5 else 3.0)
-
-        fn = jhop.jit(gradient(hook), fullgraph=True)
-        for i in range(30):
-            factor = 2.0 if (start + i + 1) % 5 else 3.0
-            if fn(X).tolist() != (2.0 * X * factor).tolist():
-                wrong.append((start, i))
-        if box.n != start + 30:
-            wrong.append(box.n)
-
-    threads = [threading.Thread(target=work, args=(start,)) for start in (0, 100)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
-
-
-def test_threads_that_read_one_object_in_common():
-    """While one thread traces, the others see numbers and not symbols."""
-    config, wrong = Box(k=2.0), []
-
-    def work():
-        box = Box(n=0)
-
-        def hook(ct):
-            box.n += 1
-            return ct * (config.k if box.n % 7 else config.k + 1.0 * box.n)
-
-        fn = jhop.jit(gradient(hook), fullgraph=True)
-        try:
-            for i in range(1, 60):
-                want = 2.0 if i % 7 else 2.0 + i
-                if not np.allclose(fn(X), 2.0 * X * want):
-                    wrong.append(i)
-                if i % 10 == 0:
-                    fn.reset()
-                if type(config.k) is not float:
-                    wrong.append(type(config.k))
-        except Exception as error:
-            wrong.append(error)
-
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong and config.k == 2.0
