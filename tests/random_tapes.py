@@ -2,8 +2,8 @@
 
 A program makes leaves, computes from them in `forward`, hooks what it can at random moments, and runs one to three
 backward passes. It calls nothing of a framework by name: `ops` (elementwise functions, reductions), `leaf`, `const`,
-`index`, `halves`, `no_grad`, `grad`, `compiled` and `captured` stand in the scope that it is run in. Left out is what
-jhop does otherwise than PyTorch on purpose; each such place says so.
+`index`, `halves`, `no_grad`, `grad`, `kept`, `compiled` and `captured` stand in the scope that it is run in. Left out
+is what jhop does otherwise than PyTorch on purpose; each such place says so.
 """
 
 import dataclasses
@@ -84,6 +84,7 @@ class Program:
         self._local_handles = []
         self._tensor_hooks = []
         self._values = []
+        self._closed_over = frozenset()  # what values that hooks close over were computed from
         self.where = {}
         rng = self._rng
         forward = self._forward(rng.randint(3, 12))
@@ -142,8 +143,9 @@ class Program:
     def _returned(self, end):
         """What `forward` returns.
 
-        All that moves; compiled, values without hooks none of which was computed from another: as in torch.compile, a
-        hook outside sees what comes from outside, and hooks inside run after it.
+        All that moves; compiled, values without hooks none of which was computed from another, nor, where passes are
+        differentiated, what a hook closes over: as in torch.compile, a hook outside sees what comes from outside, and
+        hooks inside run after it.
         """
         made = [v for v in self._values if v.moves and not v.leaf]
         if not self._compiled:
@@ -151,6 +153,7 @@ class Program:
         outs = [end]
         for value in self._rng.sample(made, min(2, len(made))):
             apart = all(value.name not in out.below and out.name not in value.below for out in outs)
+            apart = apart and not (self._twice and value.name in self._closed_over)
             if apart and not value.paired and value.name not in self.where.values():
                 outs.append(value)
         return outs
@@ -185,8 +188,8 @@ class Program:
         code, *small = self._rng.choice([
             ("ops.sin({})", 1), ("ops.cos({})", 1), ("{} * 0.5",), ("0.7 - {}",), ("-{}",), ("{} + 1.0",), ("{} * {}",),
             ("{}.detach()",), *([] if self._twice else [
-                ("ops.tanh({})", 1), ("ops.clip({}, -0.5, 0.9)", 1), ("abs({})",), ("ops.exp({})",), ("{} ** 2",),
-                ("1.0 / (ops.exp({}))",), ("ops.where({} > 0.1, {}, 0.3 * {})",),
+                ("ops.tanh({})", 1), ("ops.clip({}, -0.5, 0.9)", 1), ("abs({} - 0.037)",), ("ops.exp({})",),
+                ("{} ** 2",), ("1.0 / (ops.exp({}))",), ("ops.where({} > 0.1, {}, 0.3 * {})",),
             ]),
         ])  # fmt: skip
         if "exp" in code and not a.small:
@@ -274,7 +277,7 @@ class Program:
             body = "return g * 0.25"
         note = ""
         if not self._twice and parameter == "g":
-            note = f"    LAST[{number}] = g\n"
+            note = f"    LAST[{number}] = kept(g)\n"
         if self._eager and rng.random() < 0.12 and self._handles:
             note += f"    remove({rng.choice(self._handles)})\n"
         self._hooks.append(
@@ -294,8 +297,10 @@ class Program:
             if fits:
                 number = len(self.where)
                 self.where[number] = value.name
-                other = rng.choice(fits).name
-                lines.append(f"def inner{number}(g):\n        LOG.append({number})\n        return g * {other} + 0.5")
+                other = rng.choice(fits)
+                self._closed_over |= other.below
+                body = f"LOG.append({number})\n        return g * {other.name} + 0.5"
+                lines.append(f"def inner{number}(g):\n        {body}")
                 lines.append(f"{value.name}.register_hook(inner{number})")
                 return
         taken = value.name in {self.where[k] for k in self._local_handles}
@@ -330,9 +335,9 @@ class Program:
                 lines.append(self._kept(number, line))
             elif what == "remove" and self._handles:
                 lines.append(f"remove({rng.choice(self._handles)})")
-            elif what == "node" and not value.leaf and self._eager:
-                before = rng.random() < 0.5 or value.paired
-                bodies, given = (PRE_NODE[: 2 if value.paired else 3], "outs") if before else (POST_NODE, "ins, outs")
+            elif what == "node" and not (value.leaf or value.paired) and self._eager:
+                before = rng.random() < 0.5
+                bodies, given = (PRE_NODE, "outs") if before else (POST_NODE, "ins, outs")
                 number = self._new_hook(value, bodies, given)
                 name = "register_prehook" if before else "register_hook"
                 lines.append(self._kept(number, f"{value.name}.grad_fn.{name}(hook{number})"))
@@ -396,8 +401,9 @@ class Program:
                 "with captured():",
                 f"    root2.backward({', '.join(options)})",
             ]
-        # At an input, jhop gives the gradient after its hooks, also where one above it is asked for: ask for one.
-        one = [rng.choice([v.name for v in self._out_values if v.moves])]
+        # At an input, jhop gives the gradient after its hooks, also where one above it is asked for: ask for one. Where
+        # an operation has two results, PyTorch has two nodes, of which it may need but one.
+        one = [rng.choice([v.name for v in self._out_values if v.moves and not v.paired])]
         kind = rng.choice(["backward", "backward", "inputs", "grad"])
         lines = ["with captured():"]
         if kind == "grad":

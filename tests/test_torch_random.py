@@ -37,6 +37,7 @@ def in_torch(program):
         "const": lambda shape: torch.tensor(numbers(shape, 7)),
         "index": torch.tensor, "halves": lambda a: torch.tensor_split(a, 2), "compiled": lambda fn: fn,
         "flags": lambda a: a > 0.1,
+        "kept": lambda g: g.detach().clone(),  # PyTorch may add to `.grad` where the hook's `g` is
     }  # fmt: skip
     return run(program, scope)
 
@@ -47,7 +48,7 @@ def in_jhop(program, mode):
         "leaf": lambda shape, salt, moves: jhop.tensor(jnp.array(numbers(shape, salt)), requires_grad=moves),
         "const": lambda shape: jnp.array(numbers(shape, 7)),
         "index": jnp.array, "halves": lambda a: hnp.array_split(a, 2), "compiled": mode.compile,
-        "flags": lambda a: a > 0.1,
+        "flags": lambda a: a > 0.1, "kept": lambda g: g,
     }  # fmt: skip
     return run(program, scope)
 
@@ -112,7 +113,10 @@ def compare_order(program, found, expected):
 
 
 def check(program, mode):
-    expected, order, _ = in_torch(program)
+    try:
+        expected, order, _ = in_torch(program)
+    except (RuntimeError, TypeError) as error:
+        pytest.skip(f"PyTorch refuses it: {str(error).partition('.')[0]}")
     found, mine, _ = in_jhop(program, mode)
     compare(found, expected)
     if mode.name == "eager" and not program.twice and "halves" not in program.source:
