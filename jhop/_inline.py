@@ -41,7 +41,7 @@ from jhop._rebuild import holds_constants, is_plain_call, is_sealed, rebuild
 from jhop._records import let_go, lift_tuples, loosen
 from jhop._repeats import Repeats
 from jhop._scalar import Scalar, device_kind, is_scalar, weak_aval
-from jhop._source import describe_hook, is_user_file
+from jhop._source import describe_hook, is_user_file, peeled
 from jhop._splice import Splice, expand, retrace
 from jhop._template import Templates, plain
 from jhop._thread import Threads
@@ -363,8 +363,7 @@ def _runs_state_from_c(walk: Walk) -> bool:
     """Whether JAX could trace a callable with state in it, such as a partial, while no code of the user's runs."""
 
     def from_c(fn: Any) -> bool:
-        while isinstance(fn, functools.partial):
-            fn = fn.func
+        fn = peeled(fn)
         return not (isinstance(fn, types.FunctionType) and is_user_file(fn.__code__.co_filename))
 
     def has_owner(fn: Any) -> bool:

@@ -17,7 +17,7 @@ from jhop import _compat
 from jhop._classes import is_opaque, is_user_class, module_of
 from jhop._container import Container
 from jhop._names import slot_names
-from jhop._source import is_user_file
+from jhop._source import is_user_file, peeled
 
 FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
 
@@ -119,6 +119,5 @@ def _is_plumbing(fn: Any) -> bool:
     """Whether a function is a partial of one of a library's."""
     if not isinstance(fn, functools.partial):
         return False
-    while isinstance(fn, functools.partial):
-        fn = fn.func
+    fn = peeled(fn)
     return not is_user_file(fn.__code__.co_filename) if isinstance(fn, types.FunctionType) else is_opaque(type(fn))

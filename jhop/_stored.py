@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import dis
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from jhop._container import Container
-from jhop._source import is_user_file
+from jhop._source import is_user_file, with_nested
 from jhop._walk import Walk
 
 # Code that uses one of these may write any attribute.
@@ -60,7 +60,7 @@ def may_store(walk: Walk) -> Callable[[Container, Any], bool]:
     )
     stored: set[str] = set()
     items = anything = False
-    for code in {code for fn in functions for code in _with_nested([fn.__code__])}:
+    for code in {code for fn in functions for code in with_nested([fn.__code__])}:
         anything |= not _ANY.isdisjoint(code.co_names)
         items |= not _ITEMS.isdisjoint(code.co_names)
         for instruction in dis.get_instructions(code):
@@ -83,9 +83,3 @@ def may_store(walk: Walk) -> Callable[[Container, Any], bool]:
         return anything or (items and holds_items) or (isinstance(key, str) and key in stored)
 
     return answer
-
-
-def _with_nested(codes: Iterable[types.CodeType]) -> Iterator[types.CodeType]:
-    for code in codes:
-        yield code
-        yield from _with_nested(const for const in code.co_consts if isinstance(const, types.CodeType))

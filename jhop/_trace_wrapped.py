@@ -189,11 +189,7 @@ def _trace_wrapped_batch(axis_data: Any, args: Any, dims: Any, *, fn: HookFn, ou
     # A rule is also asked with nothing mapped; a hook may still ask a named axis for its index.
     if not mapped and "axis_name" not in kwargs:
         return trace_wrapped_p.bind(*args, fn=fn, out_avals=out_avals), [None] * len(out_avals)
-
-    def batched_call(*flat: Any) -> list[Any]:
-        return jax.vmap(fn.call, in_axes=in_axes, **kwargs)(*flat)
-
-    derived = fn.derive("vmap", batched_call, in_axes, str(kwargs))
+    derived = fn.batched(in_axes, kwargs)
     avals = tuple(_compat.batched_aval(axis_data, aval) for aval in out_avals)
     outs = trace_wrapped_p.bind(*args, fn=derived, out_avals=avals)
     return outs, [0] * len(outs)

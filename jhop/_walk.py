@@ -33,7 +33,7 @@ from jhop._leaves import DECLARED, Fixed, Leaf, is_array, is_number
 from jhop._library import FUNCTIONS, cells_of, held, inside
 from jhop._names import TEXT, TEXT_METHODS, names_in_code, names_in_value, slot_names
 from jhop._reads import state_refused
-from jhop._source import is_user_file
+from jhop._source import is_user_file, peeled
 
 MAX_CONTAINERS = 10_000
 # Code that uses one of these can reach any attribute, so names say nothing about what it reads.
@@ -276,9 +276,7 @@ class Walk:
 
     def _left_out(self, fn: Any) -> bool:
         """Whether a callable is a hook that the function hands on: what is given to it, the function does not read."""
-        while isinstance(fn, (functools.partial, types.MethodType)):
-            fn = fn.func if isinstance(fn, functools.partial) else fn.__func__
-        return self._without is not None and getattr(fn, "__code__", None) in self._without
+        return self._without is not None and getattr(peeled(fn), "__code__", None) in self._without
 
     def _visit_inside(self, held: list[Any], path: str) -> None:
         for item in inside(held, self._inside):
