@@ -18,7 +18,6 @@ from typing import Any
 
 import jax
 import jax.extend.core as jex_core
-import numpy as np
 
 from jhop import _compat, _state
 from jhop._capture import Recorder, trace
@@ -153,6 +152,7 @@ class _Inliner:
         symbols = [
             self._symbol(i, leaf, twin) for i, (leaf, twin) in enumerate(zip(self._walk.leaves, flat[n:], strict=True))
         ]
+        self._share_nans(symbols)
         for symbol in symbols:
             if is_scalar(symbol):
                 self._session.symbols[symbol._expr] = symbol
@@ -181,6 +181,20 @@ class _Inliner:
         # `type(x)` cannot be answered by a stand-in: code that asks it gets the numbers themselves, guarded.
         return scalar._specialise() if self._walk.mentions("type") else scalar
 
+    def _share_nans(self, symbols: list[Any]) -> None:
+        """Has one symbol stand for a NaN that is in several places: what holds it may be asked for it by identity."""
+        first: dict[int, int] = {}
+        for index, leaf in enumerate(self._walk.leaves):
+            if type(leaf.value) is not float or leaf.value == leaf.value:
+                continue
+            same = first.setdefault(id(leaf.value), index)
+            asked = first.values() if symbols[index] is leaf.value else [same]  # itself, or what tells when it matters
+            for other in asked:
+                if other != index:
+                    pair = Expr("leaf", (other,)), Expr("leaf", (index,))
+                    self._session.guard(Expr("one_nan", pair), other == same)
+            symbols[index] = symbols[same]
+
     def _carry(self, variable: Any, value: Any) -> None:
         """Takes what is known of a captured value over to its new variable."""
         self._recorder.note(value, self._gm.info.get(variable, _CAPTURED))
@@ -203,16 +217,12 @@ class _Inliner:
             return index
 
         templates = Templates(self._walk.knows, note)
-        arrays = [leaf for leaf in self._walk.leaves if type(leaf.value) is np.ndarray]
-        numpy = {(id(leaf.container), leaf.key): leaf.value for leaf in arrays}
         for write in lift.writes():
             value, where = write.value, write.where()
             if value is not MISSING:
                 value = templates.make(value, where)
-            before = numpy.get((id(write.container), write.key))
-            if before is not None and value is not MISSING and value[0] == "array":
-                value = stay_numpy(value, before, where)
             self._writes.append(write._replace(key=plain(write.key), value=value))
+        self._writes = stay_numpy(self._writes, lift.held())
         self._shared = templates.shared
 
     def _rule(self, eqn: Any, values: list[Any]) -> list[Any] | None:

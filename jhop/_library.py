@@ -25,7 +25,7 @@ FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
 def attributes_of(obj: Any) -> list[Container]:
     """All that an object keeps under names: its `__dict__`, its `__slots__`."""
     found = [Container(obj, "attrs", "")] if isinstance(getattr(obj, "__dict__", None), dict) else []
-    return [*found, Container(obj, "slots", "", slot_names(type(obj)))]
+    return [*found, Container(obj, "slots", "", set(slot_names(type(obj))))]
 
 
 def is_jaxs(obj: Any) -> bool:

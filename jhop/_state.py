@@ -52,7 +52,7 @@ def _containers_of(value: Any, path: str) -> list[Container]:
         return [Container(value, kind, path)]
     found = [Container(value, "attrs", path)] if isinstance(getattr(value, "__dict__", None), dict) else []
     slots = slot_names(type(value))
-    return [*found, Container(value, "slots", path, slots)] if slots else found
+    return [*found, Container(value, "slots", path, set(slots))] if slots else found
 
 
 class Write(NamedTuple):
@@ -247,6 +247,10 @@ class Lift:
         held = {id(value) for items in self._placed for _, value in items}
         now = {id(value) for mark in self.mark() for _, value in mark.items}
         return [value for key, value in weak.items() if key in held - now]
+
+    def held(self) -> dict[tuple[int, str], dict[Any, Any]]:
+        """What containers held before hooks ran, by id and kind."""
+        return {(id(container.obj), container.kind): dict(items) for container, items in self._snapshots}
 
     def writes(self) -> Iterator[Write]:
         """The slots that differ from what was swapped in, containers in order of meeting.
