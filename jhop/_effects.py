@@ -14,14 +14,17 @@ instruction (`sys.settrace`).
 What stays unseen:
 
 - on 3.11, such a hidden call of something that the function never mentions (`self.callbacks["log"]()`, with a
-  `partial(print)` in it), or while a debugger or coverage holds `sys.settrace`; profilers written in C see nothing of
-  the watched stretch (cProfile is paused and goes on after it);
+  `partial(print)` in it), what `operator.methodcaller("write", "x")(file)` calls unless that has a name, or while a
+  debugger or coverage holds `sys.settrace`; profilers written in C see nothing of the watched stretch (cProfile is
+  paused and goes on after it);
 - on 3.11, before it happens, what a hook calls after it caught the refusal of an earlier call (Python takes a profile
   function that raised away), and an error of JAX's about a value that was read, if it is one of Python's own types;
 - on 3.12 and later, before it happens, a call `callbacks["log"](*xs)` whose text does not name what it calls: it is an
   error at the end of the watch only;
 - everywhere, iteration over an open file, a banned function that C code gets other than as an argument of the call
-  that runs it (`sorted(xs, **options)`), and calls in a frame that was running before the watch began.
+  that runs it (`sorted(xs, **options)`) or calls with no call in the text (`property(print)`; but the factory of a
+  defaultdict is seen, as state and where one is made), what `map` has a `methodcaller` call, and calls in a frame that
+  was running before the watch began.
 """
 
 from __future__ import annotations

@@ -116,7 +116,7 @@ def _enter(frame: types.FrameType, libraries: set[str], reads: list[_Read]) -> N
 def _banned_c_names() -> frozenset[str]:
     """Names of the C functions that may be banned: most calls are told apart by this alone."""
     names = {"print", "input", "open", "breakpoint", "start_new_thread", "warn", "warn_explicit"}
-    names |= {"now", "today", "utcnow", "tofile", "dump"}
+    names |= {"now", "today", "utcnow", "tofile", "dump", "dlopen", "LoadLibrary"}
     for module_name in "time posix nt _io _random _socket _ssl _sqlite3 _queue select mmap _posixsubprocess".split():
         with contextlib.suppress(ImportError):
             space = vars(importlib.import_module(module_name))

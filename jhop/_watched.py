@@ -85,6 +85,16 @@ def refuse(label: str | None, frame: types.FrameType | None) -> None:
         del error  # else this frame and the error hold each other, and the tracers in its traceback
 
 
+def refusing(label: str, fn: Callable[..., Any]) -> Callable[..., Any]:
+    """A banned function as one that C code may call, which nobody sees: for user code it is refused."""
+
+    def call(*args: Any) -> Any:
+        refuse(label, sys._getframe(1))
+        return fn(*args)
+
+    return call
+
+
 def refuse_text(frame: types.FrameType | None) -> None:
     """Raises `Unsupported` if user code makes text of a tracer in a call that `frame` makes."""
     seen = thread.current
