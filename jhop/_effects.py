@@ -58,7 +58,7 @@ from jhop._watched import (
 
 
 @contextlib.contextmanager
-def watch(hook: Any, *, remedy: str | None = None, trace: Any = None) -> Iterator[Watch]:
+def watch(hook: Any, *, trace: Any = None) -> Iterator[Watch]:
     """Refuses calls that cannot be replayed, and records operators, on this thread while the block runs.
 
     Watches nest; the innermost one gets the records and the errors. Frames that run already when the block is entered
@@ -66,16 +66,15 @@ def watch(hook: Any, *, remedy: str | None = None, trace: Any = None) -> Iterato
 
     Args:
         hook: whom errors name.
-        remedy: what errors recommend as the last resort; by default, `fullgraph=False`.
         trace: record operators of this trace alone, and keep nothing of those that the hook begins and ends.
 
     Raises:
         Unsupported: user code was about to make a banned call. Raised at the call, and again at the end of the block
             if the code caught it, or turned it into another error.
     """
-    seen, outer = Watch(hook, remedy, trace), thread.current
+    seen, outer = Watch(hook, trace), thread.current
     if (label := _banned.label_of(hook)) is not None:  # a hook that is `print` itself is called by us, not by user code
-        raise Unsupported(message(label, hook, "", remedy))
+        raise Unsupported(message(label, hook, ""))
     collecting = gc.isenabled()
     gc.disable()  # what others do when garbage is collected would look like the hook's own doing
     try:
@@ -102,7 +101,7 @@ def watch(hook: Any, *, remedy: str | None = None, trace: Any = None) -> Iterato
 def _caught(seen: Watch) -> Unsupported:
     """The error for a hook that read a value and caught what JAX raised: on values it would go on in another way."""
     assert seen.caught is not None
-    text = _reads.explain(seen.hook, seen.caught, seen.remedy or _reads.LAST_RESORT, caught=True)
+    text = _reads.explain(seen.hook, seen.caught, caught=True)
     error = Unsupported(text)
     error.__cause__ = seen.caught
     return error

@@ -27,7 +27,7 @@ from jhop._contract import HookFn
 from jhop._cut import Callback, leave
 from jhop._describe import Described, info_of
 from jhop._effects import many_watches, watch
-from jhop._errors import JhopError, Unsupported
+from jhop._errors import TO_JIT, JhopError, Unsupported, advising, last_resort
 from jhop._expr import Expr
 from jhop._graph import GraphModule, Info, Input
 from jhop._guards import Guards
@@ -78,7 +78,7 @@ def inline(
     """
     if not isinstance(gm, GraphModule):
         raise JhopError(f"jhop.inline: expected a GraphModule, such as jhop.make_fx gives, got {type(gm).__name__}.")
-    with _state.LOCK:
+    with _state.LOCK, advising(TO_JIT):
         return _Inliner(gm, shapes, on_host).run(avals)
 
 
@@ -347,7 +347,7 @@ class _Inliner:
             raise Unsupported(
                 "a hook kept a traced array in a place that jhop does not look at (referred to by: "
                 f"{', '.join(sorted(holders - {'list_iterator', 'frame'}))}). Keep it in an attribute, a closure, a "
-                "dict or a list that the hook reaches by name, or use fullgraph=False."
+                f"dict or a list that the hook reaches by name, or {last_resort()}."
             )
 
     def _prune(self, jaxpr: Any, n: int) -> tuple[Any, tuple[Leaf, ...]]:

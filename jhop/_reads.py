@@ -14,10 +14,9 @@ from typing import Any
 import jax
 
 from jhop import _banned, _compat
-from jhop._errors import Unsupported
+from jhop._errors import Unsupported, last_resort
 from jhop._source import describe_hook, is_user_file, layers, origin_of, with_nested
 
-LAST_RESORT = "use fullgraph=False to run the hook on the host each time"
 NOT_TRACED = "While the backward is traced, arrays have no values."
 
 VALUE_ERRORS = (
@@ -47,7 +46,7 @@ def is_read(error: BaseException) -> bool:
     return isinstance(text, str) and ("Tracer" in text or "traced array" in text)
 
 
-def explain(hook: Any, error: BaseException, last_resort: str = LAST_RESORT, *, caught: bool = False) -> str:
+def explain(hook: Any, error: BaseException, *, caught: bool = False) -> str:
     """The message for an exception that left a hook while it was traced, or that the hook caught."""
     head = f"{describe_hook(hook)} cannot be traced"
     place = place_of(error)
@@ -55,12 +54,12 @@ def explain(hook: Any, error: BaseException, last_resort: str = LAST_RESORT, *, 
     if isinstance(error, jax.errors.TracerBoolConversionError):
         return (
             f"{head}: it branches on the value of an array{also}{place}. {NOT_TRACED} Use `jnp.where` or "
-            f"`jax.lax.cond`, or {last_resort}."
+            f"`jax.lax.cond`, or {last_resort()}."
         )
     if is_read(error):
         return (
             f"{head}: it reads the value of an array{also}{place} (float(), int(), .item(), .tolist(), numpy, "
-            f"text). {NOT_TRACED} Stay with jax.numpy, or {last_resort}."
+            f"text). {NOT_TRACED} Stay with jax.numpy, or {last_resort()}."
         )
     return f"{head}: it raised {type(error).__name__}: {error}{place}. Nothing was written."
 
@@ -119,12 +118,12 @@ def _named_in(code: types.CodeType, name: str) -> str | None:
     return None
 
 
-def text_read(frame: types.FrameType | None, hook: Any, last_resort: str) -> Unsupported | None:
+def text_read(frame: types.FrameType | None, hook: Any) -> Unsupported | None:
     """The error for user code that makes text of a tracer, in a call that `frame` makes; None if it does not."""
     user = _banned.blamed_frame(frame)
     if user is None:
         return None
     return Unsupported(
         f"{describe_hook(hook)} cannot be traced: it makes text of an array (str(), repr(), f-strings)"
-        f'{_place(user.f_code, user.f_lasti)}. {NOT_TRACED} Use `jax.debug.print("{{}}", x)`, or {last_resort}.'
+        f'{_place(user.f_code, user.f_lasti)}. {NOT_TRACED} Use `jax.debug.print("{{}}", x)`, or {last_resort()}.'
     )

@@ -20,7 +20,7 @@ from jhop._append import AppendList
 from jhop._banned import label_of
 from jhop._classes import is_opaque
 from jhop._container import MISSING, Container, builtin_kind, put_attribute
-from jhop._errors import Unsupported
+from jhop._errors import Unsupported, last_resort
 from jhop._late import Late
 from jhop._names import slot_names
 from jhop._scalar import Scalar
@@ -274,13 +274,13 @@ class Lift:
                 continue
             raise Unsupported(
                 f"a hook replaces `{name}` of {in_words(obj)}, which is part of what is compiled. Keep what changes in "
-                "an attribute that the code reads, or use fullgraph=False."
+                f"an attribute that the code reads, or {last_resort()}."
             )
         for value in self._dropped():
             raise Unsupported(
                 f"a hook puts something else where {in_words(value)} was, which hooks reach by a weak reference too: "
-                "while they are traced, it does not go away. Keep the object and change what is in it, or use "
-                "fullgraph=False."
+                "while they are traced, it does not go away. Keep the object and change what is in it, or "
+                f"{last_resort()}."
             )
         for container, before in zip(self.walk.containers, self._placed, strict=True):
             now = container.items()

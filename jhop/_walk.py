@@ -28,7 +28,7 @@ import numpy as np
 from jhop import _compat
 from jhop._classes import OPAQUE_ROOTS, generated_code, is_opaque, is_user_class, module_of, why_not_lifted
 from jhop._container import Container, builtin_kind
-from jhop._errors import Unsupported
+from jhop._errors import Unsupported, last_resort
 from jhop._leaves import DECLARED, Fixed, Leaf, is_array, is_number
 from jhop._library import FUNCTIONS, cells_of, held, inside
 from jhop._names import TEXT, TEXT_METHODS, names_in_code, names_in_value, slot_names
@@ -363,7 +363,7 @@ class Walk:
     def _visit_instance(self, value: Any, path: str) -> None:
         cls = type(value)
         if (reason := why_not_lifted(cls)) is not None:
-            self.refuse(f"a hook reads `{path}`, a {cls.__name__}{reason}, or use fullgraph=False.", path)
+            self.refuse(f"a hook reads `{path}`, a {cls.__name__}{reason}, or {last_resort()}.", path)
             return
         if isinstance(value, np.ndarray) and is_array(value):
             self.unlifted.append((value, path, self._root))

@@ -44,7 +44,7 @@ import pytest
 import jhop
 from jhop import _effects, _profiling
 from jhop._effects import watch
-from jhop._errors import Unsupported
+from jhop._errors import Unsupported, advising
 from jhop._source import describe_hook
 from jhop._watched import OperatorRecord
 
@@ -582,8 +582,8 @@ def test_remedies(call, remedy):
 
 
 def test_given_remedy_replaces_the_last_resort():
-    with pytest.raises(Unsupported, match="; or compile with `jhop.jit`."):
-        traced(says, remedy="compile with `jhop.jit`")
+    with pytest.raises(Unsupported, match="; or compile with `jhop.jit`."), advising("compile with `jhop.jit`"):
+        traced(says)
 
 
 draw = rng.normal
