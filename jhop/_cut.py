@@ -64,9 +64,7 @@ def cut(jaxpr: Any, compiled: Callable[[Any], Callable[..., Any]]) -> Callable[.
 
     def run(*flat: Any) -> list[Any]:
         env = dict(zip(jaxpr.invars, flat, strict=True))
-
         read = reader(env)
-
         for piece in pieces:
             outs = piece.run(*map(read, piece.ins))
             env.update(zip(piece.outs, outs, strict=True))
