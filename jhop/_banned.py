@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import ctypes
 import enum
 import functools
 import inspect
 import io
+import operator
 import os
 import sys
 import types
@@ -55,15 +57,16 @@ _ONLY: dict[str, frozenset[str]] = {
     "datetime": frozenset(("now", "today", "utcnow")),
     "numpy": frozenset(
         "save savez savez_compressed savetxt load loadtxt genfromtxt fromfile tofile memmap dump info show_config "
-        "show_runtime".split(),
+        "show_runtime seterr geterr seterrcall geterrcall setbufsize set_printoptions".split(),
     ),
+    "ctypes": frozenset(("dlopen", "LoadLibrary")),  # and their functions: see `label_of`
     "sys": frozenset("displayhook excepthook unraisablehook breakpointhook".split()),
 }
 # C modules, by the names that users know them under.
 _ALIASES = {
     "posix": "os", "nt": "os", "_io": "io", "_pyio": "io", "_thread": "threading", "_random": "random",
     "_warnings": "warnings", "_datetime": "datetime", "_socket": "socket", "_ssl": "ssl", "_queue": "queue",
-    "_sqlite3": "sqlite3", "_posixsubprocess": "subprocess", "_signal": "signal",
+    "_ctypes": "ctypes", "_sqlite3": "sqlite3", "_posixsubprocess": "subprocess", "_signal": "signal",
 }  # fmt: skip
 # Refused only where user code itself makes the call.
 BUFFER_WRITES = frozenset(f"io.{kind}.{name}" for kind in ("StringIO", "BytesIO") for name in ("write", "writelines"))
@@ -84,6 +87,8 @@ _REMEDIES = {
     "time": _TIME_REMEDY,
     "datetime": _TIME_REMEDY,
     "os": "call it outside the hook, which may close over the result",
+    "numpy.seterr": "call it outside the hook",
+    "ctypes": "use `jax.pure_callback` or `jax.ffi`",
 }
 
 # Syntax reads and writes the environment (`os.environ[name]`), so no call of these is seen, only their code running.
@@ -111,6 +116,7 @@ def _harmless_codes() -> Iterator[types.CodeType]:
 HARMLESS = {id(code): code for code in _harmless_codes()}
 
 _IOBASE = io.IOBase.__bases__[0]  # the C class: an abstract base class is slow to ask
+_CFunction: Any = ctypes._CFuncPtr  # type: ignore[attr-defined]
 _CachedFunction: Any = type(functools.lru_cache(len))
 
 
@@ -149,6 +155,10 @@ def label_of(callee: Any, arg: Any = None) -> str | None:
         return None
     if (stream := _console_of(callee, arg)) is not None:
         return stream
+    if isinstance(callee, operator.methodcaller):
+        return _label_of_named(callee, arg)
+    if isinstance(callee, _CFunction):
+        return f"ctypes.{getattr(callee, '__name__', 'function')}"
     for _ in range(8):  # a partial of a method of ...
         if isinstance(callee, functools.partial):
             callee = callee.func
@@ -174,6 +184,14 @@ def label_of(callee: Any, arg: Any = None) -> str | None:
         return method
     home = getattr(callee, "__module__", None)
     return label_of_name(home, getattr(callee, "__qualname__", name)) if isinstance(home, str) else None
+
+
+def _label_of_named(caller: Any, arg: Any) -> str | None:
+    """The name to show for the method of `arg` that an `operator.methodcaller` calls."""
+    make, given = caller.__reduce__()  # with keywords, `make` is a partial
+    name = make.args[0] if isinstance(make, functools.partial) else given[0]
+    method = inspect.getattr_static(arg, name, None)
+    return None if method is None else label_of(method, arg)
 
 
 def _console_of(callee: Any, arg: Any) -> str | None:

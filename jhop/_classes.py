@@ -12,7 +12,7 @@ import sys
 import types
 from typing import Any
 
-from jhop._source import is_user_file
+from jhop._source import is_user_file, layers
 
 OPAQUE_ROOTS = {"jax", "jaxlib", "numpy", "ml_dtypes"}
 
@@ -23,10 +23,12 @@ def module_of(cls: type) -> str:
     return module if isinstance(module, str) else ""
 
 
-def is_generated(cls: type, name: str) -> bool:
-    """Whether a method was made by `dataclass`, out of the fields."""
-    code = getattr(cls.__dict__[name], "__code__", None)
-    return "__dataclass_fields__" in cls.__dict__ and code is not None and code.co_filename == "<string>"
+def generated_code(cls: type, name: str) -> list[types.CodeType]:
+    """The code in a method of which `dataclass` made it, out of the fields; it may be in a wrapper."""
+    if "__dataclass_fields__" not in cls.__dict__:
+        return []
+    codes = [layer.__code__ for layer in layers(cls.__dict__[name]) if isinstance(layer, types.FunctionType)]
+    return [code for code in codes if code.co_filename == "<string>"]
 
 
 def is_opaque(cls: type) -> bool:

@@ -24,6 +24,7 @@ import numpy as np
 
 import jhop
 from jhop import _source
+from jhop._contract import is_inexact
 
 _TYPE_FORM = "a dtype and sizes, such as f32[4,8], i32[3] or f32"
 _KINDS = {"f": "float", "bf": "bfloat", "i": "int", "u": "uint", "c": "complex"}
@@ -165,18 +166,14 @@ def _check_call(fn: Callable[..., Any], function: str, args: list[Any], types: S
         raise jhop.JhopError(f"`{function}`: for {given} it raised {_brief(error)}") from error
     if forward:
         return
-    if not any(_is_floating(out.dtype) for out in outs):
+    if not any(is_inexact(out.dtype) for out in outs):
         found = ", ".join(f"{out.dtype}{list(out.shape)}" for out in outs) or "nothing"
         raise jhop.JhopError(
             f"`{function}`: it returns {found}, and only floating and complex results have a backward pass. "
             "Return a floating value, or print the function itself with --forward."
         )
-    if not any(_is_floating(arg.dtype) for arg in args):
+    if not any(is_inexact(arg.dtype) for arg in args):
         raise jhop.JhopError(f"`{function}`: only floating and complex arguments have gradients, got {given}.")
-
-
-def _is_floating(dtype: Any) -> bool:
-    return bool(jnp.issubdtype(dtype, jnp.inexact))
 
 
 def _brief(error: BaseException) -> str:

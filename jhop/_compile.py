@@ -18,11 +18,11 @@ import numpy as np
 
 from jhop import _compat, _state, backends
 from jhop._cut import CannotRunOnHost, on_host, reach_of, refuse_under_vmap
-from jhop._errors import JhopError, Unsupported
+from jhop._errors import AHEAD, FULLGRAPH, JhopError, Unsupported, advising
 from jhop._explain import Explains, graph_report, hooks_of
 from jhop._graph import GraphModule, hooks_in
 from jhop._guards import Guards
-from jhop._history import History, Trace
+from jhop._history import History, Told, Trace
 from jhop._inline import inline
 from jhop._program import DoesNotFit, Program
 from jhop._records import lift_tuples
@@ -33,6 +33,7 @@ from jhop._trace_wrapped import trace_wrapped_p
 from jhop._walk import Walk
 
 MAX_ENTRIES = 32  # versions of one graph; the oldest gives way
+_told = Told()  # of hooks in graphs by themselves: there may be one for each backward pass
 _compiled: weakref.WeakSet[CompiledGraph] = weakref.WeakSet()
 
 
@@ -88,7 +89,7 @@ class CompiledGraph(Explains):
         self._lock = threading.Lock()
         self._last: _Entry | None = None
         self._warned = False
-        self.history = history or History()
+        self.history = history or History(_told)
         self._first = first
         self._static = static
         _compiled.add(self)
@@ -152,7 +153,8 @@ class CompiledGraph(Explains):
     def _add(self, flat: list[Any], *, reason: str | None, on_host: bool = True) -> _Entry:
         before = backends.aot_ids()
         try:
-            gm = self._inline(flat)
+            with advising(FULLGRAPH):
+                gm = self._inline(flat)
         except Unsupported as error:
             if self._fullgraph or not on_host:
                 raise
@@ -240,7 +242,8 @@ class CompiledGraph(Explains):
             reasons |= {i: why for i, why in new.items() if i not in reasons}
             try:
                 self.gm.check(flat)
-                gm, error = inline(self.gm, on_host=there), None
+                with advising(FULLGRAPH):
+                    gm, error = inline(self.gm, on_host=there), None
             except CannotRunOnHost as another:
                 raise another from refused
             except Unsupported as another:
@@ -288,7 +291,7 @@ class CompiledGraph(Explains):
         Raises:
             Unsupported: a hook cannot be traced, even if it could run on the host.
         """
-        with _state.LOCK:
+        with _state.LOCK, advising(AHEAD):
             entry = self._find(flat, on_host=False)
         if entry.refused is not None:
             raise entry.refused
@@ -388,3 +391,4 @@ def reset_compiled() -> None:
     with _state.LOCK:
         for compiled in list(_compiled):
             compiled.reset()
+        _told.clear()

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from jhop._names import slot_member
+
 MISSING: Any = object()  # what stands for the value of a slot that does not exist
 
 # Kinds whose slots are positions: they are compared and put back as a whole.
@@ -135,7 +137,7 @@ class Container:
             if self.kind == "set":
                 return key if set.__contains__(obj, key) else MISSING
             if self.kind == "slots":
-                return object.__getattribute__(obj, key)
+                return self._member(key).__get__(obj)
             return (obj.args if self.kind == "partial" else obj.__defaults__)[key]
         except (KeyError, IndexError, AttributeError, ValueError, TypeError):
             return MISSING
@@ -165,7 +167,7 @@ class Container:
         elif self.kind == "class":
             type.__setattr__(obj, key, value)
         else:
-            object.__setattr__(obj, key, value)
+            self._member(key).__set__(obj, value)
 
     def remove(self, key: Any) -> None:
         """Deletes one slot."""
@@ -179,7 +181,10 @@ class Container:
         elif self.kind == "class":
             type.__delattr__(obj, key)
         else:
-            object.__delattr__(obj, key)
+            self._member(key).__delete__(obj)
+
+    def _member(self, key: Any) -> Any:
+        return slot_member(type(self.obj), key)
 
     def put_back(self, key: Any, before: Any) -> None:
         """Gives one slot what `get` said earlier: where that was MISSING, it goes."""
@@ -234,6 +239,8 @@ class Container:
             return f"{self.path}.args[{key}]"
         if self.kind == "defaults":
             return f"{self.path}.__defaults__[{key}]"
+        if self.kind == "slots" and "." in key:  # one that is hidden by another of its name
+            return f"type({self.path}).{key}.__get__({self.path})"
         if self.kind in ("attrs", "slots", "class"):
             return f"{self.path}.{key}"
         if self.kind == "tuple" and hasattr(type(self.obj), "_fields"):

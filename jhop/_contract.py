@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -47,6 +48,14 @@ class HookFn:
     def derive(self, rule: str, call: Callable[..., Any], *key: Any) -> HookFn:
         """A function derived from this one by a transformation; its state stays that of the same hook."""
         return HookFn(self._base, call, f"{rule}[{self.name}]", (rule, self.key, *key), self.kind)
+
+    def batched(self, in_axes: tuple[int | None, ...], kwargs: dict[str, Any]) -> HookFn:
+        """The function over a batch. `kwargs` are for `jax.vmap`."""
+
+        def call(*flat: Any) -> list[Any]:
+            return jax.vmap(self.call, in_axes=in_axes, **kwargs)(*flat)
+
+        return self.derive("vmap", call, in_axes, str(kwargs))
 
     def rules(self) -> set[str]:
         """The transformations that it was derived by."""
@@ -166,6 +175,12 @@ def as_arrays(values: Sequence[Any]) -> list[Any]:
 
 def _is_float0(value: Any) -> bool:
     return getattr(value, "dtype", None) == jax.dtypes.float0
+
+
+@functools.cache
+def is_inexact(dtype: Any) -> bool:
+    """Whether values of a dtype have gradients."""
+    return bool(jnp.issubdtype(dtype, jnp.inexact))
 
 
 def _is_none(value: Any) -> bool:

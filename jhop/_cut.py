@@ -17,6 +17,7 @@ import numpy as np
 from jhop import _compat
 from jhop._contract import HookFn
 from jhop._errors import Unsupported
+from jhop._interp import reader
 from jhop._source import describe_hook, hook_name
 from jhop._trace_wrapped import inlining, trace_wrapped_p
 from jhop._walk import Walk
@@ -63,10 +64,7 @@ def cut(jaxpr: Any, compiled: Callable[[Any], Callable[..., Any]]) -> Callable[.
 
     def run(*flat: Any) -> list[Any]:
         env = dict(zip(jaxpr.invars, flat, strict=True))
-
-        def read(atom: Any) -> Any:
-            return atom.val if isinstance(atom, jex_core.Literal) else env[atom]
-
+        read = reader(env)
         for piece in pieces:
             outs = piece.run(*map(read, piece.ins))
             env.update(zip(piece.outs, outs, strict=True))

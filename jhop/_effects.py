@@ -14,14 +14,17 @@ instruction (`sys.settrace`).
 What stays unseen:
 
 - on 3.11, such a hidden call of something that the function never mentions (`self.callbacks["log"]()`, with a
-  `partial(print)` in it), or while a debugger or coverage holds `sys.settrace`; profilers written in C see nothing of
-  the watched stretch (cProfile is paused and goes on after it);
+  `partial(print)` in it), what `operator.methodcaller("write", "x")(file)` calls unless that has a name, or while a
+  debugger or coverage holds `sys.settrace`; profilers written in C see nothing of the watched stretch (cProfile is
+  paused and goes on after it);
 - on 3.11, before it happens, what a hook calls after it caught the refusal of an earlier call (Python takes a profile
   function that raised away), and an error of JAX's about a value that was read, if it is one of Python's own types;
 - on 3.12 and later, before it happens, a call `callbacks["log"](*xs)` whose text does not name what it calls: it is an
   error at the end of the watch only;
 - everywhere, iteration over an open file, a banned function that C code gets other than as an argument of the call
-  that runs it (`sorted(xs, **options)`), and calls in a frame that was running before the watch began.
+  that runs it (`sorted(xs, **options)`) or calls with no call in the text (`property(print)`; but the factory of a
+  defaultdict is seen, as state and where one is made), what `map` has a `methodcaller` call, and calls in a frame that
+  was running before the watch began.
 """
 
 from __future__ import annotations
@@ -55,7 +58,7 @@ from jhop._watched import (
 
 
 @contextlib.contextmanager
-def watch(hook: Any, *, remedy: str | None = None, trace: Any = None) -> Iterator[Watch]:
+def watch(hook: Any, *, trace: Any = None) -> Iterator[Watch]:
     """Refuses calls that cannot be replayed, and records operators, on this thread while the block runs.
 
     Watches nest; the innermost one gets the records and the errors. Frames that run already when the block is entered
@@ -63,16 +66,15 @@ def watch(hook: Any, *, remedy: str | None = None, trace: Any = None) -> Iterato
 
     Args:
         hook: whom errors name.
-        remedy: what errors recommend as the last resort; by default, `fullgraph=False`.
         trace: record operators of this trace alone, and keep nothing of those that the hook begins and ends.
 
     Raises:
         Unsupported: user code was about to make a banned call. Raised at the call, and again at the end of the block
             if the code caught it, or turned it into another error.
     """
-    seen, outer = Watch(hook, remedy, trace), thread.current
+    seen, outer = Watch(hook, trace), thread.current
     if (label := _banned.label_of(hook)) is not None:  # a hook that is `print` itself is called by us, not by user code
-        raise Unsupported(message(label, hook, "", remedy))
+        raise Unsupported(message(label, hook, ""))
     collecting = gc.isenabled()
     gc.disable()  # what others do when garbage is collected would look like the hook's own doing
     try:
@@ -99,7 +101,7 @@ def watch(hook: Any, *, remedy: str | None = None, trace: Any = None) -> Iterato
 def _caught(seen: Watch) -> Unsupported:
     """The error for a hook that read a value and caught what JAX raised: on values it would go on in another way."""
     assert seen.caught is not None
-    text = _reads.explain(seen.hook, seen.caught, seen.remedy or _reads.LAST_RESORT, caught=True)
+    text = _reads.explain(seen.hook, seen.caught, caught=True)
     error = Unsupported(text)
     error.__cause__ = seen.caught
     return error

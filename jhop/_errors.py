@@ -1,6 +1,10 @@
-"""The exceptions that users of jhop catch."""
+"""The exceptions that users of jhop catch, and what they advise where nothing else helps."""
 
 from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
 
 
 class JhopError(Exception):
@@ -41,3 +45,31 @@ class Unsupported(JhopError):
     """
 
     hook: object = None
+
+
+FULLGRAPH = "pass `fullgraph=False`, which runs this hook on the host each time"
+TO_JIT = "compile with `jhop.jit`, which runs this hook on the host each time"
+AHEAD = "call the function, not ahead of time, with `fullgraph=False`, which runs this hook on the host each time"
+
+
+class _Advice(threading.local):
+    text: str | None = None
+
+
+_advice = _Advice()
+
+
+def last_resort() -> str:
+    """What to do about a hook that cannot be traced, for after "or"."""
+    return _advice.text or FULLGRAPH
+
+
+@contextlib.contextmanager
+def advising(text: str) -> Iterator[None]:
+    """Has errors advise what fits the function that the user called: the outermost one."""
+    before = _advice.text
+    _advice.text = before or text
+    try:
+        yield
+    finally:
+        _advice.text = before

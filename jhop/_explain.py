@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import types
 from typing import Any
 
@@ -15,7 +14,7 @@ from jhop._history import arguments_of
 from jhop._inline import hook_roots
 from jhop._interp import inner_jaxprs
 from jhop._report import GraphReport, Hook, Report, State
-from jhop._source import hook_location, hook_name
+from jhop._source import hook_location, hook_name, peeled
 from jhop._wording import type_in_words
 
 
@@ -29,6 +28,16 @@ class Explains:
 
     def _report(self) -> Report:
         raise NotImplementedError
+
+
+class StandsForFunction(Explains):
+    """The same of what has taken a function's place, and is a method where that would be."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        return self if instance is None else types.MethodType(self, instance)
 
 
 def explain(fn: Any) -> Report:
@@ -59,9 +68,7 @@ def explain(fn: Any) -> Report:
         >>> [trace.reason for trace in report.traces]
         ['first call', 'other types of arguments: `x` was float32[2] and is float32[3]']
     """
-    compiled = fn
-    while isinstance(compiled, (types.MethodType, functools.partial)):
-        compiled = compiled.__func__ if isinstance(compiled, types.MethodType) else compiled.func
+    compiled = peeled(fn)
     if isinstance(compiled, Explains):
         return compiled.explain()
     if callable(fn):

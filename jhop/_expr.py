@@ -30,6 +30,7 @@ class Expr(NamedTuple):
       (loop, index); where there are arrays, they have the length;
     - `choose` (type, which, first, second, ...): one of several expressions;
     - `cut` (Cut,): an expression that is a part of a larger one, or of several;
+    - `one_nan` (value, value): whether both are one NaN; the second may be that object itself;
     - `extent`: how far the ints among several numbers are from zero; `lost`: see there; `check` (text, extent): the
       extent, or an error with that text if the device's ints do not go as far;
     - an operator over expressions.
@@ -161,6 +162,11 @@ def _code(expr: Expr, leaf: Callable[[Any], str], names: dict[Cut, str]) -> str:
         items = ", ".join(_code(part, leaf, names) for part in each)
         turns = f"zip({items})" if each else f"range({_code(length, leaf, names)})"
         return f"reduce(lambda v{loop}, e{loop}: {after}, {turns}, {start})[{index}]"
+    if expr.op == "one_nan":
+        one, other = _code(expr.args[0], leaf, names), expr.args[1]
+        if isinstance(other, Expr):
+            return f"({one} is {_code(other, leaf, names)} and {one} != {one})"
+        return f"(id({one}) == {id(other)})"
     if expr.op == "check":
         text, value, limit = expr.args
         return f"check({text!r}, {_code(value, leaf, names)}, {limit})"

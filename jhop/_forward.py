@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import types
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,7 +22,7 @@ from jhop._bound import BoundHook
 from jhop._capture import parameter_names
 from jhop._compile import MAX_ENTRIES, CompiledGraph
 from jhop._errors import JhopError
-from jhop._explain import Explains, graph_report, hooks_of
+from jhop._explain import StandsForFunction, graph_report, hooks_of
 from jhop._graph import GraphModule
 from jhop._guards import Guards
 from jhop._history import History, Trace
@@ -185,7 +184,7 @@ class CompiledNode(Node):
         self._saved = self._call = self._history = None
 
 
-class CompiledFunction(Explains):
+class CompiledFunction(StandsForFunction):
     """What `jhop.compile(fn)` returns: `fn`, traced once per structure, shapes and dtypes of its arguments."""
 
     def __init__(self, fn: Callable[..., Any], backend: Any, fullgraph: bool):
@@ -213,9 +212,6 @@ class CompiledFunction(Explains):
             known.append(compiled)
             del known[:-MAX_ENTRIES]
         return self._run(compiled, leaves)
-
-    def __get__(self, instance: Any, owner: Any = None) -> Any:
-        return self if instance is None else types.MethodType(self, instance)
 
     def reset(self) -> None:
         """Forgets what was traced."""

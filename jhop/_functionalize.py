@@ -38,7 +38,7 @@ from jhop._capture import Recorder, trace
 from jhop._close import kept_apart
 from jhop._container import Container
 from jhop._entries import Entry, NewState, entries_of
-from jhop._errors import JhopError, Unsupported
+from jhop._errors import TO_JIT, JhopError, Unsupported, advising
 from jhop._graph import GraphModule, Input
 from jhop._inline import inline
 from jhop._program import DoesNotFit, Program
@@ -184,7 +184,7 @@ class _Pure:
             own_args, own_kwargs = jax.tree.unflatten(tree, filled)
             return self._fn(*own_args, **own_kwargs)
 
-        with _state.LOCK:
+        with _state.LOCK, advising(TO_JIT):
             gm, out_tree, state_inputs = self._graph(given, arrays, call_fn)
         inputs = [*arrays, *(item.as_input() for item in given if item.on_device), *state_inputs]
         _, consts = _compat.open_jaxpr(gm.jaxpr)

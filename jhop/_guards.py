@@ -248,7 +248,8 @@ class Answer:
         self.text = to_code(expr, lambda i: slots[i].path)
         self.slots = [slots[i] for i in used]
         code = to_code(expr, lambda i: f"v{i}")
-        names = {"__builtins__": {"abs": abs, "int": int, "float": float, "str": str, "range": range}, **CODE_NAMES}
+        used_names = {"abs": abs, "int": int, "float": float, "str": str, "range": range, "id": id}
+        names = {"__builtins__": used_names, **CODE_NAMES}
         self._check = eval(f"lambda {', '.join(f'v{i}' for i in used)}: {code}", names)
 
     def in_words(self) -> str:

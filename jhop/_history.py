@@ -38,26 +38,45 @@ class Trace:
         return f"{self.number}. {self.what()}: {self.reason}"
 
 
+class Told:
+    """What warnings were given about. Any thread may add to it."""
+
+    def __init__(self) -> None:
+        self._about: set[str] = set()
+        self._lock = threading.Lock()
+
+    def add(self, about: str) -> bool:
+        """Whether it is new."""
+        with self._lock:
+            new = about not in self._about
+            self._about.add(about)
+        return new
+
+    def clear(self) -> None:
+        with self._lock:
+            self._about.clear()
+
+
 class History:
     """The traces of one compiled object. Any thread may add to it.
+
+    Args:
+        told: what it has in common with others; by default, nothing.
 
     Attributes:
         count: how many there were, with those that are no longer kept.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, told: Told | None = None) -> None:
         self._kept: collections.deque[Trace] = collections.deque(maxlen=MAX_TRACES)
         self._lock = threading.Lock()
         self._forgot = False
-        self._told: set[str] = set()
+        self._told = told or Told()
         self.count = 0
 
     def tell(self, about: str) -> bool:
         """Whether a warning about this is to be given: it was not yet."""
-        with self._lock:
-            new = about not in self._told
-            self._told.add(about)
-        return new
+        return self._told.add(about)
 
     def add(self, name: str, gm: Any, reason: str | None, static: tuple[str, ...] = ()) -> Trace:
         """Notes a trace.

@@ -22,7 +22,7 @@ import numpy as np
 from jax.interpreters import ad, batching
 
 from jhop import _compat
-from jhop._contract import HookFn, flat_caller, hook_fn, identity_key
+from jhop._contract import HookFn, flat_caller, hook_fn, identity_key, is_inexact
 from jhop._errors import HookError
 from jhop._source import describe_hook
 from jhop._trace_wrapped import bind_hook, trace_wrapped
@@ -207,12 +207,7 @@ def _type_of(leaf: Any) -> str:
 
 
 def _carries_gradient(leaf: Any) -> bool:
-    return _is_inexact(leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf))
-
-
-@functools.cache
-def _is_inexact(dtype: Any) -> bool:
-    return jnp.issubdtype(dtype, jnp.inexact)
+    return is_inexact(leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf))
 
 
 # Inputs of `hook_p`: `n` values that pass through, then tracers that the hook closes over.
@@ -271,11 +266,7 @@ def _hook_batch(axis_data: Any, args: Any, dims: Any, *, fn: HookFn, n: int) -> 
         arg if axis is None else batching.bdim_at_front(arg, d, axis_data.size)
         for arg, d, axis in zip(args, dims, in_axes, strict=True)
     ]
-
-    def batched_call(*flat: Any) -> list[Any]:
-        return jax.vmap(fn.call, in_axes=in_axes, **kwargs)(*flat)
-
-    return hook_p.bind(*args, fn=fn.derive("vmap", batched_call, in_axes, str(kwargs)), n=n), [0] * n
+    return hook_p.bind(*args, fn=fn.batched(in_axes, kwargs), n=n), [0] * n
 
 
 def _over_axis(fn: HookFn, kwargs: dict[str, Any]) -> Any:

@@ -18,7 +18,6 @@ from typing import Any
 
 import jax
 import jax.extend.core as jex_core
-import numpy as np
 
 from jhop import _compat, _state
 from jhop._capture import Recorder, trace
@@ -28,7 +27,7 @@ from jhop._contract import HookFn
 from jhop._cut import Callback, leave
 from jhop._describe import Described, info_of
 from jhop._effects import many_watches, watch
-from jhop._errors import JhopError, Unsupported
+from jhop._errors import TO_JIT, JhopError, Unsupported, advising, last_resort
 from jhop._expr import Expr
 from jhop._graph import GraphModule, Info, Input
 from jhop._guards import Guards
@@ -41,7 +40,7 @@ from jhop._rebuild import holds_constants, is_plain_call, is_sealed, rebuild
 from jhop._records import let_go, lift_tuples, loosen
 from jhop._repeats import Repeats
 from jhop._scalar import Scalar, device_kind, is_scalar, weak_aval
-from jhop._source import describe_hook, is_user_file
+from jhop._source import describe_hook, is_user_file, peeled
 from jhop._splice import Splice, expand, retrace
 from jhop._template import Templates, plain
 from jhop._thread import Threads
@@ -79,7 +78,7 @@ def inline(
     """
     if not isinstance(gm, GraphModule):
         raise JhopError(f"jhop.inline: expected a GraphModule, such as jhop.make_fx gives, got {type(gm).__name__}.")
-    with _state.LOCK:
+    with _state.LOCK, advising(TO_JIT):
         return _Inliner(gm, shapes, on_host).run(avals)
 
 
@@ -153,6 +152,7 @@ class _Inliner:
         symbols = [
             self._symbol(i, leaf, twin) for i, (leaf, twin) in enumerate(zip(self._walk.leaves, flat[n:], strict=True))
         ]
+        self._share_nans(symbols)
         for symbol in symbols:
             if is_scalar(symbol):
                 self._session.symbols[symbol._expr] = symbol
@@ -181,6 +181,20 @@ class _Inliner:
         # `type(x)` cannot be answered by a stand-in: code that asks it gets the numbers themselves, guarded.
         return scalar._specialise() if self._walk.mentions("type") else scalar
 
+    def _share_nans(self, symbols: list[Any]) -> None:
+        """Has one symbol stand for a NaN that is in several places: what holds it may be asked for it by identity."""
+        first: dict[int, int] = {}
+        for index, leaf in enumerate(self._walk.leaves):
+            if type(leaf.value) is not float or leaf.value == leaf.value:
+                continue
+            same = first.setdefault(id(leaf.value), index)
+            asked = first.values() if symbols[index] is leaf.value else [same]  # itself, or what tells when it matters
+            for other in asked:
+                if other != index:
+                    pair = Expr("leaf", (other,)), Expr("leaf", (index,))
+                    self._session.guard(Expr("one_nan", pair), other == same)
+            symbols[index] = symbols[same]
+
     def _carry(self, variable: Any, value: Any) -> None:
         """Takes what is known of a captured value over to its new variable."""
         self._recorder.note(value, self._gm.info.get(variable, _CAPTURED))
@@ -203,16 +217,12 @@ class _Inliner:
             return index
 
         templates = Templates(self._walk.knows, note)
-        arrays = [leaf for leaf in self._walk.leaves if type(leaf.value) is np.ndarray]
-        numpy = {(id(leaf.container), leaf.key): leaf.value for leaf in arrays}
         for write in lift.writes():
             value, where = write.value, write.where()
             if value is not MISSING:
                 value = templates.make(value, where)
-            before = numpy.get((id(write.container), write.key))
-            if before is not None and value is not MISSING and value[0] == "array":
-                value = stay_numpy(value, before, where)
             self._writes.append(write._replace(key=plain(write.key), value=value))
+        self._writes = stay_numpy(self._writes, lift.held())
         self._shared = templates.shared
 
     def _rule(self, eqn: Any, values: list[Any]) -> list[Any] | None:
@@ -340,7 +350,7 @@ class _Inliner:
             raise Unsupported(
                 "a hook kept a traced array in a place that jhop does not look at (referred to by: "
                 f"{', '.join(sorted(holders - {'list_iterator', 'frame'}))}). Keep it in an attribute, a closure, a "
-                "dict or a list that the hook reaches by name, or use fullgraph=False."
+                f"dict or a list that the hook reaches by name, or {last_resort()}."
             )
 
     def _prune(self, jaxpr: Any, n: int) -> tuple[Any, tuple[Leaf, ...]]:
@@ -366,8 +376,7 @@ def _runs_state_from_c(walk: Walk) -> bool:
     """Whether JAX could trace a callable with state in it, such as a partial, while no code of the user's runs."""
 
     def from_c(fn: Any) -> bool:
-        while isinstance(fn, functools.partial):
-            fn = fn.func
+        fn = peeled(fn)
         return not (isinstance(fn, types.FunctionType) and is_user_file(fn.__code__.co_filename))
 
     def has_owner(fn: Any) -> bool:

@@ -100,8 +100,7 @@ def evaluate(jaxpr: Any, args: list[Any], rule: Rule | None = None, *, note: Cal
             if note is not None:
                 note(variable, value)
 
-    def read(atom: Any) -> Any:
-        return atom.val if isinstance(atom, jex_core.Literal) else env[atom]
+    read = reader(env)
 
     write(opened.constvars, consts)
     write(opened.invars, args)
@@ -112,6 +111,11 @@ def evaluate(jaxpr: Any, args: list[Any], rule: Rule | None = None, *, note: Cal
             outs = _compat.stage_again(eqn, values)
         write(eqn.outvars, _compat.bind_eqn(eqn, values) if outs is None else outs)
     return [read(atom) for atom in opened.outvars]
+
+
+def reader(env: dict[Any, Any]) -> Callable[[Any], Any]:
+    """A function that says what an atom of a jaxpr stands for, variables by `env`."""
+    return lambda atom: atom.val if isinstance(atom, jex_core.Literal) else env[atom]
 
 
 class ClosesOverTracer(Exception):

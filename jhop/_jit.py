@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import types
 import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -20,7 +19,7 @@ from jhop._capture import parameter_names
 from jhop._close import closes_over_tracer
 from jhop._compile import MAX_ENTRIES, CompiledGraph
 from jhop._errors import JhopError
-from jhop._explain import Explains, hooks_of
+from jhop._explain import StandsForFunction, hooks_of
 from jhop._graph import GraphModule, Input
 from jhop._guards import Guards, all_hold
 from jhop._history import History
@@ -104,7 +103,7 @@ class _Direct(NamedTuple):
     hold: Callable[[], bool]  # whether all guards do
 
 
-class Jitted(Explains):
+class Jitted(StandsForFunction):
     """What `jhop.jit` returns."""
 
     def __init__(self, fn: Callable[..., Any], fullgraph: bool, options: dict[str, Any]):
@@ -301,9 +300,6 @@ class Jitted(Explains):
         """Forgets what was compiled."""
         self._jitted.clear_cache()
         self.reset()
-
-    def __get__(self, instance: Any, owner: Any = None) -> Any:
-        return self if instance is None else types.MethodType(self, instance)
 
     def __reduce__(self) -> str:
         # As with functions: a copy is the function itself, and it is pickled by name.

@@ -12,7 +12,7 @@ import dis
 import enum
 import operator
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -23,6 +23,7 @@ from jhop import _compat
 from jhop._expr import Expr, const
 from jhop._replay import number_of
 from jhop._scalar import is_scalar
+from jhop._source import with_nested
 
 _PLAIN = (str, bytes, complex, int, float)  # that nobody compares by `is`
 
@@ -157,15 +158,9 @@ def compares_identity(codes: Iterable[types.CodeType]) -> bool:
     """Whether code has `is` in it, or a pattern of `True`, `False` or `None`."""
     return any(
         step.opname == "IS_OP" or ("JUMP" in step.opname and step.opname.endswith("_NONE"))
-        for code in _with_nested(codes)
+        for code in with_nested(codes)
         for step in dis.get_instructions(code)
     )
-
-
-def _with_nested(codes: Iterable[types.CodeType]) -> Iterator[types.CodeType]:
-    for code in codes:
-        yield code
-        yield from _with_nested(item for item in code.co_consts if isinstance(item, types.CodeType))
 
 
 _compat.register_value(Late, Late.__jax_array__)

@@ -17,7 +17,7 @@ from jhop import _compat
 from jhop._classes import is_opaque, is_user_class, module_of
 from jhop._container import Container
 from jhop._names import slot_names
-from jhop._source import is_user_file
+from jhop._source import is_user_file, peeled
 
 FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
 
@@ -25,7 +25,7 @@ FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
 def attributes_of(obj: Any) -> list[Container]:
     """All that an object keeps under names: its `__dict__`, its `__slots__`."""
     found = [Container(obj, "attrs", "")] if isinstance(getattr(obj, "__dict__", None), dict) else []
-    return [*found, Container(obj, "slots", "", slot_names(type(obj)))]
+    return [*found, Container(obj, "slots", "", set(slot_names(type(obj))))]
 
 
 def is_jaxs(obj: Any) -> bool:
@@ -119,6 +119,5 @@ def _is_plumbing(fn: Any) -> bool:
     """Whether a function is a partial of one of a library's."""
     if not isinstance(fn, functools.partial):
         return False
-    while isinstance(fn, functools.partial):
-        fn = fn.func
+    fn = peeled(fn)
     return not is_user_file(fn.__code__.co_filename) if isinstance(fn, types.FunctionType) else is_opaque(type(fn))

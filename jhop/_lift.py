@@ -15,10 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jhop import _compat
+from jhop._contract import is_inexact
 from jhop._errors import JhopError
 from jhop._hook import HookList, tensor_point
 from jhop._node import OpNode, grad_enabled, inside
-from jhop._op import CACHE_SIZE, DYNAMIC, Op, carries, is_inexact, make_op
+from jhop._op import CACHE_SIZE, DYNAMIC, Op, carries, make_op
 from jhop._static import Static
 from jhop._tensor import Tensor
 

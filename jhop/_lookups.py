@@ -11,7 +11,6 @@ looked up in it has changed, or can no longer be checked.
 from __future__ import annotations
 
 import contextlib
-import functools
 import types
 import weakref
 from collections.abc import Iterable, Iterator
@@ -24,7 +23,7 @@ from jhop._interp import inner_jaxprs
 from jhop._names import stores_outside
 from jhop._ran import note_code_that_runs
 from jhop._records import loosen
-from jhop._source import is_user_file, warn
+from jhop._source import is_user_file, layers, warn
 from jhop._walk import MAX_CONTAINERS, REFLECTION, Walk
 
 
@@ -163,16 +162,4 @@ def _changed(kind: str, before: list[tuple[Any, Any]], after: list[tuple[Any, An
 
 def code_of(fn: Any) -> Iterable[types.CodeType]:
     """The code that a call of `fn` begins with, through partials, methods and wrappers."""
-    seen: set[int] = set()
-    while id(fn) not in seen:
-        seen.add(id(fn))
-        if isinstance(fn, types.FunctionType):
-            yield fn.__code__
-        if isinstance(fn, functools.partial):
-            fn = fn.func
-        elif isinstance(fn, types.MethodType):
-            fn = fn.__func__
-        elif getattr(fn, "__wrapped__", None) is not None:
-            fn = fn.__wrapped__
-        elif not isinstance(fn, (types.FunctionType, type)):
-            fn = next((c.__dict__["__call__"] for c in type(fn).__mro__ if "__call__" in c.__dict__), fn)
+    return [layer.__code__ for layer in layers(fn) if isinstance(layer, types.FunctionType)]

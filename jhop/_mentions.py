@@ -6,6 +6,7 @@ they mean in a frame.
 
 from __future__ import annotations
 
+import collections
 import contextvars
 import dis
 import functools
@@ -29,8 +30,9 @@ _Place = tuple[int, int]  # line and column
 _CALLERS = {id(fn): fn for fn in (
     map, filter, sorted, min, max, iter, list.sort, functools.reduce, itertools.starmap, itertools.accumulate,
     itertools.groupby, itertools.takewhile, itertools.dropwhile, itertools.filterfalse, operator.call, re.sub, re.subn,
-    re.Pattern.sub, re.Pattern.subn, contextvars.Context.run, weakref.finalize,
+    re.Pattern.sub, re.Pattern.subn, contextvars.Context.run, weakref.finalize, collections.defaultdict,
 )}  # fmt: skip
+_WHOLE = ("numpy.random", "ctypes", "operator")  # of the last, it may be a `methodcaller`
 _CALLING_METHODS = ("sort", "sub", "subn", "run")  # of those
 _LIBRARIES = ("jax", "numpy", "jhop")
 _PASSES_ON = re.compile("callback|^debug_")  # `jax.pure_callback(f, ...)` has `f` called at each run
@@ -152,6 +154,8 @@ def label_in_call(frame: types.FrameType, offset: int) -> str | None:
     owner = _value_of(frame, call.callee[:-1]) if len(call.callee) > 1 else None
     if not call.on_call and (label := label_of(callee, owner)) is not None:
         return label
+    if isinstance(callee, operator.methodcaller):
+        return next(filter(None, (label_of(callee, _value_of(frame, path)) for path in call.direct)), None)
     if call.on_call:
         callee = map if callee is functools.partial else None
     return label_given(frame, offset, callee)
@@ -162,7 +166,7 @@ def mentions_banned(frame: types.FrameType) -> bool:
     for path in _paths_in(frame.f_code):
         value = _value_of(frame, path)
         # An object such as `numpy.random.Generator` is not banned, but its methods are, under whatever name it goes.
-        if value is not None and (type(value).__module__.startswith("numpy.random") or label_of(value) is not None):
+        if value is not None and (type(value).__module__.startswith(_WHOLE) or label_of(value) is not None):
             return True
     return False
 

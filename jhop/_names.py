@@ -110,12 +110,29 @@ def names_in_value(value: Any) -> set[str]:
     return set().union(*map(names_in_value, value)) if isinstance(value, (tuple, frozenset)) else set()
 
 
-def slot_names(cls: type) -> set[str]:
-    """Attributes that instances of a class keep in `__slots__`, private ones as Python mangles them."""
-    found: set[str] = set()
-    for base in cls.__mro__:
-        slots = base.__dict__.get("__slots__", ())
-        for name in (slots,) if isinstance(slots, str) else slots:
-            private = name.startswith("__") and not name.endswith("__")
-            found.add(f"_{base.__name__.lstrip('_')}{name}" if private else name)
-    return found - {"__dict__", "__weakref__"}
+def slot_names(cls: type) -> dict[str, str]:
+    """What instances of a class keep in `__slots__`: keys, each with the attribute's name, private ones mangled.
+
+    A key is the name, or `__mro__[1].name` where a slot is hidden by another of its name, in a class before that one.
+    """
+    found: dict[str, str] = {}
+    for place, base in enumerate(cls.__mro__):
+        if "__slots__" in base.__dict__:
+            for name, value in base.__dict__.items():
+                if isinstance(value, types.MemberDescriptorType) and name not in _NO_STATE:
+                    found[f"__mro__[{place}].{name}" if name in found else name] = name
+    return found
+
+
+_NO_STATE = ("__dict__", "__weakref__")
+
+
+def slot_member(cls: type, key: str) -> Any:
+    """What reads and writes the slot with a key of `slot_names`; None where there is none.
+
+    It is asked instead of the object: a subclass may have hidden it, behind a property for one.
+    """
+    place, _, name = key.rpartition(".")
+    bases = cls.__mro__[int(place[len("__mro__[") : -1]) :] if place else cls.__mro__
+    members = (base.__dict__.get(name) for base in bases if "__slots__" in base.__dict__)
+    return next((member for member in members if isinstance(member, types.MemberDescriptorType)), None)

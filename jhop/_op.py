@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from jhop import _compat
+from jhop._contract import is_inexact
 from jhop._node import Edge, OpNode, grad_enabled
 from jhop._static import Static
 from jhop._tensor import Tensor
@@ -172,12 +173,6 @@ def _bound(cache: dict[Any, Any]) -> dict[Any, Any]:
 def carries(value: Any) -> bool:
     """Whether gradients flow through a value."""
     return isinstance(value, jax.Array) and is_inexact(value.dtype)
-
-
-@functools.cache
-def is_inexact(dtype: Any) -> bool:
-    """Whether values of a dtype have gradients."""
-    return bool(jnp.issubdtype(dtype, jnp.inexact))
 
 
 def name_of(fn: Any) -> str:

@@ -49,16 +49,21 @@ def profiling() -> Iterator[None]:
             sys.setprofile(outer or old)
 
 
+# Files of libraries. JAX's own code makes nearly all calls and returns, and what it calls is its business; but code of
+# JAX's is entered where it is about to raise that a value was read.
+_LIBRARIES: set[str] = set()
+
+
 def _profiler(before: Callable[..., Any] | None) -> Callable[..., None]:
     """Makes the profile function. It runs at each call and return of all code, so it does little for most of them."""
     c_names, operator_code, text_code = _banned_c_names(), OPERATOR_CODE, _reads.TEXT_CODE
-    libraries: set[str] = set()
+    libraries = _LIBRARIES
     reads: list[_Read] = []
 
     def profile(frame: types.FrameType, event: str, arg: Any) -> None:
         if event == "call":
             if frame.f_code.co_filename not in libraries:
-                _enter(frame, libraries, reads)
+                _enter(frame, reads)
         elif event == "return":
             code = frame.f_code
             if code is operator_code and arg is not None:
@@ -67,8 +72,9 @@ def _profiler(before: Callable[..., Any] | None) -> Callable[..., None]:
                 refuse_text(frame.f_back)
             if reads and frame is reads[-1].entry:
                 _leave(reads, arg)
-        elif event == "c_call" and arg.__name__ in c_names and (label := _banned.label_of(arg)) is not None:
-            refuse(label, frame)
+        elif event == "c_call" and frame.f_code.co_filename not in libraries:
+            if arg.__name__ in c_names and (label := _banned.label_of(arg)) is not None:
+                refuse(label, frame)
 
     def chained(frame: types.FrameType, event: str, arg: Any) -> None:
         before(frame, event, arg)  # type: ignore[misc]
@@ -93,7 +99,7 @@ def _leave(reads: list[_Read], result: Any) -> None:
         seen.caught = error
 
 
-def _enter(frame: types.FrameType, libraries: set[str], reads: list[_Read]) -> None:
+def _enter(frame: types.FrameType, reads: list[_Read]) -> None:
     """Looks at a function that has just been entered; notes its file if there is never anything to see in it."""
     kind = file_kind(frame.f_code.co_filename)
     if id(frame.f_code) in _reads.ERROR_CODES:
@@ -107,16 +113,17 @@ def _enter(frame: types.FrameType, libraries: set[str], reads: list[_Read]) -> N
             seen.nested = seen.nested or _banned.is_staged_within(frame, seen.staging)
         _step_if_needed(frame)
     elif kind is STDLIB:
-        check_python_call(frame)
+        if frame.f_back is not None and frame.f_back.f_code.co_filename not in _LIBRARIES:
+            check_python_call(frame)
     elif frame.f_code.co_filename not in _reads.ERROR_FILES:
-        libraries.add(frame.f_code.co_filename)
+        _LIBRARIES.add(frame.f_code.co_filename)
 
 
 @functools.cache
 def _banned_c_names() -> frozenset[str]:
     """Names of the C functions that may be banned: most calls are told apart by this alone."""
     names = {"print", "input", "open", "breakpoint", "start_new_thread", "warn", "warn_explicit"}
-    names |= {"now", "today", "utcnow", "tofile", "dump"}
+    names |= {"now", "today", "utcnow", "tofile", "dump", "dlopen", "LoadLibrary"}
     for module_name in "time posix nt _io _random _socket _ssl _sqlite3 _queue select mmap _posixsubprocess".split():
         with contextlib.suppress(ImportError):
             space = vars(importlib.import_module(module_name))

@@ -7,8 +7,6 @@ never does on values; and text made of an array (`f"{g}"`), which would be that 
 from __future__ import annotations
 
 import dis
-import functools
-import inspect
 import re
 import types
 from typing import Any
@@ -16,10 +14,9 @@ from typing import Any
 import jax
 
 from jhop import _banned, _compat
-from jhop._errors import Unsupported
-from jhop._source import describe_hook, is_user_file, origin_of
+from jhop._errors import Unsupported, last_resort
+from jhop._source import describe_hook, is_user_file, layers, origin_of, with_nested
 
-LAST_RESORT = "use fullgraph=False to run the hook on the host each time"
 NOT_TRACED = "While the backward is traced, arrays have no values."
 
 VALUE_ERRORS = (
@@ -49,7 +46,7 @@ def is_read(error: BaseException) -> bool:
     return isinstance(text, str) and ("Tracer" in text or "traced array" in text)
 
 
-def explain(hook: Any, error: BaseException, last_resort: str = LAST_RESORT, *, caught: bool = False) -> str:
+def explain(hook: Any, error: BaseException, *, caught: bool = False) -> str:
     """The message for an exception that left a hook while it was traced, or that the hook caught."""
     head = f"{describe_hook(hook)} cannot be traced"
     place = place_of(error)
@@ -57,12 +54,12 @@ def explain(hook: Any, error: BaseException, last_resort: str = LAST_RESORT, *, 
     if isinstance(error, jax.errors.TracerBoolConversionError):
         return (
             f"{head}: it branches on the value of an array{also}{place}. {NOT_TRACED} Use `jnp.where` or "
-            f"`jax.lax.cond`, or {last_resort}."
+            f"`jax.lax.cond`, or {last_resort()}."
         )
     if is_read(error):
         return (
             f"{head}: it reads the value of an array{also}{place} (float(), int(), .item(), .tolist(), numpy, "
-            f"text). {NOT_TRACED} Stay with jax.numpy, or {last_resort}."
+            f"text). {NOT_TRACED} Stay with jax.numpy, or {last_resort()}."
         )
     return f"{head}: it raised {type(error).__name__}: {error}{place}. Nothing was written."
 
@@ -90,22 +87,12 @@ def state_refused(hook: Any, message: str, path: str) -> Unsupported:
         message: of "a hook".
         path: where the state is, as Python source.
     """
-    fn = _function_behind(hook)
+    fn = next((layer for layer in layers(hook) if isinstance(layer, types.FunctionType)), None)
     places = () if fn is None else (_named_in(fn.__code__, name) for name in _names(path, fn))
     place = next(filter(None, places), None)
     error = Unsupported(message.replace("a hook", describe_hook(hook), 1) + (place or "").rstrip())
     error.hook = hook
     return error
-
-
-def _function_behind(fn: Any) -> types.FunctionType | None:
-    while isinstance(fn, functools.partial):
-        fn = fn.func
-    if isinstance(fn, types.MethodType):
-        fn = fn.__func__
-    if not isinstance(fn, types.FunctionType):
-        fn = inspect.getattr_static(type(fn), "__call__", None)
-    return fn if isinstance(fn, types.FunctionType) else None
 
 
 def _names(path: str, fn: types.FunctionType) -> list[str]:
@@ -122,20 +109,21 @@ def _names(path: str, fn: types.FunctionType) -> list[str]:
 
 def _named_in(code: types.CodeType, name: str) -> str | None:
     """The first place in a function, or one within it, that reads a name."""
-    for instruction in dis.get_instructions(code):
-        value = instruction.argval
-        if instruction.opname.startswith("LOAD_") and (value == name or isinstance(value, tuple) and name in value):
-            return _place(code, instruction.offset)
-    nested = (_named_in(const, name) for const in code.co_consts if isinstance(const, types.CodeType))
-    return next(filter(None, nested), None)
+    for each in with_nested([code]):
+        for instruction in dis.get_instructions(each):
+            value = instruction.argval
+            named = value == name or (isinstance(value, tuple) and name in value)
+            if named and instruction.opname.startswith("LOAD_"):
+                return _place(each, instruction.offset)
+    return None
 
 
-def text_read(frame: types.FrameType | None, hook: Any, last_resort: str) -> Unsupported | None:
+def text_read(frame: types.FrameType | None, hook: Any) -> Unsupported | None:
     """The error for user code that makes text of a tracer, in a call that `frame` makes; None if it does not."""
     user = _banned.blamed_frame(frame)
     if user is None:
         return None
     return Unsupported(
         f"{describe_hook(hook)} cannot be traced: it makes text of an array (str(), repr(), f-strings)"
-        f'{_place(user.f_code, user.f_lasti)}. {NOT_TRACED} Use `jax.debug.print("{{}}", x)`, or {last_resort}.'
+        f'{_place(user.f_code, user.f_lasti)}. {NOT_TRACED} Use `jax.debug.print("{{}}", x)`, or {last_resort()}.'
     )

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jhop import _compat
+from jhop._errors import Unsupported
 from jhop._expr import COMPARE, INFIX, MAX_SIZE, OUT_OF_REACH, Expr, const, cut, folded, free
 
 NUMBERS = (bool, int, float)
@@ -302,6 +303,22 @@ def _binary(op: str, *, swapped: bool = False) -> Callable[[Any, Any], Any]:
     return method
 
 
+def _ask_one_nan(number: Scalar, other: Any) -> None:
+    """Guards that two floats are not one NaN: it does not equal itself, but a list would not ask, and say yes."""
+    known = is_scalar(other)
+    if not (type(number._value) is type(other._value if known else other) is float and number._expr.op == "leaf"):
+        return
+    if known and other is not number and other._expr.op == "leaf":
+        number._session.guard(Expr("one_nan", (number._expr, other._expr)), False)
+    elif not known and other != other:
+        if number._value is other:
+            raise Unsupported(
+                f"{number._session.hook} compares a NaN with itself: by `==` it differs, in a list or tuple it does "
+                "not, and which of them asks cannot be told while a hook is traced. Use `math.isnan`."
+            )
+        number._session.guard(Expr("one_nan", (number._expr, other)), False)
+
+
 def _comparison(op: str) -> Callable[[Any, Any], Any]:
     apply = getattr(operator, op)
 
@@ -312,6 +329,8 @@ def _comparison(op: str) -> Callable[[Any, Any], Any]:
             known = is_scalar(other)
             answer = bool(apply(self._value, other._value if known else other))
             right = other._expr if known else const(other)
+            if op in ("eq", "ne"):
+                _ask_one_nan(self, other)
             self._session.guard(Expr(op, (self._expr, right)), answer)
             return answer
         if isinstance(other, (jax.Array, np.ndarray)):

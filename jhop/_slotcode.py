@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from jhop._container import Container
+from jhop._names import slot_member
 
 _PLACE = re.compile("\0([kr][0-9]+)\0")  # no source has this character in it, not even in a string
 
@@ -23,6 +24,7 @@ class SlotCode:
         self._names = names
         self._known: dict[int, str] = {}
         self._found: dict[str, str] = {}  # by the source that finds an object, its name
+        self._getters: dict[int, Any] = {}
         self._views: dict[tuple[str, str], Any] = {}
         self.absent: dict[str, set[Any]] = {}  # keys that must not be there, by the source of all that are
 
@@ -76,7 +78,9 @@ class SlotCode:
             if kind == "tuple" or (kind == "list" and type(obj) is list):
                 return f"{self.holder(container)}[{key}]"
             if kind == "slots":
-                return f"{self.name(object.__getattribute__)}({self.holder(container)}, {key!r})"
+                member = slot_member(type(obj), key)
+                get = self._getters.setdefault(id(member), member.__get__)  # one object, with one name
+                return f"{self.name(get)}({self.holder(container)})"
         return f"{self.name(type(container).get)}({self.name(container)}, {self.name(key)})"
 
     def function(self, signature: str, lines: Iterable[str]) -> Callable[..., Any]:

@@ -25,8 +25,8 @@ import os
 import sys
 import sysconfig
 import warnings
-from collections.abc import Iterable
-from types import CodeType, MethodType
+from collections.abc import Iterable, Iterator
+from types import CodeType, FunctionType, MethodType, WrapperDescriptorType
 from typing import Any, Final
 
 Frame = tuple[CodeType, int]  # a code object and the byte offset of the instruction it stands at
@@ -56,22 +56,9 @@ def hook_name(fn: Any) -> str:
 
 def hook_location(fn: Any) -> tuple[str, int] | None:
     """Returns the file and first line of the Python code behind `fn`, or None if there is none (a builtin)."""
-    for _ in range(32):  # a wrapper may name itself as what it wraps
-        code = _quietly(fn, "__code__")
-        if isinstance(fn, functools.partial):
-            fn = fn.func
-        elif isinstance(fn, MethodType):
-            fn = fn.__func__
-        elif callable(wrapped := _quietly(fn, "__wrapped__")):
-            fn = wrapped
-        elif isinstance(code, CodeType):
-            return code.co_filename, code.co_firstlineno
-        else:
-            call = _quietly(type(fn), "__call__")
-            if not isinstance(_quietly(call, "__code__"), CodeType):
-                return None
-            fn = call
-    return None
+    *_, last = layers(fn)
+    code = _quietly(last, "__code__")
+    return (code.co_filename, code.co_firstlineno) if isinstance(code, CodeType) else None
 
 
 def describe_hook(fn: Any) -> str:
@@ -79,6 +66,35 @@ def describe_hook(fn: Any) -> str:
     where = hook_location(fn)
     place = f" ({os.path.basename(where[0])}:{where[1]})" if where else ""
     return f"hook `{hook_name(fn)}`{place}"
+
+
+def peeled(fn: Any) -> Any:
+    """The callable in partials and bound methods."""
+    while isinstance(fn, (functools.partial, MethodType)):
+        fn = fn.func if isinstance(fn, functools.partial) else fn.__func__
+    return fn
+
+
+def layers(fn: Any) -> Iterator[Any]:
+    """What a call of `fn` goes through: the callable in partials and methods, what that wraps or has as `__call__`."""
+    for _ in range(32):  # a wrapper may name itself as what it wraps
+        fn = peeled(fn)
+        yield fn
+        wrapped = _quietly(fn, "__wrapped__")
+        if not callable(wrapped):
+            if isinstance(fn, (FunctionType, WrapperDescriptorType, type)) or _quietly(fn, "__code__") is not None:
+                return
+            wrapped = next((cls.__dict__["__call__"] for cls in type(fn).__mro__ if "__call__" in cls.__dict__), None)
+            if wrapped is None or isinstance(wrapped, WrapperDescriptorType):
+                return
+        fn = wrapped
+
+
+def with_nested(codes: Iterable[CodeType]) -> Iterator[CodeType]:
+    """Code objects, and those nested in them."""
+    for code in codes:
+        yield code
+        yield from with_nested(const for const in code.co_consts if isinstance(const, CodeType))
 
 
 def _quietly(obj: Any, attribute: str) -> Any:

@@ -15,7 +15,7 @@ import jax
 import jax.extend.core as jex_core
 
 from jhop import _compat
-from jhop._interp import Rule
+from jhop._interp import Rule, reader
 
 _section_p = jex_core.Primitive("section")
 _section_p.multiple_results = True
@@ -78,8 +78,7 @@ class Splice:
                 env[variable] = value
                 note(variable, value)
 
-        def read(atom: Any) -> Any:
-            return atom.val if isinstance(atom, jex_core.Literal) else env[atom]
+        read = reader(env)
 
         def one_by_one(eqns: list[Any]) -> None:
             for eqn in eqns:

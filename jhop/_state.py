@@ -17,14 +17,16 @@ import numpy as np
 
 from jhop import _compat
 from jhop._append import AppendList
+from jhop._banned import label_of
 from jhop._classes import is_opaque
 from jhop._container import MISSING, Container, builtin_kind, put_attribute
-from jhop._errors import Unsupported
+from jhop._errors import Unsupported, last_resort
 from jhop._late import Late
 from jhop._names import slot_names
 from jhop._scalar import Scalar
 from jhop._template import plain
 from jhop._walk import Walk
+from jhop._watched import refusing
 from jhop._wording import in_words
 
 # One trace at a time: while hooks are traced, their objects hold symbols that another thread must not see.
@@ -52,7 +54,7 @@ def _containers_of(value: Any, path: str) -> list[Container]:
         return [Container(value, kind, path)]
     found = [Container(value, "attrs", path)] if isinstance(getattr(value, "__dict__", None), dict) else []
     slots = slot_names(type(value))
-    return [*found, Container(value, "slots", path, slots)] if slots else found
+    return [*found, Container(value, "slots", path, set(slots))] if slots else found
 
 
 class Write(NamedTuple):
@@ -90,6 +92,7 @@ class Lift:
         self._snapshots: list[tuple[Container, list[tuple[Any, Any]]]] = []
         self._placed: list[list[tuple[Any, Any]]] = []
         self._lists: dict[int, AppendList] = {}  # by id of the list that each stands for
+        self._factories: dict[int, Any] = {}  # by id of a defaultdict
         self._new: dict[int, list[Container]] = {}  # by id of an object that a hook made
 
     def __enter__(self) -> Lift:
@@ -98,6 +101,7 @@ class Lift:
             for leaf, symbol in zip(self.walk.leaves, self._symbols, strict=True):
                 leaf.container.put(leaf.key, symbol)
             self._place_lists()
+            self._place_factories()
             self._placed = [container.items() for container in self.walk.containers]
         except BaseException:
             self.__exit__()
@@ -125,6 +129,13 @@ class Lift:
             slot.container.put(slot.key, stand_in)
             if id(slot.container.obj) in self._lists:  # copied before: a list leads back to itself
                 list.__setitem__(self._lists[id(slot.container.obj)], slot.key, stand_in)
+
+    def _place_factories(self) -> None:
+        """Has the factories of defaultdicts refuse to do what they may not: nobody would see them called."""
+        for obj, name, value in self.walk.attributes:
+            if name == "default_factory" and (label := label_of(value)) is not None:
+                self._factories[id(obj)] = refusing(label, value)
+                put_attribute(obj, name, self._factories[id(obj)])
 
     def mark(self, containers: list[Container] | None = None) -> list[Mark]:
         """What every container holds now, those that hooks made included, or each of some.
@@ -248,6 +259,10 @@ class Lift:
         now = {id(value) for mark in self.mark() for _, value in mark.items}
         return [value for key, value in weak.items() if key in held - now]
 
+    def held(self) -> dict[tuple[int, str], dict[Any, Any]]:
+        """What containers held before hooks ran, by id and kind."""
+        return {(id(container.obj), container.kind): dict(items) for container, items in self._snapshots}
+
     def writes(self) -> Iterator[Write]:
         """The slots that differ from what was swapped in, containers in order of meeting.
 
@@ -255,15 +270,17 @@ class Lift:
             Unsupported: hooks replaced what is no slot, such as the class of an object.
         """
         for obj, name, _ in self._replaced():
+            if id(obj) in self._factories and obj.default_factory is self._factories[id(obj)]:
+                continue
             raise Unsupported(
                 f"a hook replaces `{name}` of {in_words(obj)}, which is part of what is compiled. Keep what changes in "
-                "an attribute that the code reads, or use fullgraph=False."
+                f"an attribute that the code reads, or {last_resort()}."
             )
         for value in self._dropped():
             raise Unsupported(
                 f"a hook puts something else where {in_words(value)} was, which hooks reach by a weak reference too: "
-                "while they are traced, it does not go away. Keep the object and change what is in it, or use "
-                "fullgraph=False."
+                "while they are traced, it does not go away. Keep the object and change what is in it, or "
+                f"{last_resort()}."
             )
         for container, before in zip(self.walk.containers, self._placed, strict=True):
             now = container.items()

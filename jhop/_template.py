@@ -28,7 +28,8 @@ from jhop import _compat
 from jhop._append import AppendList
 from jhop._errors import Unsupported
 from jhop._late import at_place, is_late
-from jhop._names import slot_names
+from jhop._library import attributes_of
+from jhop._names import slot_member
 from jhop._scalar import is_scalar
 from jhop._walk import MAX_CONTAINERS
 
@@ -110,14 +111,14 @@ class Templates:
         if not _holds_symbol(value):
             self.shared.append(value)
             return ("const", value) if isinstance(value, _SHARED) else ("copy", value)
-        names = [*getattr(value, "__dict__", ()), *(n for n in slot_names(cls) if hasattr(value, n))]
-        if not names or isinstance(value, (*_SHARED, functools.partial, list, dict, tuple, set)) or not _can_make(cls):
+        held = [pair for container in attributes_of(value) for pair in container.items()]
+        if not held or isinstance(value, (*_SHARED, functools.partial, list, dict, tuple, set)) or not _can_make(cls):
             raise Unsupported(
                 f"a hook stored traced content in `{where}` inside a {cls.__name__}, which jhop cannot make anew after "
                 "each run. Use a plain list, dict, tuple or an object of a class of your own."
             )
-        parts = parts_of(getattr(value, name) for name in names)
-        return ("object", list(zip(names, parts, strict=True)), cls)
+        names, values = zip(*held, strict=True)
+        return ("object", list(zip(names, parts_of(values), strict=True)), cls)
 
 
 def plain(key: Any) -> Any:
@@ -190,7 +191,11 @@ def _rebuild_new(spec: Any, outs: list[Any], made: dict[int, Any]) -> Any:
             return spec[2](pairs)
         result = spec[2].__new__(spec[2])
         for name, value in pairs.items():
-            object.__setattr__(result, name, value)
+            member = slot_member(spec[2], name)
+            if member is None:
+                result.__dict__[name] = value
+            else:
+                member.__set__(result, value)
         return result
     values = [rebuild(item, outs, made) for item in content]
     if kind == "deque":
@@ -204,15 +209,25 @@ def map_outputs(spec: Any, change: Callable[[int], int], done: dict[int, Any] | 
     kind, content = spec[0], spec[1]
     if kind in _OUTPUTS:
         return (kind, change(content), *spec[2:])
-    if kind in ("const", "copy"):
-        return spec
     if id(spec) not in done:
-        if kind in ("dict", "object"):
-            mapped: Any = [(key, map_outputs(item, change, done)) for key, item in content]
-        else:
-            mapped = [map_outputs(item, change, done) for item in content]
-        done[id(spec)] = (kind, mapped, *spec[2:])
+        done[id(spec)] = with_parts(spec, [map_outputs(item, change, done) for _, item in parts_of(spec)])
     return done[id(spec)]
+
+
+def parts_of(spec: Any) -> list[tuple[Any, Any]]:
+    """What a template consists of: (key, template)."""
+    if spec[0] in _OUTPUTS or spec[0] in ("const", "copy"):
+        return []
+    return list(spec[1] if spec[0] in ("dict", "object") else enumerate(spec[1]))
+
+
+def with_parts(spec: Any, parts: list[Any]) -> Any:
+    """A template with others in place of its parts, in order; itself if they are the same."""
+    before = parts_of(spec)
+    if all(new is old for new, (_, old) in zip(parts, before, strict=True)):
+        return spec
+    content = [(key, new) for new, (key, _) in zip(parts, before, strict=True)]
+    return (spec[0], content if spec[0] in ("dict", "object") else parts, *spec[2:])
 
 
 def outputs_in(spec: Any) -> list[int]:

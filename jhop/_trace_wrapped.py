@@ -31,7 +31,7 @@ from jax.interpreters import ad, batching
 from jhop import _compat, _state
 from jhop._contract import HookFn, flat_caller, hook_fn, identity_key
 from jhop._effects import watch
-from jhop._errors import HookError, Unsupported
+from jhop._errors import TO_JIT, HookError, Unsupported, advising
 from jhop._reads import explain, is_read
 from jhop._records import lift_tuples
 from jhop._source import describe_hook, hook_name
@@ -189,11 +189,7 @@ def _trace_wrapped_batch(axis_data: Any, args: Any, dims: Any, *, fn: HookFn, ou
     # A rule is also asked with nothing mapped; a hook may still ask a named axis for its index.
     if not mapped and "axis_name" not in kwargs:
         return trace_wrapped_p.bind(*args, fn=fn, out_avals=out_avals), [None] * len(out_avals)
-
-    def batched_call(*flat: Any) -> list[Any]:
-        return jax.vmap(fn.call, in_axes=in_axes, **kwargs)(*flat)
-
-    derived = fn.derive("vmap", batched_call, in_axes, str(kwargs))
+    derived = fn.batched(in_axes, kwargs)
     avals = tuple(_compat.batched_aval(axis_data, aval) for aval in out_avals)
     outs = trace_wrapped_p.bind(*args, fn=derived, out_avals=avals)
     return outs, [0] * len(outs)
@@ -235,10 +231,7 @@ def _no_reads(fn: HookFn) -> Iterator[None]:
     except Exception as error:
         if not is_read(error):
             raise
-        raise Unsupported(explain(fn.base, error, _TO_JHOP_JIT)) from error
-
-
-_TO_JHOP_JIT = "compile with `jhop.jit`, which runs this hook on the host each time"
+        raise Unsupported(explain(fn.base, error)) from error
 
 
 def _run_inner_hook(call: Callable[..., list[Any]], flat: Sequence[Any]) -> list[Any]:
@@ -252,13 +245,13 @@ def run_pure(fn: HookFn, args: Sequence[Any]) -> list[Any]:
     Raises:
         Unsupported: the hook writes Python state, or does something that cannot be traced.
     """
-    with _state.LOCK:
+    with _state.LOCK, advising(TO_JIT):
         walk = Walk([(hook_name(fn.base), fn.base)])
         lift_tuples(walk)
         with _state.Lift(walk, [leaf.value for leaf in walk.leaves]) as lift:
             with (
                 inlining(_run_inner_hook),
-                watch(fn.base, remedy=_TO_JHOP_JIT, trace=_compat.current_trace()),
+                watch(fn.base, trace=_compat.current_trace()),
                 no_endless_hooks(fn),
                 _no_reads(fn),
             ):

@@ -26,14 +26,14 @@ import jax
 import numpy as np
 
 from jhop import _compat
-from jhop._classes import OPAQUE_ROOTS, is_generated, is_opaque, is_user_class, module_of, why_not_lifted
+from jhop._classes import OPAQUE_ROOTS, generated_code, is_opaque, is_user_class, module_of, why_not_lifted
 from jhop._container import Container, builtin_kind
-from jhop._errors import Unsupported
+from jhop._errors import Unsupported, last_resort
 from jhop._leaves import DECLARED, Fixed, Leaf, is_array, is_number
 from jhop._library import FUNCTIONS, cells_of, held, inside
 from jhop._names import TEXT, TEXT_METHODS, names_in_code, names_in_value, slot_names
 from jhop._reads import state_refused
-from jhop._source import is_user_file
+from jhop._source import is_user_file, peeled
 
 MAX_CONTAINERS = 10_000
 # Code that uses one of these can reach any attribute, so names say nothing about what it reads.
@@ -68,6 +68,7 @@ class Walk:
         arrivals: by id of an object, how often it was come across, in slots and otherwise.
         shapes: slots of which only the type counts; what they hold is in other slots (`_records`).
         unlifted: NumPy arrays that are in no slot, their paths, and the roots that lead there.
+        generated: the code of methods that `dataclass` made.
         records: tuples whose items are slots, and objects that may be replaced by others with the same slots.
         attributes: (object, attribute, value) for what is fixed besides slots: code, classes, functions of partials.
         alive: weak references, and whether what they refer to is there.
@@ -90,7 +91,7 @@ class Walk:
         self._without = without
         self._names: set[str] = set()
         self._everything = False
-        self._generated: set[types.CodeType] = set()  # of methods that `dataclass` made
+        self.generated: set[types.CodeType] = set()
         while True:  # code met late may name attributes of objects met early: walk until no new names turn up
             known = (len(self._names), self._everything)
             self._filtered = False  # whether names decided what was looked at
@@ -276,9 +277,7 @@ class Walk:
 
     def _left_out(self, fn: Any) -> bool:
         """Whether a callable is a hook that the function hands on: what is given to it, the function does not read."""
-        while isinstance(fn, (functools.partial, types.MethodType)):
-            fn = fn.func if isinstance(fn, functools.partial) else fn.__func__
-        return self._without is not None and getattr(fn, "__code__", None) in self._without
+        return self._without is not None and getattr(peeled(fn), "__code__", None) in self._without
 
     def _visit_inside(self, held: list[Any], path: str) -> None:
         for item in inside(held, self._inside):
@@ -299,7 +298,7 @@ class Walk:
         if self._without is not None and fn.__code__ in self._without:
             return
         names, loaded, imported, cells = names_in_code(fn.__code__, self._without)
-        self._names |= names - {"type"} if fn.__code__ in self._generated else names
+        self._names |= names - {"type"} if fn.__code__ in self.generated else names
         self._everything |= not REFLECTION.isdisjoint(names)
         for index, (name, cell) in enumerate(zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True)):
             if name in cells:
@@ -348,9 +347,9 @@ class Walk:
                 for name, value in base.__dict__.items()
                 if isinstance(value, (types.MemberDescriptorType, types.GetSetDescriptorType))
             }
-            generated = {name for name in special if is_generated(base, name)}
             # They ask only for the type of the object itself.
-            self._generated.update(base.__dict__[name].__code__ for name in generated)
+            self.generated.update(code for name in special for code in generated_code(base, name))
+            generated = {name for name in special if getattr(base.__dict__[name], "__code__", None) in self.generated}
             if self._without is not None:  # the fields that it made methods of are not read by the function
                 special -= generated
                 special -= TEXT_METHODS if self._names.isdisjoint(TEXT) else set()
@@ -364,7 +363,7 @@ class Walk:
     def _visit_instance(self, value: Any, path: str) -> None:
         cls = type(value)
         if (reason := why_not_lifted(cls)) is not None:
-            self.refuse(f"a hook reads `{path}`, a {cls.__name__}{reason}, or use fullgraph=False.", path)
+            self.refuse(f"a hook reads `{path}`, a {cls.__name__}{reason}, or {last_resort()}.", path)
             return
         if isinstance(value, np.ndarray) and is_array(value):
             self.unlifted.append((value, path, self._root))
@@ -389,8 +388,7 @@ class Walk:
             # Nor is that of `jax.tree.map`, which may be what the function does with a registered class.
             everything = node or not mine and module_of(cls).split(".")[0] in _STANDARD_CONTAINERS
             self._add(value, "attrs", path, None if everything else self._attribute_names())
-        slots = slot_names(cls)
-        if not (self._everything or node):
-            slots &= self._names
+        every = self._everything or node
+        slots = {key for key, name in slot_names(cls).items() if every or name in self._names}
         if slots:
             self._add(value, "slots", path, slots)

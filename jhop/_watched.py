@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 
 from jhop import _banned, _compat, _reads
-from jhop._errors import Unsupported
+from jhop._errors import Unsupported, last_resort
 from jhop._source import FileKind, describe_hook, file_kind, origin_of
 
 monitoring: Any = getattr(sys, "monitoring", None)  # Python 3.12 and later
@@ -33,9 +33,8 @@ class OperatorRecord(NamedTuple):
 class Watch:
     """What `watch` saw: `operators`, in order. Holds tracers, so do not keep it longer than the trace."""
 
-    def __init__(self, hook: Any, remedy: str | None, trace: Any):
+    def __init__(self, hook: Any, trace: Any):
         self.hook = hook
-        self.remedy = remedy
         self.trace = trace
         self.operators: list[OperatorRecord] = []
         self.staging, self.nested = _compat.staging(), False  # nested: a transformation in the hook traced user code
@@ -55,12 +54,9 @@ thread = _Thread()
 
 # Refusing a call
 
-_LAST_RESORT = "pass `fullgraph=False`, which runs this hook on the host each time"
-
-
-def message(label: str, hook: Any, place: str, remedy: str | None) -> str:
+def message(label: str, hook: Any, place: str) -> str:
     """What `Unsupported` says of a call of `label` at `place`, which is empty where the hook is the callee itself."""
-    remedies = [each for each in (_banned.remedy_for(label), remedy or _LAST_RESORT) if each]
+    remedies = [each for each in (_banned.remedy_for(label), last_resort()) if each]
     return (
         f"cannot trace a call to `{label}` in {describe_hook(hook)}\n{place}"
         f"The backward is traced once and replayed, so `{label}` would run once, at trace time, and never again.\n"
@@ -77,7 +73,7 @@ def refuse(label: str | None, frame: types.FrameType | None) -> None:
         return  # in a module that the hook imports, which is run but once in any case
     where = origin_of(user.f_code, user.f_lasti)
     place = f'  File "{where.file}", line {where.line}, in {where.function}\n    {where.text}\n'
-    error = Unsupported(message(label, seen.hook, place, seen.remedy))
+    error = Unsupported(message(label, seen.hook, place))
     seen.error = seen.error or error
     try:
         raise error
@@ -85,10 +81,20 @@ def refuse(label: str | None, frame: types.FrameType | None) -> None:
         del error  # else this frame and the error hold each other, and the tracers in its traceback
 
 
+def refusing(label: str, fn: Callable[..., Any]) -> Callable[..., Any]:
+    """A banned function as one that C code may call, which nobody sees: for user code it is refused."""
+
+    def call(*args: Any) -> Any:
+        refuse(label, sys._getframe(1))
+        return fn(*args)
+
+    return call
+
+
 def refuse_text(frame: types.FrameType | None) -> None:
     """Raises `Unsupported` if user code makes text of a tracer in a call that `frame` makes."""
     seen = thread.current
-    error = None if seen is None else _reads.text_read(frame, seen.hook, seen.remedy or _reads.LAST_RESORT)
+    error = None if seen is None else _reads.text_read(frame, seen.hook)
     if seen is not None and error is not None:
         seen.error = seen.error or error
         try:

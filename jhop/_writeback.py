@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,14 +10,67 @@ import jax
 import numpy as np
 
 from jhop import _state
-from jhop._container import MISSING
+from jhop._container import MISSING, Container, builtin_kind
 from jhop._errors import Unsupported
+from jhop._leaves import is_array
 from jhop._slotcode import SlotCode
-from jhop._template import NUMBER_TYPES, map_outputs, rebuild
+from jhop._template import NUMBER_TYPES, map_outputs, parts_of, rebuild, with_parts
 
 
-def stay_numpy(spec: Any, before: np.ndarray, where: str) -> Any:
-    """A NumPy array that a hook replaced by what it computed from it stays a NumPy array."""
+class _StayNumpy:
+    """Makes templates of others."""
+
+    def __init__(self, held: dict[tuple[int, str], dict[Any, Any]], shared: frozenset[int]):
+        self._held = held
+        self._shared = shared  # ids of the templates of tuples in two places, in which no NumPy array could be read
+        self._done: dict[int, Any] = {}  # by id of a template: one object that is stored twice stays one
+
+    def like(self, spec: Any, before: Any, where: str) -> Any:
+        """A template with NumPy arrays where there are some in what was there before."""
+        kind = spec[0]
+        if kind == "array" and type(before) is np.ndarray and is_array(before):
+            return _stay_numpy(spec, before, where)
+        if id(spec) in self._shared:
+            return spec
+        if id(spec) not in self._done:
+            path = Container(before, "attrs" if kind == "object" else "list", where).path_of
+            old = self._items(before)
+            self._done[id(spec)] = with_parts(
+                spec, [self.like(part, old.get(key), path(key)) for key, part in parts_of(spec)]
+            )
+        return self._done[id(spec)]
+
+    def _items(self, before: Any) -> dict[Any, Any]:
+        if isinstance(before, tuple):
+            return dict(enumerate(tuple.__iter__(before)))
+        kind = builtin_kind(before)
+        found = [self._held.get((id(before), each), {}) for each in ([kind] if kind else ["attrs", "slots"])]
+        return {key: value for items in found for key, value in items.items()}
+
+
+def stay_numpy(writes: Sequence[_state.Write], held: dict[tuple[int, str], dict[Any, Any]]) -> list[_state.Write]:
+    """NumPy arrays that hooks replaced by what they computed from them stay NumPy arrays, in what was replaced too.
+
+    Args:
+        writes: slots, with templates as values.
+        held: what containers held before hooks ran, by id and kind.
+    """
+    values = [write.value for write in writes if write.value is not MISSING]
+    met: Counter[int] = Counter()
+    for spec in values:  # which grows
+        met[id(spec)] += 1
+        values += [part for _, part in parts_of(spec)] if met[id(spec)] == 1 else ()
+    tuples = {id(spec) for spec in values if spec[0] in ("tuple", "namedtuple")}
+    stay = _StayNumpy(held, frozenset(key for key in tuples if met[key] > 1))
+    made = []
+    for write in writes:
+        before = held.get((id(write.container.obj), write.container.kind), {}).get(write.key)
+        same = write.value is MISSING
+        made.append(write if same else write._replace(value=stay.like(write.value, before, write.where())))
+    return made
+
+
+def _stay_numpy(spec: Any, before: np.ndarray, where: str) -> Any:
     if jax.dtypes.canonicalize_dtype(before.dtype) != before.dtype:
         raise Unsupported(
             f"a hook writes `{where}`, a NumPy array of dtype {before.dtype}, which JAX would narrow to "

@@ -2,10 +2,12 @@
 
 import atexit
 import builtins
+import collections
 import contextlib
 import contextvars
 import copy
 import cProfile
+import ctypes
 import datetime
 import functools
 import importlib
@@ -43,7 +45,7 @@ import pytest
 import jhop
 from jhop import _effects, _profiling, _source
 from jhop._effects import watch
-from jhop._errors import Unsupported
+from jhop._errors import Unsupported, advising
 from jhop._source import describe_hook
 from jhop._watched import OperatorRecord
 
@@ -70,6 +72,7 @@ log.addHandler(logging.StreamHandler(buffer))
 printer = functools.partial(print, "partial")
 jitted_print = jax.jit(print)
 cached_time = functools.lru_cache(time.time)
+library = ctypes.CDLL(None)
 
 
 class Unlucky(random.Random):
@@ -257,22 +260,44 @@ BANNED = [
     ("time.time", lambda: cached_time()),
     ("time.time", lambda: list(map(lambda f: f(), [time.time]))),
     ("os.getpid", lambda: getattr(os, "getpid")()),  # noqa: B009
+    ("print", lambda: collections.defaultdict(print)["k"]),
+    ("print", lambda: collections.defaultdict(functools.partial(print, "x"), {})["k"]),
+    ("numpy.seterr", lambda: np.seterr(all="raise")),
+    ("numpy.seterr", lambda: np.seterr(**{"all": "raise"})),
+    ("numpy.geterr", lambda: np.geterr()),
+    ("numpy.set_printoptions", lambda: np.set_printoptions(precision=2)),
+    ("ctypes.putenv", lambda: library.putenv(b"JHOP_TEST_EFFECTS=x")),
+    ("ctypes.putenv", lambda: list(map(library.putenv, [b"JHOP_TEST_EFFECTS=x"]))),
+    ("ctypes.putenv", lambda: passes_on(library["putenv"], b"JHOP_TEST_EFFECTS=x")),
+    ("ctypes.dlopen", lambda: ctypes.CDLL(None)),
 ]
 if monitoring is not None:  # what Python 3.11 cannot see: nothing that these name is banned
     BANNED += [
+        ("sys.stdout.write", lambda: operator.methodcaller("write", "x")(sys.stdout)),
+        ("sys.stdout.write", lambda: writes(sys.stdout)),
+        ("sys.stdout.write", lambda: writes(*[sys.stdout])),
+        ("random.random", lambda: operator.methodcaller("random")(dice)),
+        ("numpy.random.normal", lambda: operator.methodcaller("normal")(rng)),
         ("print", lambda: hidden["callback"]("x")),
         ("print", lambda: list(map(hidden["callback"], [1]))),
     ]
+writes = operator.methodcaller("write", "x")
 hidden, values = {"callback": functools.partial(print)}, ["x"]
+
+
+def effects():
+    drawn = dice.getstate(), random.getstate(), repr(state.get_state()), rng.bit_generator.state
+    getenv = ctypes.CDLL(None).getenv
+    getenv.restype = ctypes.c_char_p
+    return *drawn, buffer.getvalue(), np.geterr(), np.get_printoptions()["precision"], getenv(b"JHOP_TEST_EFFECTS")
 
 
 @pytest.fixture
 def no_effect(capsys):
     """Fails if any of the effects of `BANNED` took place."""
-    before = dice.getstate(), random.getstate(), repr(state.get_state()), rng.bit_generator.state, buffer.getvalue()
+    before = effects()
     yield
-    after = dice.getstate(), random.getstate(), repr(state.get_state()), rng.bit_generator.state, buffer.getvalue()
-    assert before == after
+    assert effects() == before
     assert capsys.readouterr() == ("", "")
     assert not os.path.exists(target) and "JHOP_TEST_EFFECTS" not in os.environ
     assert not database.execute("select * from sqlite_master").fetchall()
@@ -330,6 +355,14 @@ def containers():
 def untaken(flag=False):
     if flag:
         print("no"), list(map(print, [])), np.random.rand()
+
+
+def quiet():
+    with np.errstate(divide="ignore"), np.printoptions(precision=2):
+        return np.float32(1) / np.float32(0), np.get_printoptions()
+
+
+shout = operator.methodcaller("upper")
 
 
 class Awkward:
@@ -398,6 +431,11 @@ ALLOWED = [
     lambda: __import__("colorsys"),
     lambda: iter(range(3)),
     lambda: [x for x in (y for y in range(3))],
+    lambda: (collections.defaultdict(list)["k"], collections.defaultdict(lambda: 3)["k"]),
+    lambda: (operator.methodcaller("upper")("x"), operator.methodcaller("getvalue")(buffer), list(map(shout, "ab"))),
+    lambda: (operator.methodcaller("nothing"), operator.methodcaller("__len__")([1])),
+    lambda: (ctypes.c_int(3).value, ctypes.sizeof(ctypes.c_double)),
+    quiet,
 ]
 
 
@@ -455,6 +493,56 @@ def test_console_that_is_a_buffer(no_effect):
     assert console.getvalue() == ""
 
 
+class Tables:
+    """Tables whose missing entries C code asks for, past all that could be seen."""
+
+    def __init__(self, factory):
+        self.table = collections.defaultdict(factory, there=3)
+
+    def missing(self, ct):
+        self.table["k"]
+        return ct * 2
+
+    def present(self, ct):
+        return ct * self.table["there"]
+
+
+def gradient_of(hook):
+    return jax.grad(lambda x: (jhop.hook(x, hook) * x).sum())
+
+
+@pytest.mark.parametrize("compiled", [jhop.jit, jax.jit])
+@pytest.mark.parametrize("factory", [print, functools.partial(print, "x"), time.time])
+def test_factory_of_a_defaultdict(factory, compiled, capsys):
+    tables, options = Tables(factory), {"fullgraph": True} if compiled is jhop.jit else {}
+    with pytest.raises(Unsupported) as caught:
+        compiled(gradient_of(tables.missing), **options)(ones)
+    line = Tables.missing.__code__.co_firstlineno + 1
+    assert "in hook `Tables.missing`" in str(caught.value)
+    assert f'line {line}, in Tables.missing\n    self.table["k"]' in str(caught.value)
+    assert tables.table.default_factory is factory
+    assert [*tables.table] == ["there"]
+    step = compiled(gradient_of(tables.present), **options)  # it is not called
+    np.testing.assert_allclose(step(ones), 4 * ones)
+    assert tables.table.default_factory is factory
+    assert capsys.readouterr() == ("", "")
+
+
+def test_factory_of_a_defaultdict_runs_on_the_host_each_time():
+    tables, times = Tables(time.time), []
+
+    def hook(ct):
+        times.append(tables.table[len(times)])
+        return ct * 2
+
+    step = jhop.jit(gradient_of(hook))
+    with pytest.warns(UserWarning, match=r"`time\.time`"):
+        step(ones)
+    step(ones)
+    assert [type(time) for time in times] == [float, float]
+    assert len(tables.table) == 3
+
+
 # The message
 
 
@@ -495,8 +583,8 @@ def test_remedies(call, remedy):
 
 
 def test_given_remedy_replaces_the_last_resort():
-    with pytest.raises(Unsupported, match="; or compile with `jhop.jit`."):
-        traced(says, remedy="compile with `jhop.jit`")
+    with pytest.raises(Unsupported, match="; or compile with `jhop.jit`."), advising("compile with `jhop.jit`"):
+        traced(says)
 
 
 draw = rng.normal

@@ -95,6 +95,76 @@ def test_names_and_values():
     assert (state[PATH + "steps"], state[PATH + "sums['calls']"], state[PATH + "rate"]) == (0, 10, 0.5)
 
 
+@dataclasses.dataclass
+class Defaults:
+    n: int = 3
+    sum: float = 0.5
+
+    def hook(self, ct):
+        self.n += 1
+        self.sum = self.sum * 0.5
+        return ct * self.n + self.sum
+
+
+class OfTheClass:
+    n = 3
+
+    def hook(self, ct):
+        type(self).n += 1
+        return ct * self.n
+
+
+class ByClassMethod:
+    n = 3
+
+    @classmethod
+    def hook(cls, ct):
+        cls.n += 1
+        return ct * cls.n
+
+
+class ByName:
+    n = 3
+
+    def hook(self, ct):
+        ByName.n += 1
+        return ct * self.n
+
+
+class Registry(type):
+    def count(cls):
+        cls.n += 1
+        return cls.n
+
+
+class ByMeta(metaclass=Registry):
+    n = 3
+    places = {}
+
+    def hook(self, ct):
+        return ct * self.places["it"].count()
+
+
+ByMeta.places["it"] = ByMeta
+
+
+def test_defaults_of_a_dataclass_are_no_state():
+    meter = Defaults()
+    pure, state = jhop.functionalize(gradient(meter))
+    assert short(state) == {"n": 3, "sum": 0.5}
+    agree(short(steps(pure, state, 3)[1]), {"n": 6, "sum": 0.0625})
+
+
+@named("cls", [OfTheClass, ByClassMethod, ByName, ByMeta], ids=lambda cls: cls.__name__)
+def test_state_of_a_class_is_state(cls):
+    pure, state = jhop.functionalize(gradient(cls()))
+    assert list(state.values()) == [3]
+    outs, state = steps(pure, state, 3)
+    assert list(state.values()) == [6]
+    np.testing.assert_allclose(outs[0], 8 * W)
+    assert cls.n == 3
+
+
 def test_paths_are_the_same_each_time():
     first, second = (list(jhop.functionalize(gradient(Meter()))[1]) for _ in range(2))
     assert first == second

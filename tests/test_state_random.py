@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from random_hooks import programs
+from random_hooks import HEAD, Program, programs
 from test_state_control_flow import JAX, PYTHON
 
 import jhop
+from jhop._guards import Guards
 
 X = jnp.array([0.5, -1.0, 0.75], jnp.float32)
 counter = itertools.count()
@@ -175,9 +176,76 @@ def share(of):
     return hypothesis.settings(max_examples=max(1, hypothesis.settings().max_examples // of))
 
 
+# Programs in which a number decides on a branch, and no other guard notices that it changes: what few random ones do.
+ASKING = """
+class Box:
+    def __init__(self):
+        self.n = 0
+        self.x = 0.25
+        self.calls = 0
+
+    def hook(self, ct):
+        self.calls += 1
+        QUESTION
+            ct = ct * 0.5
+        return ct * 1.5
+
+
+A = Box()
+HOOKS = [A.hook]
+
+
+def program(flow, point, x, up):
+    v0 = x * SCALE
+    v1 = WHERE
+    return ((v0 + v1) ** 2).sum()
+"""
+QUESTIONS = {
+    "counted": ("if self.calls % 4 == 0:", [[], []]),  # nothing but the hook itself changes the number
+    "int": ("if self.n > 2:", [["A.n = 3"], ["A.n = 2"]]),
+    "parity": ("if self.n % 2:", [["A.n = 7"], ["A.n = 8"]]),
+    "float": ("if self.x * 2.0 < 1.0:", [["A.x = 0.75"], ["A.x = 0.25"]]),
+    "two numbers": ("if self.n == self.calls:", [["A.n = A.calls + 1"], ["A.n = 0"]]),
+    "length of a loop": ("for _ in range(self.n):", [["A.n = 2"], ["A.n = 1"]]),
+    "global": ("if COUNT > 1 or K == 4:", [["COUNT = 2"], ["COUNT = 0; K = 4"]]),
+}
+PLACES = {"plain": "point(0, jnp.sin(v0) * 1.5)", "loops": "flow.scan(lambda c, s: (point(0, c * s), None), v0, XS)[0]"}
+ASKED = [*(("plain", question) for question in QUESTIONS), ("loops", "counted"), ("loops", "length of a loop")]
+
+
+def asking(question, mode):
+    text, changes = QUESTIONS[question]
+    source = HEAD + ASKING.replace("QUESTION", text).replace("WHERE", PLACES[mode])
+    return Program(source, [*changes, [], []], mode)
+
+
+def with_examples(mode):
+    """Runs a test of programs of a mode on those, too."""
+
+    def decorate(test):
+        for where, question in ASKED:
+            test = hypothesis.example(asking(question, mode))(test) if where == mode else test
+        return test
+
+    return decorate
+
+
+@pytest.mark.parametrize(("mode", "question"), ASKED)
+def test_examples_fail_without_guards_on_numbers(mode, question, monkeypatch):
+    answered = Guards.__init__
+
+    def without_answers(self, walk, answers, **options):
+        answered(self, walk, [], **options)
+
+    monkeypatch.setattr(Guards, "__init__", without_answers)
+    with pytest.raises(AssertionError, match="gradient"):
+        check(asking(question, mode), fullgraph=True)
+
+
 @pytest.mark.parametrize("mode", ["plain", "loops", "branches"])
 def test_traced(mode):
     @share(1)
+    @with_examples(mode)
     @hypothesis.given(programs(mode))
     def run(program):
         check(program, fullgraph=True)
