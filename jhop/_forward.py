@@ -252,8 +252,7 @@ class CompiledFunction(Explains):
             (index, BoundHook(fn, slots, [next(bound) for _ in slots]) if slots else fn)
             for index, fn, slots in joint.registered
         ]
-        for index, hook in hooks:
-            dynamic[index].register_hook(hook)
+        handles = [dynamic[index].register_hook(hook) for index, hook in hooks]
         if any(joint.out_moving):
             edges = {i: dynamic[i]._edge("jhop.compile") for i in compiled.diff}
             computed = iter(outs[n:])
@@ -265,7 +264,7 @@ class CompiledFunction(Explains):
             node = CompiledNode(reached, avals, compiled, saved, values, edges, closing)
             for slot, i in enumerate(moving):
                 results[i] = Tensor(outs[i], requires_grad=True, node=node, slot=slot)
-        return jax.tree.unflatten(joint.out_tree, results)
+        return joint.result(results, handles)
 
     def _trace(
         self, args: Any, kwargs: Any, leaves: list[Any], tree: Any, recording: bool, reason: str

@@ -19,6 +19,7 @@ from jhop._errors import HookError, JhopError
 from jhop._hook import HookList, RemovableHandle
 from jhop._leaves import declare_state
 from jhop._node import AccumulateGrad, Edge, Node, inside
+from jhop._source import warn
 from jhop._values import Values
 
 
@@ -164,7 +165,10 @@ class Tensor(Values):
         self._need_grad("Tensor.register_hook")
         if self._trace is None and inside() is not None:
             return inside().enter(self).register_hook(fn)
-        return self._hook_list().add(fn, "Tensor.register_hook")
+        handle = self._hook_list().add(fn, "Tensor.register_hook")
+        if self._trace is not None:
+            self._trace.handles.append(weakref.ref(handle))
+        return handle
 
     def _hook_list(self) -> HookList:
         """Where its hooks are, outside of compiled functions."""
@@ -314,6 +318,8 @@ class Tensor(Values):
     def __reduce__(self) -> Any:
         if not self.is_leaf:
             raise JhopError("pickle: only leaf Tensors can be pickled; this one is part of a graph. detach() it first.")
+        if self._hooks or self._post_hooks:
+            warn("pickle: a Tensor's hooks are not pickled with it. Register them anew on what is loaded.")
         return (_unpickle, (np.asarray(self._value), self._requires_grad))
 
     def __repr__(self) -> str:

@@ -140,8 +140,9 @@ def test_rule_030_any_callable_is_a_hook(mode, hook):
 
 
 @each_mode
-@pytest.mark.parametrize("hook", [functools.partial(Scale.wrong, Scale(5.0)), Scale(5.0).wrong], ids=["partial", "method"])
-def test_rule_030_errors_need_no_name(mode, hook):
+@pytest.mark.parametrize("partial", [False, True])
+def test_rule_030_errors_need_no_name(mode, partial):
+    hook = functools.partial(Scale.wrong, Scale(5.0)) if partial else Scale(5.0).wrong
     with pytest.raises(jhop.HookError, match="wrong"):
         hooked(mode, hook)
 
@@ -249,7 +250,8 @@ def test_rule_036_an_assertion_about_values_runs_where_there_are_values(mode, ho
     x = leaf(1.0, 5.0)
     y = mode.compile(fn)(x)
     told = nullcontext() if mode.name == "eager" else pytest.warns(UserWarning, match="`positive`")
-    with told, nullcontext() if holds else pytest.raises(AssertionError, match="too small"), mode.captured(jhop.compile):
+    expected = nullcontext() if holds else pytest.raises(AssertionError, match="too small")
+    with told, expected, mode.captured(jhop.compile):
         y.backward()
     assert (None if x.grad is None else x.grad.tolist()) == ([30.0, 30.0] if holds else None)
 
