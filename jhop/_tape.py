@@ -9,7 +9,7 @@ import jax
 
 from jhop import _compat, _engine, _plan
 from jhop._capture import Backward, Recorder, trace
-from jhop._capture_pass import CapturePass
+from jhop._capture_pass import CapturePass, PostAccumulate
 from jhop._contract import WeakIdentity, identity_key
 from jhop._errors import JhopError
 from jhop._forward import CompiledNode
@@ -26,10 +26,12 @@ class Outputs:
     Attributes:
         written: which of `Tape.owners` get a gradient, in the order of the outputs.
         returned: which of the gradients that are asked for come after these.
+        last: for each of `written`, the last hook after the accumulation, which may have freed the gradient, or None.
     """
 
     written: tuple[int, ...]
     returned: tuple[int, ...]
+    last: tuple[PostAccumulate | None, ...]
 
 
 class Tape:
@@ -136,7 +138,8 @@ class Tape:
             jaxpr=closed, inputs=inputs, info=info(), name="CompiledAutograd0", made_by="compiled_autograd",
             backward=backward,
         )  # fmt: skip
-        return gm, Outputs(tuple(captured.written), tuple(captured.returned))
+        last = tuple(captured.last.get(id(self.owners[i])) for i in captured.written)
+        return gm, Outputs(tuple(captured.written), tuple(captured.returned), last)
 
     def assign(self, grads: list[Any], outputs: Outputs) -> list[Any]:
         """Writes the new gradients, once all of them are known to be right; returns those that are asked for."""
@@ -153,8 +156,8 @@ class Tape:
                     f"compiled_autograd: a Tensor of shape {wanted.shape} and dtype {wanted.dtype} got the gradient "
                     f"{grad!r} from the compiled backward."
                 )
-        for tensor, grad in zip(owners, grads, strict=False):
-            tensor._grad = grad
+        for tensor, grad, hook in zip(owners, grads, outputs.last, strict=False):
+            tensor._grad = None if hook is not None and hook.freed else grad
         results = [None] * self.plan.n_results
         for place, grad in zip(outputs.returned, grads[len(owners) :], strict=True):
             results[place] = grad

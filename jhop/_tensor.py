@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jhop import _compat, _engine, _plan
+from jhop._append import class_name
 from jhop._errors import HookError, JhopError
 from jhop._hook import HookList, RemovableHandle
 from jhop._leaves import declare_state
@@ -27,7 +28,7 @@ class Tensor(Values):
     """An array on the tape. Make one with `jhop.tensor`.
 
     Attributes:
-        value: the `jax.Array`.
+        value: the `jax.Array`. That of a leaf may be replaced by another of its shape and dtype, also in a hook.
         grad: the accumulated gradient, a `jax.Array` of the Tensor's shape and dtype, or None.
         requires_grad: whether gradients flow to or through it.
         grad_fn: the node that made it; None for leaves.
@@ -66,6 +67,18 @@ class Tensor(Values):
     @property
     def value(self) -> Any:
         return self._value
+
+    @value.setter
+    def value(self, value: Any) -> None:
+        # The counterpart of PyTorch's `.data`: graphs that were recorded keep the array that they were recorded with.
+        self._outside("Assigning to .value")
+        if not self.is_leaf:
+            raise JhopError("Tensor.value: only a leaf can get another value; this Tensor is the result of others.")
+        array = value.value if isinstance(value, Tensor) else value
+        if not isinstance(array, (jax.Array, np.ndarray)):
+            raise JhopError(f"Tensor.value: expected an array or a Tensor, got {class_name(value)}.")
+        self._check_like(array, "Tensor.value")
+        self._value = array if isinstance(array, _compat.Tracer) else jnp.asarray(array)
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -244,17 +244,25 @@ def test_rule_048_detached_values_and_copies_have_no_hooks(mode, seen):
 
 
 @each_mode
-def test_rule_049_hooks_stay_though_a_leaf_stops_requiring_grad_for_a_while(mode):
-    """A Tensor's array cannot be exchanged: there is no `.data`."""
+def test_rule_049_hooks_stay_where_the_value_is_exchanged_and_gradients_are_not_wanted_for_a_while(mode):
+    """`.value` takes the place of `.data`. A graph that was recorded before keeps the value that it was recorded with."""
     x = scalar(1.0)
     x.register_hook(times(5.0))
     x.requires_grad_(False)
     assert not mode.compile(lambda x: x * 2.0)(x).requires_grad
     x.requires_grad_()
     assert gradient(mode, x) == 10.0
-    assert not hasattr(x, "data")
-    with pytest.raises(AttributeError):
-        x.value = jnp.float32(3.0)
+    y = mode.compile(lambda x: x * x)(x)
+    x.value = jnp.float32(3.0)
+    x.grad = None
+    mode.backward(y)
+    assert float(x.grad) == 10.0
+    assert gradient(mode, x, lambda x: x * x) == 30.0
+    for value, message in ((jnp.ones(2), "shape"), (3.0, "got float")):
+        with pytest.raises(jhop.JhopError, match=f"Tensor.value: .*{message}"):
+            x.value = value
+    with pytest.raises(jhop.JhopError, match="only a leaf"):
+        y.value = jnp.float32(3.0)
 
 
 @only_eager_and_captured
