@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any
 
 import jax
@@ -13,7 +14,8 @@ from jhop._capture_pass import CapturePass, PostAccumulate
 from jhop._contract import WeakIdentity, identity_key
 from jhop._errors import JhopError
 from jhop._forward import CompiledNode
-from jhop._graph import GraphModule, Input
+from jhop._graph import GraphModule, Input, hooks_in
+from jhop._interp import inner_jaxprs
 from jhop._node import AccumulateGrad, Node, OpNode
 from jhop._schedule import schedule
 from jhop._trace_wrapped import trace_wrapped_p
@@ -122,9 +124,8 @@ class Tape:
             return captured.trace(list(flat))
 
         closed, info = trace(run, [jax.typeof(value) for value in self.inputs], recorder)
-        places = captured.hook_places
         closed, order = schedule(closed)
-        hooks = [place for _, place in sorted(zip(_hook_order(closed, order), places, strict=True))]
+        hooks = _hook_index(closed, order, captured)
         backward = Backward(
             shapes=tuple(jax.numpy.shape(value) for value in self.inputs),
             sizes=tuple(captured.sizes),
@@ -164,12 +165,18 @@ class Tape:
         return results
 
 
-def _hook_order(closed: Any, order: list[int]) -> list[int]:
-    """Position, in the scheduled graph, of each hook in order of capture."""
+def _hook_index(closed: Any, order: list[int], captured: CapturePass) -> list[int]:
+    """Per hook of the scheduled graph, its place in PyTorch's list; hooks inside of operations come last."""
     eqns = _compat.open_jaxpr(closed)[0].eqns
-    new = {old: position for position, old in enumerate(order)}
-    by_old = {old: eqns[position] for old, position in new.items()}
-    return [new[old] for old in sorted(by_old) if by_old[old].primitive is trace_wrapped_p]
+    by_capture = sorted((old, new) for new, old in enumerate(order) if eqns[new].primitive is trace_wrapped_p)
+    places = {new: place for (_, new), place in zip(by_capture, captured.hook_places, strict=True)}
+    further = itertools.count(captured.n_hooks)
+    found = []
+    for new, eqn in enumerate(eqns):
+        found += [places[new]] if new in places else []
+        for inner in inner_jaxprs(eqn):
+            found += [next(further) for _, within in hooks_in(inner) if within.primitive is trace_wrapped_p]
+    return found
 
 
 def _kind(node: Node) -> Any:

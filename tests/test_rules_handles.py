@@ -245,7 +245,7 @@ def test_rule_048_detached_values_and_copies_have_no_hooks(mode, seen):
 
 @each_mode
 def test_rule_049_hooks_stay_where_the_value_is_exchanged_and_gradients_are_not_wanted_for_a_while(mode):
-    """`.value` takes the place of `.data`. A graph that was recorded before keeps the value that it was recorded with."""
+    """`.value` takes the place of `.data`. A graph keeps the value that it was recorded with."""
     x = scalar(1.0)
     x.register_hook(times(5.0))
     x.requires_grad_(False)
