@@ -17,10 +17,32 @@ __all__ = ["MODES", "Mode", "each_mode", "leaf", "mark", "note", "only_eager_and
 
 
 class Mode(tape_modes.Mode):
-    """As there, with options for the compiler."""
+    """As there, with options for the compiler.
+
+    Attributes:
+        compiled: the backward graphs that were compiled, since `fresh`, hooks inlined.
+    """
+
+    def __init__(self, name):
+        super().__init__(name)
+        self.compiled = []
+
+    def fresh(self):
+        self.graphs.clear()
+        self.compiled.clear()
+        return self
 
     def compile(self, fn, **options):
-        return jhop.compile(fn, **options) if self.name == "compiled" else fn
+        return jhop.compile(fn, **({"backend": self.backend} | options)) if self.name == "compiled" else fn
+
+    def backend(self, gm, example_inputs):
+        if gm.made_by == "inline":
+            self.compiled.append(gm)
+        return jhop.backends.xla(gm, example_inputs)
+
+    def __call__(self, gm):
+        self.graphs.append(gm)
+        return jhop.compile(gm, backend=self.backend, fullgraph=True)
 
     def captured(self, compiler_fn=None):
         return jhop.compiled_autograd.enable(compiler_fn or self) if self.name == "captured" else nullcontext()
