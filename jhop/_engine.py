@@ -263,6 +263,9 @@ def _add(old: Any, new: Any) -> Any:
 # What runs a pass that is recorded: `_record` fills it, which stands above Tensors, as this file does not.
 RECORDED: list[type[Pass]] = []
 
+# What runs a pass that looks for NaN: `_anomaly` fills it, which stands above compiled functions.
+CHECKED: list[Callable[[Request], list[Any]]] = []
+
 
 def backward(request: Request) -> list[Any]:
     """Runs a whole backward pass from checked cotangents, captured if compiled autograd is on.

@@ -313,6 +313,44 @@ def test_rule_106_a_hook_that_is_not_traced_runs_in_the_thread_that_called_backw
 
 
 @each_mode
+def test_rule_107_what_made_the_first_nan_is_named(mode):
+    def fn(x):
+        return hnp.sqrt(x * 0.0) * 0.0 + x
+
+    x = scalar(1.0)
+    y = mode.compile(fn)(x)
+    named = "SqrtBackward, for input 0 of the operation,"
+    if mode.name == "compiled":
+        named = r"`\w+` in `fn_backward` \(test_rules_higher.py:\d+: return hnp.sqrt\("
+    with pytest.raises(jhop.JhopError, match=rf"{named}.* made NaN of values without: float32\[\] with 1"):
+        with mode.captured(), jhop.autograd.detect_anomaly():
+            y.backward(retain_graph=True)
+    assert x.grad is None
+    mode.backward(y)
+    assert np.isnan(float(x.grad))
+
+
+@each_mode
+def test_rule_107_a_hook_that_makes_a_nan_is_named_and_others_run_as_ever(mode, seen):
+    def bad(grad):
+        return grad / (grad - grad) * 0.0
+
+    def fn(x, y):
+        x.register_hook(note(seen, times(5.0)))
+        z = y * 2.0
+        z.register_hook(bad)
+        return x * 3.0, z * 7.0
+
+    x, y = scalar(1.0), scalar(1.0)
+    first, second = mode.compile(fn)(x, y)
+    with mode.captured(), jhop.autograd.detect_anomaly():
+        first.backward(retain_graph=True)
+        assert (float(x.grad), values(seen)) == (15.0, [3.0])
+        with pytest.raises(jhop.JhopError, match=r"hook `bad` \(test_rules_higher.py:\d+\).* made NaN"):
+            second.backward()
+
+
+@each_mode
 def test_rule_108_two_hooks_bracket_where_a_nan_is_born(mode, seen):
     def fn(x):
         y = x * 0.0
