@@ -223,7 +223,7 @@ def test_rule_047_what_a_hook_holds_goes_with_its_tensor(mode):
     refs = [weakref.ref(owner), weakref.ref(x)]
     del owner, x
     if mode.name == "captured":
-        mode.graphs.clear()
+        mode.fresh()
         jhop.reset()
         jax.clear_caches()
     gc.collect()
