@@ -155,7 +155,8 @@ class PostAccumulate:
     """A post-accumulate hook as a function of the new gradient: it sees and changes `leaf.grad`.
 
     Attributes:
-        freed: whether the hook, in the last run, left `leaf.grad` at None. The graph returns a gradient all the same.
+        freed: 1 if the hook, in the last run, left `leaf.grad` at None. The graph returns a gradient all the same.
+            It is state of the hook, and a number, as flags are guarded.
     """
 
     __slots__ = ("__wrapped__", "_before", "_leaf", "freed")
@@ -164,7 +165,7 @@ class PostAccumulate:
         self.__wrapped__ = fn
         self._leaf = weakref.ref(leaf)  # a capture that is kept for later does not keep the parameter
         self._before = before
-        self.freed = False
+        self.freed = 0
 
     def __call__(self, grad: Any) -> Any:
         leaf = self._leaf()
@@ -175,8 +176,8 @@ class PostAccumulate:
             leaf._grad = None if self._before is not None and self._before.freed else grad
             try:
                 _engine.run_post_hook(self.__wrapped__, leaf)
-                self.freed = leaf._grad is None
-                return grad if self.freed else getattr(leaf._grad, "value", leaf._grad)
+                self.freed = int(leaf._grad is None)
+                return grad if leaf._grad is None else getattr(leaf._grad, "value", leaf._grad)
             finally:
                 leaf._grad = before
 

@@ -295,7 +295,7 @@ class CompiledFunction(Explains):
             aot_id=aot_id,
             diff=tuple(diff),
             captured=captured,
-            guards=lookups.guards(joint.hooks(), *(gm.jaxpr for gm in joint.graphs())),
+            guards=lookups.guards(joint.hooks(), *(gm.jaxpr for gm in joint.graphs()), inputs=captured),
             trace=self._history.add(hook_name(self._fn), joint.forward, reason, words),
             static=words,
         )

@@ -117,6 +117,11 @@ class Inside:
             )
         return outside if found is None else found
 
+    def value_of(self, tensor: Tensor) -> Any:
+        """The array of a Tensor: no gradient flows through it, and one from outside is an input if it may change."""
+        found = tensor if tensor._trace is not None else self.captured.get(id(tensor))
+        return tensor._value if found is None else jax.lax.stop_gradient(found._value)
+
     def input(self, index: int, value: Any, requires_grad: bool) -> Tensor:
         tensor = Tensor(value, requires_grad=requires_grad)
         tensor._trace = self

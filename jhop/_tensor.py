@@ -29,7 +29,7 @@ class Tensor(Values):
     """An array on the tape. Make one with `jhop.tensor`.
 
     Attributes:
-        value: the `jax.Array`. That of a leaf may be replaced by another of its shape and dtype, also in a hook.
+        value: the `jax.Array`. A leaf may get another of its shape and dtype, which recorded graphs do not see.
         grad: the accumulated gradient, a `jax.Array` of the Tensor's shape and dtype, or None.
         requires_grad: whether gradients flow to or through it.
         grad_fn: the node that made it; None for leaves.
@@ -67,11 +67,11 @@ class Tensor(Values):
 
     @property
     def value(self) -> Any:
-        return self._value
+        trace = inside()
+        return self._value if trace is None else trace.value_of(self)
 
     @value.setter
     def value(self, value: Any) -> None:
-        # The counterpart of PyTorch's `.data`: graphs that were recorded keep the array that they were recorded with.
         self._outside("Assigning to .value")
         if not self.is_leaf:
             raise JhopError("Tensor.value: only a leaf can get another value; this Tensor is the result of others.")

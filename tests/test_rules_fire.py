@@ -162,6 +162,18 @@ def test_rule_008_what_was_cut_off_refuses_a_hook(mode, cut):
         mode.compile(fn)(scalar(1.0))
 
 
+@each_mode
+def test_rule_008_no_gradient_flows_through_the_array_of_a_tensor(mode):
+    other = scalar(5.0)
+    x = scalar(3.0)
+    fn = mode.compile(lambda x: x * x.value + hnp.sin(x * 0.0) * jnp.exp(x.value) + x * other.value)
+    mode.backward(fn(x))
+    assert (float(x.grad), other.grad) == (8.0, None)
+    other.value = jnp.float32(7.0)
+    mode.backward(fn(x))
+    assert float(x.grad) == 18.0
+
+
 @pytest.mark.parametrize("compile", [jax.jit, jhop.jit], ids=["jax.jit", "jhop.jit"])
 def test_rule_008_behind_stop_gradient_a_hook_in_a_jax_function_is_silent(compile):
     def loss(x):

@@ -221,6 +221,26 @@ def test_rule_065_an_optimizer_in_the_backward_updates_leaves_and_frees_gradient
 
 
 @each_mode
+def test_rule_065_a_function_that_reaches_its_leaves_by_itself_sees_their_new_values(mode):
+    p, q = leaf(1.0, 2.0), leaf(3.0)
+    optimizer = Sgd(p, q)
+    traced = [0]
+
+    def fn(x, traced=traced.append):
+        traced(1)
+        return (p * p * q).sum() * x + (p.value * 0.0).sum()
+
+    fn = mode.compile(fn)
+    mode.fresh()
+    for _ in range(4):
+        mode.backward(fn(jnp.float32(1.0)))
+    for tensor, expected in zip((p, q), by_hand(np.array([1.0, 2.0]), np.array([3.0]), 4), strict=True):
+        np.testing.assert_allclose(np.asarray(tensor.value), expected, rtol=1e-5)
+    assert (optimizer.steps, len(traced) - 1) == (8, 1 if mode.name == "compiled" else 4)
+    assert len(mode.compiled) == (0 if mode.name == "eager" else 1)
+
+
+@each_mode
 def test_rule_065_a_later_hook_sees_that_the_gradient_was_freed(mode, seen):
     x = scalar(1.0)
     x.register_post_accumulate_grad_hook(lambda tensor: setattr(tensor, "grad", None))
