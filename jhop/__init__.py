@@ -7,6 +7,7 @@ manner of PyTorch. See README.md.
 from importlib.metadata import PackageNotFoundError as _NotInstalled
 from importlib.metadata import version as _version
 
+from jhop import _anomaly as _anomaly
 from jhop import _record as _record
 from jhop import _text as _text
 from jhop import autograd as autograd

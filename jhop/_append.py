@@ -49,6 +49,12 @@ class AppendList(list[Any]):
         return None if self.reads else self.raw()[self.start :]
 
 
+def class_name(value: Any) -> str:
+    """The name of a value's type as users know it: where something stands for their list or number, of that."""
+    known = value.original if isinstance(value, AppendList) else value
+    return known.__class__.__name__  # not `type`: a `_scalar.Scalar` says there what it stands for
+
+
 _READS = """__getitem__ __setitem__ __delitem__ __iter__ __len__ __contains__ __eq__ __ne__ __lt__ __le__ __gt__ __ge__
 __add__ __mul__ __imul__ __rmul__ __reversed__ __repr__ __bool__ copy count index insert pop remove reverse sort
 clear"""

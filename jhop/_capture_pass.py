@@ -9,14 +9,12 @@ from typing import Any
 from jhop import _compat, _engine, _state
 from jhop._boundary import accumulate_grad, aot_prologue, validate_outputs
 from jhop._capture import Recorder
-from jhop._errors import HookError
 from jhop._forward import CompiledNode
 from jhop._graph import Info
 from jhop._hook import run_hooks
 from jhop._interp import evaluate
 from jhop._leaves import declare_state
 from jhop._node import Node, full_cts
-from jhop._source import describe_hook
 from jhop._trace_wrapped import trace_wrapped, trace_wrapped_p
 
 
@@ -33,6 +31,7 @@ class CapturePass(_engine.Pass):
         self._recorder = recorder
         self._flat: list[Any] = []
         self._grads: dict[int, Any] = {}
+        self.last: dict[int, PostAccumulate] = {}  # by id of a leaf: the last hook after its accumulation
         self._uses: dict[int, int] = {}  # how often a compiled function occurs
         self._origin: Any = None
         self.sizes: list[int] = []
@@ -143,7 +142,7 @@ class CapturePass(_engine.Pass):
     def post_accumulate(self, leaf: Any) -> None:
         for fn in leaf._post_hooks.snapshot() if leaf._post_hooks else ():
             self._hook_place()
-            hook = PostAccumulate(fn, leaf)
+            hook = self.last[id(leaf)] = PostAccumulate(fn, leaf, self.last.get(id(leaf)))
             out = trace_wrapped(self._grads[id(leaf)], fn=hook, kind="post_acc_grad_hook")
             self._note([out])
             self._grads[id(leaf)] = out
@@ -153,28 +152,32 @@ class CapturePass(_engine.Pass):
 
 
 class PostAccumulate:
-    """A post-accumulate hook as a function of the new gradient: it sees and changes `leaf.grad`."""
+    """A post-accumulate hook as a function of the new gradient: it sees and changes `leaf.grad`.
 
-    __slots__ = ("__wrapped__", "_leaf")
+    Attributes:
+        freed: 1 if the hook, in the last run, left `leaf.grad` at None. The graph returns a gradient all the same.
+            It is state of the hook, and a number, as flags are guarded.
+    """
 
-    def __init__(self, fn: Callable[[Any], None], leaf: Any):
+    __slots__ = ("__wrapped__", "_before", "_leaf", "freed")
+
+    def __init__(self, fn: Callable[[Any], None], leaf: Any, before: PostAccumulate | None):
         self.__wrapped__ = fn
         self._leaf = weakref.ref(leaf)  # a capture that is kept for later does not keep the parameter
+        self._before = before
+        self.freed = 0
 
     def __call__(self, grad: Any) -> Any:
         leaf = self._leaf()
         if leaf is None:
             return None
         with _state.LOCK:
-            before, leaf._grad = leaf._grad, grad
+            before = leaf._grad
+            leaf._grad = None if self._before is not None and self._before.freed else grad
             try:
                 _engine.run_post_hook(self.__wrapped__, leaf)
-                if leaf._grad is None:
-                    raise HookError(
-                        f"post-accumulate {describe_hook(self.__wrapped__)} set .grad to None. Under compiled autograd "
-                        "a gradient is an output of the graph; free it after backward()."
-                    )
-                return getattr(leaf._grad, "value", leaf._grad)
+                self.freed = int(leaf._grad is None)
+                return grad if leaf._grad is None else getattr(leaf._grad, "value", leaf._grad)
             finally:
                 leaf._grad = before
 
@@ -205,4 +208,4 @@ class EndHook:
 
 declare_state(TupleHook, "__wrapped__")
 declare_state(EndHook, "__wrapped__")
-declare_state(PostAccumulate, "__wrapped__", "_leaf")
+declare_state(PostAccumulate, "__wrapped__", "_leaf", "_before", "freed")

@@ -23,6 +23,7 @@ from jhop._explain import Explains, graph_report, hooks_of
 from jhop._graph import GraphModule, hooks_in
 from jhop._guards import Guards
 from jhop._history import History, Told, Trace
+from jhop._hook import changes
 from jhop._inline import inline
 from jhop._program import DoesNotFit, Program
 from jhop._records import lift_tuples
@@ -151,7 +152,7 @@ class CompiledGraph(Explains):
         return True
 
     def _add(self, flat: list[Any], *, reason: str | None, on_host: bool = True) -> _Entry:
-        before = backends.aot_ids()
+        before, lists = backends.aot_ids(), changes()
         try:
             with advising(FULLGRAPH):
                 gm = self._inline(flat)
@@ -167,6 +168,8 @@ class CompiledGraph(Explains):
             floats = any(item.number is float for item in gm.inputs)
             if backends.aot_ids() != before and (floats or getattr(gm.backward, "number_inputs", False)):
                 backends.take_aot_id()
+        if changes() != lists:
+            return entry  # a hook removed or registered hooks, which the next run must do again
         with self._lock:
             self._entries.append(entry)
             if len(self._entries) > MAX_ENTRIES:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jhop import _compat
+from jhop._append import class_name
 from jhop._close import Husk
 from jhop._errors import HookError
 from jhop._source import describe_hook, hook_name
@@ -79,7 +80,7 @@ class HookFn:
 def _type_of(value: Any) -> str:
     if isinstance(value, (jax.Array, np.ndarray, np.generic)):
         return _type_name(value)
-    return type(value).__name__
+    return class_name(value)
 
 
 def _type_name(value: Any) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from jhop import _compat
+from jhop._append import class_name
 from jhop._contract import check_contract
 from jhop._errors import HookError
 from jhop._gates import Group, GroupHook, Stop
@@ -228,7 +229,7 @@ def run_post_hook(fn: Callable[[Any], Any], leaf: Any) -> None:
     returned = fn(leaf)
     if returned is not None:
         raise HookError(
-            f"post-accumulate {describe_hook(fn)} must return None, but returned {type(returned).__name__}. "
+            f"post-accumulate {describe_hook(fn)} must return None, but returned {class_name(returned)}. "
             "It is given the Tensor: change its .grad instead."
         )
 
@@ -244,7 +245,7 @@ def checked_tuple(fn: Any, returned: Any, before: Sequence[Any]) -> tuple[Any, .
     if not isinstance(returned, tuple) or len(returned) != len(before):
         raise HookError(
             f"{describe_hook(fn)} of a node must return a tuple of {len(before)} cotangents or None, but returned "
-            f"{type(returned).__name__}" + (f" of {len(returned)}." if isinstance(returned, tuple) else ".")
+            f"{class_name(returned)}" + (f" of {len(returned)}." if isinstance(returned, tuple) else ".")
         )
     if any(old is None and new is not None for new, old in zip(returned, before, strict=True)):
         raise HookError(
@@ -261,6 +262,9 @@ def _add(old: Any, new: Any) -> Any:
 
 # What runs a pass that is recorded: `_record` fills it, which stands above Tensors, as this file does not.
 RECORDED: list[type[Pass]] = []
+
+# What runs a pass that looks for NaN: `_anomaly` fills it, which stands above compiled functions.
+CHECKED: list[Callable[[Request], list[Any]]] = []
 
 
 def backward(request: Request) -> list[Any]:

@@ -248,8 +248,7 @@ class CompiledFunction(StandsForFunction):
             (index, BoundHook(fn, slots, [next(bound) for _ in slots]) if slots else fn)
             for index, fn, slots in joint.registered
         ]
-        for index, hook in hooks:
-            dynamic[index].register_hook(hook)
+        handles = [dynamic[index].register_hook(hook) for index, hook in hooks]
         if any(joint.out_moving):
             edges = {i: dynamic[i]._edge("jhop.compile") for i in compiled.diff}
             computed = iter(outs[n:])
@@ -261,7 +260,7 @@ class CompiledFunction(StandsForFunction):
             node = CompiledNode(reached, avals, compiled, saved, values, edges, closing)
             for slot, i in enumerate(moving):
                 results[i] = Tensor(outs[i], requires_grad=True, node=node, slot=slot)
-        return jax.tree.unflatten(joint.out_tree, results)
+        return joint.result(results, handles)
 
     def _trace(
         self, args: Any, kwargs: Any, leaves: list[Any], tree: Any, recording: bool, reason: str
@@ -292,7 +291,7 @@ class CompiledFunction(StandsForFunction):
             aot_id=aot_id,
             diff=tuple(diff),
             captured=captured,
-            guards=lookups.guards(joint.hooks(), *(gm.jaxpr for gm in joint.graphs())),
+            guards=lookups.guards(joint.hooks(), *(gm.jaxpr for gm in joint.graphs()), inputs=captured),
             trace=self._history.add(hook_name(self._fn), joint.forward, reason, words),
             static=words,
         )

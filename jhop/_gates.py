@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+from jhop._append import class_name
 from jhop._errors import HookError
 from jhop._hook import RemovableHandle
 from jhop._leaves import declare_state
@@ -187,7 +188,7 @@ class GroupHook:
         told = f"register_multi_grad_hook: {describe_hook(self.__wrapped__)}"
         if self._first:
             raise HookError(
-                f"{told} with mode='any' must return None, but returned {type(returned).__name__}: which gradient it "
+                f"{told} with mode='any' must return None, but returned {class_name(returned)}: which gradient it "
                 "is given is left open. Use Tensor.register_hook to replace one."
             )
         if not self._replaces:
@@ -200,7 +201,7 @@ class GroupHook:
             found = f" of {len(returned)}" if isinstance(returned, (list, tuple)) else ""
             raise HookError(
                 f"{told} must return None or a sequence of {len(cts)} gradients, one for each Tensor, but returned "
-                f"{type(returned).__name__}{found}."
+                f"{class_name(returned)}{found}."
             )
         if any(old is None and new is not None for new, old in zip(returned, cts, strict=True)):
             raise HookError(f"{told} returned a gradient where it was given None: nothing flows there.")

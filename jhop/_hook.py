@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -23,11 +24,17 @@ from jax.interpreters import ad, batching
 
 from jhop import _compat
 from jhop._contract import HookFn, flat_caller, hook_fn, identity_key, is_inexact
-from jhop._errors import HookError
+from jhop._errors import HookError, JhopError
 from jhop._source import describe_hook
 from jhop._trace_wrapped import bind_hook, trace_wrapped
 
 _ids = itertools.count()
+_changes = threading.local()
+
+
+def changes() -> int:
+    """How often this thread has changed hook lists: a trace in which a hook did that must not serve another run."""
+    return getattr(_changes, "count", 0)
 
 
 class HookList:
@@ -53,10 +60,16 @@ class HookList:
             raise HookError(f"{where}: expected a callable hook, got {type(fn).__name__} ({fn!r}).")
         handle = RemovableHandle(self)
         self._hooks[handle.id] = fn
+        _changes.count = changes() + 1
         return handle
 
     def remove(self, handle_id: int) -> None:
-        self._hooks.pop(handle_id, None)
+        if self._hooks.pop(handle_id, None) is not None:
+            _changes.count = changes() + 1
+
+    def ids(self) -> tuple[int, ...]:
+        """The ids of the hooks' handles."""
+        return tuple(self._hooks)
 
     def snapshot(self) -> tuple[Callable[..., Any], ...]:
         """The hooks as of now: one removed or added by a running hook counts from the next backward on."""
@@ -88,14 +101,32 @@ class RemovableHandle:
         [20.0]
     """
 
-    __slots__ = ("_hooks", "id")
+    __slots__ = ("__weakref__", "_hooks", "id")
 
     def __init__(self, hooks: Any):
-        self._hooks = weakref.ref(hooks)  # what has `remove(id)`
+        self._hooks: Callable[[], Any] = weakref.ref(hooks)  # what has `remove(id)`
         self.id = next(_ids)
 
+    def follow(self, other: RemovableHandle) -> None:
+        """From now on this handle removes what another one does."""
+        self._hooks, self.id = other._hooks, other.id
+
+    def refuse(self, message: str) -> None:
+        """From now on `remove` raises JhopError."""
+
+        class Compiled:
+            @staticmethod
+            def remove(handle_id: int) -> None:
+                raise JhopError(message)
+
+        self._hooks = Compiled
+
     def remove(self) -> None:
-        """Removes the hook; a second call does nothing."""
+        """Removes the hook; a second call does nothing.
+
+        Raises:
+            JhopError: outside of a compiled function, for a hook that the function put on a value inside it.
+        """
         hooks = self._hooks()
         if hooks is not None:
             hooks.remove(self.id)

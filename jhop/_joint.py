@@ -23,7 +23,7 @@ from jhop._capture import Recorder, trace
 from jhop._close import closed_over_tracers, substituted
 from jhop._errors import JhopError
 from jhop._graph import GraphModule, Info, Input, hooks_in
-from jhop._hook import HookList
+from jhop._hook import HookList, RemovableHandle
 from jhop._interp import evaluate
 from jhop._leaves import Leaf
 from jhop._lift import traced_result
@@ -46,6 +46,8 @@ class Joint:
         out_tree, out_moving: structure of the results, and which carry gradients.
         registered: (input index, hook, slots) for hooks that the function registers on its inputs, in order; `slots`
             are places in the hook for values of the forward, which are its last outputs.
+        handles: per handle among the results, its place there and which of `registered` it is of.
+        held: handles that outlive the trace (weak references), and which of `registered` each is of.
         reached: per differentiated input, whether an output that carries a gradient depends on it.
         primal: what the function does: flat inputs -> outputs, values that hooks on intermediates close over, those
             that hooks on inputs do, hooked intermediates.
@@ -58,6 +60,8 @@ class Joint:
     out_tree: Any
     out_moving: tuple[bool, ...]
     registered: tuple[tuple[int, Any, tuple[Leaf, ...]], ...]
+    handles: tuple[tuple[int, int], ...]
+    held: tuple[tuple[Any, int], ...]
     reached: tuple[bool, ...]
     primal: Any
     points: tuple[Point, ...]
@@ -70,6 +74,22 @@ class Joint:
         """The user's callables that its graphs run."""
         opaque = [hook.base for gm in self.graphs() for hook, _ in hooks_in(gm.jaxpr)]
         return opaque + [fn for _, fn, _ in self.registered]
+
+    def result(self, values: list[Any], handles: list[RemovableHandle]) -> Any:
+        """What a call returns.
+
+        Args:
+            values: the outputs.
+            handles: those of the hooks that the call registered. What the function kept of them when it was traced
+                removes these from now on.
+        """
+        for ref, i in self.held:
+            if (held := ref()) is not None:
+                held.follow(handles[i])
+        values = list(values)
+        for place, i in self.handles:
+            values.insert(place, handles[i])
+        return jax.tree.unflatten(self.out_tree, values)
 
     def only_reached(self, cts: Any) -> list[Any]:
         """Of one item per differentiated input, such as its cotangent, those of the inputs that gradients reach."""
@@ -84,6 +104,7 @@ class Inside:
         self.points: list[tuple[HookList, Any]] = []
         self.results: list[Any] = []  # weak references to the Tensors made in here
         self.captured: dict[int, Tensor] = {}  # by id of the Tensor outside
+        self.handles: list[Any] = []  # weak references to those of hooks that were registered in here
         self._name = name
 
     def enter(self, outside: Tensor) -> Tensor:
@@ -95,6 +116,11 @@ class Inside:
                 "argument, in a way that jhop cannot follow; its gradient would be lost. Pass it as an argument."
             )
         return outside if found is None else found
+
+    def value_of(self, tensor: Tensor) -> Any:
+        """The array of a Tensor: no gradient flows through it, and one from outside is an input if it may change."""
+        found = tensor if tensor._trace is not None else self.captured.get(id(tensor))
+        return tensor._value if found is None else jax.lax.stop_gradient(found._value)
 
     def input(self, index: int, value: Any, requires_grad: bool) -> Tensor:
         tensor = Tensor(value, requires_grad=requires_grad)
@@ -114,6 +140,30 @@ class Inside:
 
     def registered(self) -> list[tuple[int, Any]]:
         return [(i, fn) for i, tensor in self.inputs for fn in (tensor._hooks or HookList()).snapshot()]
+
+    def of_inputs(self) -> dict[int, int]:
+        """By the id of its handle, which of `registered` each hook on an input is."""
+        ids = [handle_id for _, tensor in self.inputs for handle_id in (tensor._hooks or HookList()).ids()]
+        return {handle_id: i for i, handle_id in enumerate(ids)}
+
+    def held(self) -> list[tuple[Any, int]]:
+        """Handles of hooks on inputs that are still there, and which of `registered` each is of.
+
+        Hooks on values inside are in the backward graph, from which no handle can take them.
+        """
+        places = self.of_inputs()
+        inside = {handle_id for hooks, _ in self.points for handle_id in hooks.ids()}
+        found = []
+        for ref in self.handles:
+            handle = ref()
+            if handle is not None and handle.id in places:
+                found.append((ref, places[handle.id]))
+            elif handle is not None and handle.id in inside:
+                handle.refuse(
+                    f"RemovableHandle.remove: the hook is on a value inside `{self._name}`, which jhop.compile "
+                    "compiled with it. Remove it in the function, or put it on an argument or a result."
+                )
+        return found
 
     def close(self) -> None:
         """Tensors of the trace may live on in hooks; they must not carry tracers."""
@@ -155,6 +205,8 @@ class Tracing:
         self._slots: list[Leaf] = []  # where hooks on intermediate values hold values of the forward
         self._points: list[Point] = []
         self._registered: list[tuple[int, Any, tuple[Leaf, ...]]] = []
+        self._handles: list[tuple[int, int]] = []
+        self._held: list[tuple[Any, int]] = []
         self._out_tree: Any = None
         self._out_moving: tuple[bool, ...] = ()
         self._vjp_tree: Any = None
@@ -191,10 +243,23 @@ class Tracing:
         args, kwargs = jax.tree.unflatten(self._tree, given)
         out = self._fn(*args, **kwargs)
         outs, self._out_tree = jax.tree.flatten(out, is_leaf=lambda leaf: isinstance(leaf, Tensor))
+        outs = self._take_handles(outs)
         outs = [self._inside.enter(o) if isinstance(o, Tensor) and o._trace is None else o for o in outs]
         self._check_results(outs)
         self._out_moving = tuple(isinstance(o, Tensor) and o.requires_grad for o in outs)
         return [jnp.asarray(value_of(o)) for o in outs]
+
+    def _take_handles(self, outs: list[Any]) -> list[Any]:
+        """The results without handles of hooks, which each call makes anew."""
+        places = self._inside.of_inputs()
+        given = [(at, out) for at, out in enumerate(outs) if isinstance(out, RemovableHandle)]
+        self._handles = [(at, places[handle.id]) for at, handle in given if handle.id in places]
+        if len(self._handles) != len(given):
+            raise JhopError(
+                f"jhop.compile: `{hook_name(self._fn)}` returned the handle of a hook on a value inside it, which is "
+                "compiled with it, or one that was removed. Return handles of hooks on its arguments only."
+            )
+        return [out for out in outs if not isinstance(out, RemovableHandle)]
 
     def _check_results(self, outs: list[Any]) -> None:
         for out in outs:
@@ -215,6 +280,7 @@ class Tracing:
             tuple((fn, tuple(closed_over_tracers(fn))) for fn in hooks.snapshot()) for hooks, _ in points
         ]
         self._slots = [slot for point in self._points for _, slots in point for slot in slots]
+        self._held = self._inside.held()
         self._registered = [(i, fn, tuple(closed_over_tracers(fn))) for i, fn in self._inside.registered()]
         slots = [*self._slots, *(slot for _, _, slots in self._registered for slot in slots)]
         return [*outs, *(slot.value for slot in slots), *(value for _, value in points)]
@@ -271,6 +337,7 @@ class Tracing:
         return Joint(
             forward=forward, backward=backward, residuals=residuals, out_tree=self._out_tree,
             out_moving=self._out_moving, registered=tuple(self._registered),
+            handles=tuple(self._handles), held=tuple(self._held),
             reached=self._reached(primal), primal=primal, points=tuple(self._points),
         )  # fmt: skip
 

@@ -83,13 +83,15 @@ class Lookups:
             yield
         _epoch.ran |= ran
 
-    def guards(self, hooks: Iterable[Any], *jaxprs: Any) -> Guards:
+    def guards(self, hooks: Iterable[Any], *jaxprs: Any, inputs: Iterable[Any] = ()) -> Guards:
         """When what was traced since may be used again.
 
         Args:
             hooks: the callables that were left opaque.
             jaxprs: what was traced.
+            inputs: Tensors whose arrays are inputs of that: they may have others each time.
         """
+        given = {id(tensor) for tensor in inputs}
         # A hook that the function also calls itself is a part of it like any other.
         without = frozenset(code for hook in hooks for code in code_of(hook)) - _epoch.ran
         walk = Walk(self._roots, strict=False, without=without)
@@ -107,6 +109,8 @@ class Lookups:
             if not container.whole:  # put where there was nothing, it may be a cache that is read the next time
                 old, now = dict(before), dict(after)
                 keys = [key for key in keys if key not in now or old.get(key) is not None]
+            if id(container.obj) in given:
+                keys = ["_value"]
             changed += ((id(container), key) for key in keys)
         if walk.truncated:
             warn(

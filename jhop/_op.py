@@ -16,8 +16,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jhop import _compat
+from jhop import _compat, _jit
 from jhop._contract import is_inexact
+from jhop._graph import hooks_in
 from jhop._node import Edge, OpNode, grad_enabled
 from jhop._static import Static
 from jhop._tensor import Tensor
@@ -116,6 +117,7 @@ class Op:
             (DYNAMIC,) * len(needed),
             tuple(needed.index(i) for i in moved),
             edges_of(depends, moved),
+            jit=hook_aware,
         )
         return _BackwardOp(op, needed, moved)
 
@@ -180,9 +182,25 @@ def name_of(fn: Any) -> str:
     return getattr(fn, "__name__", type(fn).__name__)
 
 
+def hook_aware(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """`fn` under `jax.jit`; under `jhop.jit` if it runs hooks, as their Python state may change from call to call."""
+    plain = jax.jit(fn)
+    chosen: Any = None
+
+    def run(*args: Any) -> Any:
+        nonlocal chosen
+        if chosen is plain or _compat.staging() is not None:
+            return plain(*args)  # in a trace, hooks stay opaque
+        if chosen is None:
+            chosen = _jit.jit(fn) if hooks_in(plain.trace(*args).jaxpr) else plain
+        return chosen(*args)
+
+    return run
+
+
 def make_op(
     fn: Any, tree: Any, static: tuple[Static, ...], diff: tuple[int, ...],
-    depends: tuple[frozenset[int], ...] | None = None,
+    depends: tuple[frozenset[int], ...] | None = None, *, jit: Callable[..., Any] = jax.jit,
 ) -> Op:  # fmt: skip
     """An `Op` of a function.
 
@@ -191,6 +209,7 @@ def make_op(
         tree: structure of its arguments.
         static: per flat argument, its value, or `DYNAMIC`.
         diff, depends: as in `Op`.
+        jit: what compiles it.
     """
 
     def raw(*dynamic: Any) -> Any:
@@ -212,4 +231,4 @@ def make_op(
 
     raw.__name__ = name_of(fn)
     pullback.__name__ = f"{name_of(fn)}_backward"
-    return Op(fn, jax.jit(raw), jax.jit(pullback), diff, depends)
+    return Op(fn, jit(raw), hook_aware(pullback), diff, depends)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any
 
 import jax
 
 from jhop import _compat, _engine, _plan
 from jhop._capture import Backward, Recorder, trace
-from jhop._capture_pass import CapturePass
+from jhop._capture_pass import CapturePass, PostAccumulate
 from jhop._contract import WeakIdentity, identity_key
 from jhop._errors import JhopError
 from jhop._forward import CompiledNode
-from jhop._graph import GraphModule, Input
+from jhop._graph import GraphModule, Input, hooks_in
+from jhop._interp import inner_jaxprs
 from jhop._node import AccumulateGrad, Node, OpNode
 from jhop._schedule import schedule
 from jhop._trace_wrapped import trace_wrapped_p
@@ -26,10 +28,12 @@ class Outputs:
     Attributes:
         written: which of `Tape.owners` get a gradient, in the order of the outputs.
         returned: which of the gradients that are asked for come after these.
+        last: for each of `written`, the last hook after the accumulation, which may have freed the gradient, or None.
     """
 
     written: tuple[int, ...]
     returned: tuple[int, ...]
+    last: tuple[PostAccumulate | None, ...]
 
 
 class Tape:
@@ -120,9 +124,8 @@ class Tape:
             return captured.trace(list(flat))
 
         closed, info = trace(run, [jax.typeof(value) for value in self.inputs], recorder)
-        places = captured.hook_places
         closed, order = schedule(closed)
-        hooks = [place for _, place in sorted(zip(_hook_order(closed, order), places, strict=True))]
+        hooks = _hook_index(closed, order, captured)
         backward = Backward(
             shapes=tuple(jax.numpy.shape(value) for value in self.inputs),
             sizes=tuple(captured.sizes),
@@ -136,7 +139,8 @@ class Tape:
             jaxpr=closed, inputs=inputs, info=info(), name="CompiledAutograd0", made_by="compiled_autograd",
             backward=backward,
         )  # fmt: skip
-        return gm, Outputs(tuple(captured.written), tuple(captured.returned))
+        last = tuple(captured.last.get(id(self.owners[i])) for i in captured.written)
+        return gm, Outputs(tuple(captured.written), tuple(captured.returned), last)
 
     def assign(self, grads: list[Any], outputs: Outputs) -> list[Any]:
         """Writes the new gradients, once all of them are known to be right; returns those that are asked for."""
@@ -153,20 +157,26 @@ class Tape:
                     f"compiled_autograd: a Tensor of shape {wanted.shape} and dtype {wanted.dtype} got the gradient "
                     f"{grad!r} from the compiled backward."
                 )
-        for tensor, grad in zip(owners, grads, strict=False):
-            tensor._grad = grad
+        for tensor, grad, hook in zip(owners, grads, outputs.last, strict=False):
+            tensor._grad = None if hook is not None and hook.freed else grad
         results = [None] * self.plan.n_results
         for place, grad in zip(outputs.returned, grads[len(owners) :], strict=True):
             results[place] = grad
         return results
 
 
-def _hook_order(closed: Any, order: list[int]) -> list[int]:
-    """Position, in the scheduled graph, of each hook in order of capture."""
+def _hook_index(closed: Any, order: list[int], captured: CapturePass) -> list[int]:
+    """Per hook of the scheduled graph, its place in PyTorch's list; hooks inside of operations come last."""
     eqns = _compat.open_jaxpr(closed)[0].eqns
-    new = {old: position for position, old in enumerate(order)}
-    by_old = {old: eqns[position] for old, position in new.items()}
-    return [new[old] for old in sorted(by_old) if by_old[old].primitive is trace_wrapped_p]
+    by_capture = sorted((old, new) for new, old in enumerate(order) if eqns[new].primitive is trace_wrapped_p)
+    places = {new: place for (_, new), place in zip(by_capture, captured.hook_places, strict=True)}
+    further = itertools.count(captured.n_hooks)
+    found = []
+    for new, eqn in enumerate(eqns):
+        found += [places[new]] if new in places else []
+        for inner in inner_jaxprs(eqn):
+            found += [next(further) for _, within in hooks_in(inner) if within.primitive is trace_wrapped_p]
+    return found
 
 
 def _kind(node: Node) -> Any:

@@ -6,6 +6,7 @@ of the tape; inside, a Tensor wraps a tracer and every result is a hook point (`
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,18 +16,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from jhop import _compat, _engine, _plan
+from jhop._append import class_name
 from jhop._errors import HookError, JhopError
 from jhop._hook import HookList, RemovableHandle
 from jhop._leaves import declare_state
 from jhop._node import AccumulateGrad, Edge, Node, inside
-from jhop._values import Values
+from jhop._source import warn
+from jhop._values import Values, check_floating
 
 
 class Tensor(Values):
     """An array on the tape. Make one with `jhop.tensor`.
 
     Attributes:
-        value: the `jax.Array`.
+        value: the `jax.Array`. A leaf may get another of its shape and dtype, which recorded graphs do not see.
         grad: the accumulated gradient, a `jax.Array` of the Tensor's shape and dtype, or None.
         requires_grad: whether gradients flow to or through it.
         grad_fn: the node that made it; None for leaves.
@@ -64,7 +67,17 @@ class Tensor(Values):
 
     @property
     def value(self) -> Any:
-        return self._value
+        trace = inside()
+        return self._value if trace is None else trace.value_of(self)
+
+    @value.setter
+    def value(self, value: Any) -> None:
+        self._outside("Assigning to .value")
+        if not self.is_leaf:
+            raise JhopError("Tensor.value: only a leaf can get another value; this Tensor is the result of others.")
+        array = self._array_of(value, "Tensor.value: expected an array or a Tensor")
+        self._check_like(array, "Tensor.value")
+        self._value = jnp.asarray(array)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -107,13 +120,17 @@ class Tensor(Values):
         if not isinstance(getattr(grad, "value", grad), _compat.Tracer):
             self._outside("Assigning to .grad")
         if grad is not None:
-            array = grad.value if isinstance(grad, Tensor) else grad
-            if not isinstance(array, (jax.Array, np.ndarray)):
-                raise JhopError(f"Tensor.grad: expected an array or None, got {type(grad).__name__}.")
+            array = self._array_of(grad, "Tensor.grad: expected an array or None")
             if not isinstance(array, _compat.Tracer):  # a hook that is being traced: its result is checked as a whole
                 self._check_like(array, "Tensor.grad")
             grad = grad if isinstance(grad, Tensor) else jnp.asarray(array)
         self._grad = grad
+
+    def _array_of(self, given: Any, expected: str) -> Any:
+        array = given.value if isinstance(given, Tensor) else given
+        if not isinstance(array, (jax.Array, np.ndarray)):
+            raise JhopError(f"{expected}, got {class_name(given)}.")
+        return array
 
     def _check_like(self, array: Any, where: str) -> None:
         if array.shape != self.shape or array.dtype != self.dtype:
@@ -164,7 +181,10 @@ class Tensor(Values):
         self._need_grad("Tensor.register_hook")
         if self._trace is None and inside() is not None:
             return inside().enter(self).register_hook(fn)
-        return self._hook_list().add(fn, "Tensor.register_hook")
+        handle = self._hook_list().add(fn, "Tensor.register_hook")
+        if self._trace is not None:
+            self._trace.handles.append(weakref.ref(handle))
+        return handle
 
     def _hook_list(self) -> HookList:
         """Where its hooks are, outside of compiled functions."""
@@ -255,9 +275,7 @@ class Tensor(Values):
                     "Pass backward(gradient) with an array of this shape, or reduce first, e.g. with .sum()."
                 )
             return jnp.ones(self.shape, self.dtype)
-        array = gradient.value if isinstance(gradient, Tensor) else gradient
-        if not isinstance(array, (jax.Array, np.ndarray)):
-            raise JhopError(f"backward: expected the gradient as an array or a Tensor, got {type(gradient).__name__}.")
+        array = self._array_of(gradient, "backward: expected the gradient as an array or a Tensor")
         self._check_like(array, "backward(gradient)")
         return gradient if create_graph and isinstance(gradient, Tensor) else jnp.asarray(array)
 
@@ -314,7 +332,9 @@ class Tensor(Values):
     def __reduce__(self) -> Any:
         if not self.is_leaf:
             raise JhopError("pickle: only leaf Tensors can be pickled; this one is part of a graph. detach() it first.")
-        return (_unpickle, (np.asarray(self._value), self._requires_grad))
+        if self._hooks or self._post_hooks:
+            warn("pickle: a Tensor's hooks are not pickled with it. Register them anew on what is loaded.")
+        return functools.partial(tensor, requires_grad=self._requires_grad), (np.asarray(self._value),)
 
     def __repr__(self) -> str:
         text = repr(self._value).replace("Array(", "jhop.tensor(", 1)
@@ -351,16 +371,6 @@ def given_tensors(given: Any, where: str) -> list[Tensor]:
     if not tensors:
         raise JhopError(f"{where}: expected at least one Tensor, got none.")
     return list(tensors)
-
-
-def _unpickle(value: Any, requires_grad: bool) -> Tensor:
-    return Tensor(jnp.asarray(value), requires_grad=requires_grad)
-
-
-def check_floating(dtype: Any, where: str) -> None:
-    """Raises JhopError for dtypes that have no gradients."""
-    if not jnp.issubdtype(dtype, jnp.inexact):
-        raise JhopError(f"{where}: only floating and complex values can require grad, got dtype {dtype}.")
 
 
 def tensor(data: Any, *, dtype: Any = None, requires_grad: bool = False) -> Tensor:

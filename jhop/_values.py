@@ -1,9 +1,10 @@
-"""What leaves the tape: a Tensor as NumPy array, Python number or list."""
+"""What leaves the tape: a Tensor as NumPy array, Python number or list; and what may have a gradient."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from jhop import _compat
@@ -67,3 +68,9 @@ class Values:
 
     def __len__(self) -> int:
         return len(self._value)
+
+
+def check_floating(dtype: Any, where: str) -> None:
+    """Raises JhopError for dtypes that have no gradients."""
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        raise JhopError(f"{where}: only floating and complex values can require grad, got dtype {dtype}.")

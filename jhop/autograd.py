@@ -62,6 +62,38 @@ def _recording(enabled: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def detect_anomaly() -> Iterator[None]:
+    """Inside the block, a backward pass of this thread that makes NaN is an error that says where.
+
+    The pass runs node by node, also inside `compiled_autograd.enable` around the block, and the backward of a compiled
+    function equation by equation, with hooks as plain Python: it is slow. Passes with `create_graph=True`, and what is
+    compiled by `jhop.jit` (use `jax.debug_nans`), are not looked at.
+
+    Raises:
+        JhopError: during the pass, an operation or a hook was given no NaN and made one. It names the operation's node,
+            or within a compiled function the primitive and the source line. Nothing was written then.
+
+    Example:
+        >>> import jhop, jhop.numpy as jnp
+        >>> x = jhop.tensor(0.0, requires_grad=True)
+        >>> y = jnp.sqrt(x) * 0.0
+        >>> with jhop.autograd.detect_anomaly():
+        ...     try:
+        ...         y.backward()
+        ...     except jhop.JhopError as error:
+        ...         print(str(error).partition(" made")[0])
+        autograd.detect_anomaly: SqrtBackward, for input 0 of the operation,
+
+    The counterpart in PyTorch is `torch.autograd.detect_anomaly`.
+    """
+    before = _engine.capture_with(_engine.CHECKED[0])
+    try:
+        yield
+    finally:
+        _engine.capture_with(before)
+
+
+@contextlib.contextmanager
 def saved_tensors_hooks(pack: Callable[[Any], Any], unpack: Callable[[Any], Any]) -> Iterator[None]:
     """Inside the block, what operations of this thread keep for their backward is kept as `pack` says.
 

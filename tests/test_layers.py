@@ -110,6 +110,7 @@ LAYERS = (
     "_unfold",
     "_reach",
     "_forward",
+    "_anomaly",
     "_schedule",
     "_capture_pass",
     "_tape",
