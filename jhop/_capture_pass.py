@@ -10,7 +10,7 @@ from jhop import _compat, _engine, _state
 from jhop._boundary import accumulate_grad, aot_prologue, validate_outputs
 from jhop._capture import Recorder
 from jhop._errors import HookError
-from jhop._forward import CompiledNode
+from jhop._compiled import CompiledNode
 from jhop._graph import Info
 from jhop._hook import run_hooks
 from jhop._interp import evaluate
@@ -114,7 +114,7 @@ class CapturePass(_engine.Pass):
         for eqn in _compat.open_jaxpr(gm.jaxpr)[0].eqns:
             if eqn.primitive is trace_wrapped_p:
                 self._hook_place()
-        return compiled.joint.only_reached(evaluate(gm.jaxpr, values, note=note))
+        return compiled.joint.only_reached(evaluate(gm.jaxpr, values, gm.rule_for(values), note=note))
 
     def _hook_place(self) -> None:
         self.hook_places.append(self.n_hooks)

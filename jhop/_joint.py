@@ -23,8 +23,8 @@ from jhop._capture import Recorder, trace
 from jhop._close import closed_over_tracers, substituted
 from jhop._errors import JhopError
 from jhop._graph import GraphModule, Info, Input, hooks_in
-from jhop._hook import HookList
-from jhop._interp import evaluate
+from jhop._hook import HookList, is_tensor_point
+from jhop._interp import evaluate, inner_jaxprs, inputs_for_sizes
 from jhop._leaves import Leaf
 from jhop._lift import traced_result
 from jhop._node import grad_enabled, set_inside
@@ -71,9 +71,41 @@ class Joint:
         opaque = [hook.base for gm in self.graphs() for hook, _ in hooks_in(gm.jaxpr)]
         return opaque + [fn for _, fn, _ in self.registered]
 
+    def with_numbers(self, values: list[Any]) -> Joint:
+        """The function for the sizes of these inputs: its `primal` has no symbols; itself if it had none."""
+        if not self.forward.shapes:
+            return self
+        fill = self.forward.rule_for(values, derivatives=True)
+        opened, _ = _compat.open_jaxpr(self.primal)
+        hooked = set(opened.outvars[len(opened.outvars) - len(self.points) :])
+
+        def rule(eqn: Any, given: list[Any]) -> Any:
+            if not is_tensor_point(eqn):
+                return fill(eqn, given)
+            # Its rule is made for the types that it was traced with; what is wanted of it is the variable.
+            return [jax.lax.optimization_barrier(given[0])] if eqn.outvars[0] in hooked else given
+
+        avals = [jax.typeof(value) for value in values]
+        primal, _ = trace(lambda *flat: evaluate(self.primal, list(flat), rule), avals, Recorder())
+        return dataclasses.replace(self, primal=primal)
+
+    def only_for_its_sizes(self) -> str:
+        """What in it is made for the sizes of its trace and can be used for no others, in words; "" if nothing."""
+        if any(map(_has_rule, _compat.open_jaxpr(self.primal)[0].eqns)):
+            return "the derivative rule of a `custom_vjp` function is made for one size"
+        if any(hook.rules() & {"transpose", "vmap"} for gm in self.graphs() for hook, _ in gm.hooks):
+            return "a hook inside a function that is transposed or mapped is made for one size"
+        return ""
+
     def only_reached(self, cts: Any) -> list[Any]:
         """Of one item per differentiated input, such as its cotangent, those of the inputs that gradients reach."""
         return [ct for ct, used in zip(cts, self.reached, strict=True) if used]
+
+
+def _has_rule(eqn: Any) -> bool:
+    if eqn.primitive.name == "custom_vjp_call":
+        return not is_tensor_point(eqn)
+    return any(_has_rule(inner) for jaxpr in inner_jaxprs(eqn) for inner in _compat.open_jaxpr(jaxpr)[0].eqns)
 
 
 class Inside:
@@ -142,15 +174,19 @@ class Tracing:
         captured: Tensors that it reaches by itself; they are inputs after the arguments.
         diff: indices of the inputs to differentiate.
         names: the inputs' names.
+        avals: the inputs' types, which may have symbols for sizes.
     """
 
-    def __init__(self, fn: Any, leaves: list[Any], tree: Any, captured: Any, diff: list[int], names: list[str]):
+    def __init__(
+        self, fn: Any, leaves: list[Any], tree: Any, captured: Any, diff: list[int], names: list[str], avals: list[Any]
+    ):
         self._fn = fn
         self._leaves = leaves
         self._tree = tree
         self._captured = captured
         self._diff = diff
         self._names = names
+        self._avals = avals
         self._inside = Inside(hook_name(fn))
         self._slots: list[Leaf] = []  # where hooks on intermediate values hold values of the forward
         self._points: list[Point] = []
@@ -160,15 +196,13 @@ class Tracing:
         self._vjp_tree: Any = None
 
     def run(self) -> Joint:
-        inputs = [*(leaf for leaf in self._leaves if is_dynamic(leaf)), *self._captured]
-        avals = [jax.typeof(value_of(leaf)) for leaf in inputs]
         before = set_inside(self._inside)
         try:
-            primal, _ = trace(self._primal, avals, Recorder())
-        finally:
-            set_inside(before)
-        try:
-            closed, _ = trace(functools.partial(self._forward, primal), avals, Recorder())
+            try:
+                primal, _ = trace(self._primal, self._avals, Recorder())
+            finally:
+                set_inside(before)
+            closed, _ = trace(functools.partial(self._forward, primal), self._avals, Recorder())
             return self._cut(closed, primal)
         finally:
             self._inside.close()
@@ -249,6 +283,9 @@ class Tracing:
         end = len(jaxpr.outvars) - n_bound
         wanted = jaxpr.outvars[n:end]
         kept = {v: position.get(v) for v in wanted if not isinstance(v, jex_core.Literal)}
+        cts = [v.aval for v, moves in zip(jaxpr.outvars[:n], self._out_moving, strict=True) if moves]
+        if cts:
+            kept |= {v: position[v] for v in inputs_for_sizes(jaxpr, [*cts, *(v.aval for v in kept)])}
         order = sorted(kept, key=lambda v: (kept[v] is None, kept[v] or 0))
         residuals = tuple(kept[v] for v in order)
         computed = [v for v in order if kept[v] is None]
@@ -266,7 +303,6 @@ class Tracing:
         backward = None
         if any(self._out_moving):
             pull = self._pullback(wanted, {v: i for i, v in enumerate(order)})
-            cts = [v.aval for v, moves in zip(jaxpr.outvars[:n], self._out_moving, strict=True) if moves]
             backward = _backward_graph(pull, jaxpr, order, residuals, cts, f"{name}_backward")
         return Joint(
             forward=forward, backward=backward, residuals=residuals, out_tree=self._out_tree,

@@ -215,7 +215,7 @@ _COMPARE = {
     "lt": jnp.less, "le": jnp.less_equal, "gt": jnp.greater, "ge": jnp.greater_equal, "eq": jnp.equal,
     "ne": jnp.not_equal,
 }  # fmt: skip
-_OPERANDS = (Tensor, jax.Array, np.ndarray, np.generic, int, float, complex, bool)
+_OPERANDS = (Tensor, jax.Array, np.ndarray, np.generic, int, float, complex, bool, _compat.DimExpr)
 
 
 def _binary(fn: Any, *, swapped: bool = False) -> Any:

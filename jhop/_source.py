@@ -81,6 +81,12 @@ def describe_hook(fn: Any) -> str:
     return f"hook `{hook_name(fn)}`{place}"
 
 
+def first_line(error: BaseException) -> str:
+    """An error in one line."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
 def _quietly(obj: Any, attribute: str) -> Any:
     """`getattr` for objects that were written to answer anything, or to fail."""
     try:

@@ -12,7 +12,7 @@ from jhop._capture import Backward, Recorder, trace
 from jhop._capture_pass import CapturePass
 from jhop._contract import WeakIdentity, identity_key
 from jhop._errors import JhopError
-from jhop._forward import CompiledNode
+from jhop._compiled import CompiledNode
 from jhop._graph import GraphModule, Input
 from jhop._node import AccumulateGrad, Node, OpNode
 from jhop._schedule import schedule
