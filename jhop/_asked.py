@@ -9,11 +9,12 @@ JAX's own code asks them too, but is right whatever the answer.
 from __future__ import annotations
 
 import contextlib
-import numbers
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
+
+import numpy as np
 
 from jhop import _compat
 
@@ -57,7 +58,9 @@ class Asked:
 _notes = threading.local()
 _lock = threading.Lock()
 _active = 0
-_own = {name: _compat.DimExpr.__dict__.get(name) for name in ("__eq__", "__ne__", "__hash__", "__str__", "__repr__")}
+_own: dict[str, Any] = {
+    name: _compat.DimExpr.__dict__.get(name) for name in ("__eq__", "__ne__", "__hash__", "__str__", "__repr__")
+}
 
 
 def _change_class(by: int) -> None:
@@ -90,7 +93,7 @@ def _differs(asked: Asked | None, left: Any, right: Any) -> None:
         asked.told.append(left)
     elif _compat.is_dim_expr(right):
         asked.differ.append((left, right))
-    elif isinstance(right, numbers.Real) and right % 1 == 0:
+    elif isinstance(right, (int, float, np.integer, np.floating)) and right % 1 == 0:
         asked.differ.append((left, int(right)))
 
 
@@ -123,6 +126,11 @@ def _telling(name: str) -> Callable[[Any], Any]:
     return tell
 
 
+def _index(self: Any) -> int:
+    raise TypeError(f"the size {_own['__str__'](self)} is a symbol, and is used as a number")
+
+
 _NOTING: dict[str, Callable[..., Any]] = {
-    "__eq__": _eq, "__ne__": _ne, "__bool__": _bool, **{name: _telling(name) for name in ("__hash__", "__str__", "__repr__")},
+    "__eq__": _eq, "__ne__": _ne, "__bool__": _bool, "__index__": _index,
+    **{name: _telling(name) for name in ("__hash__", "__str__", "__repr__")},
 }  # fmt: skip

@@ -9,8 +9,8 @@ from typing import Any
 from jhop import _compat, _engine, _state
 from jhop._boundary import accumulate_grad, aot_prologue, validate_outputs
 from jhop._capture import Recorder
-from jhop._errors import HookError
 from jhop._compiled import CompiledNode
+from jhop._errors import HookError
 from jhop._graph import Info
 from jhop._hook import run_hooks
 from jhop._interp import evaluate

@@ -17,7 +17,7 @@ import numpy as np
 
 from jhop import _compat, _state, backends
 from jhop._asked import Asked
-from jhop._cut import CannotRunOnHost, on_host, reach_of, refuse_under_vmap
+from jhop._cut import CannotRunOnHost, on_host, refusal_of, refuse_under_vmap, sharing
 from jhop._errors import JhopError, Unsupported
 from jhop._explain import Explains, graph_report, hooks_of
 from jhop._graph import GraphModule, hooks_in
@@ -25,12 +25,10 @@ from jhop._guards import Guards
 from jhop._history import History, Trace
 from jhop._inline import inline
 from jhop._program import DoesNotFit, Program
-from jhop._records import lift_tuples
 from jhop._report import GraphReport, Report
-from jhop._source import describe_hook, first_line, hook_name, warn
 from jhop._sizes import Fits, Symbolic, with_symbols
+from jhop._source import describe_hook, first_line, warn
 from jhop._trace_wrapped import trace_wrapped_p
-from jhop._walk import Walk
 
 MAX_ENTRIES = 32  # versions of one graph; the oldest gives way
 MAX_KNOWN = 1024  # shapes that a version is known to fit
@@ -257,7 +255,7 @@ class CompiledGraph(Explains):
         new: dict[int, str] = {}
         while transform is not None:
             if error is not None:
-                refusals = [(i, _refusal_of(hook, error)) for i, hook in enumerate(found)]
+                refusals = [(i, refusal_of(hook, error)) for i, hook in enumerate(found)]
                 new = {i: str(refusal) for i, refusal in refusals if refusal is not None}
             there = [found[i] for i in {**reasons, **new}]
             if new.keys() <= reasons.keys():
@@ -272,7 +270,7 @@ class CompiledGraph(Explains):
             except Unsupported as another:
                 error = another
                 continue
-            new = {i: f"it shares {path} with a hook that cannot" for i, path in _sharing(gm, found, there).items()}
+            new = {i: f"it shares {path} with a hook that cannot" for i, path in sharing(gm, found, there).items()}
             if not new:
                 for i, why in reasons.items():
                     if self.history.tell(describe_hook(found[i])):
@@ -346,37 +344,6 @@ class CompiledGraph(Explains):
         self._numbers_only = None
 
 
-def _refusal_of(hook: Any, error: Unsupported) -> Unsupported | None:
-    """Why a hook cannot be traced, if it is the one of an error, or if it has state that nobody can lift."""
-    if error.hook is not None:
-        return error if error.hook is hook else None
-    try:
-        lift_tuples(Walk([(hook_name(hook), hook)]))
-    except Unsupported as refused:
-        return refused
-    return None
-
-
-def _sharing(gm: GraphModule, hooks: list[Any], there: list[Any]) -> dict[int, str]:
-    """(place in `hooks`, path) of those in a graph whose lifted state hooks on the host can reach too."""
-    assert gm.lifted is not None
-    reached = {(id(c.obj), c.kind): c.names for c in reach_of(there).containers}
-    slots = [(slot.container, slot.key, slot.path) for slot in gm.lifted.slots]
-    slots += [(write.container, write.key, write.container.path_of(write.key)) for write in gm.lifted.writes]
-    shared: dict[tuple[int, str], str] = {}
-    for container, key, path in slots:
-        place = id(container.obj), container.kind
-        names: Any = reached.get(place, ())
-        if names is None or key in names or (names and not isinstance(key, str)):
-            shared[place] = f"`{path}`"
-    found = {}
-    for i, hook in enumerate(hooks):
-        if shared and not any(hook is other for other in there):
-            mine = [shared.get((id(c.obj), c.kind)) for c in reach_of([hook]).containers]
-            found.update({i: path for path in mine if path is not None})  # noqa: B035 (one of them will do)
-    return found
-
-
 def _shapes_of(flat: list[Any]) -> tuple[Any, ...]:
     return tuple((value.shape, value.dtype) if hasattr(value, "dtype") else ((), type(value)) for value in flat)
 
@@ -388,7 +355,9 @@ def _same_kinds(before: tuple[Any, ...], now: tuple[Any, ...]) -> bool:
 
 
 def _type_in_words(shape: tuple[Any, ...], dtype: Any) -> str:
-    return f"{dtype}[{','.join(map(str, shape))}]" if isinstance(dtype, np.dtype) else getattr(dtype, "__name__", str(dtype))
+    if isinstance(dtype, type):
+        return dtype.__name__
+    return f"{dtype}[{','.join(map(str, shape))}]"
 
 
 def reset_compiled() -> None:

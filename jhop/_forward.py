@@ -8,7 +8,6 @@ one node on the tape; under compiled autograd it is captured together with every
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import types
 import weakref
@@ -19,24 +18,21 @@ import jax
 import jax.numpy as jnp
 
 from jhop import backends
-from jhop._asked import Asked
+from jhop._attempt import Call, trace_call
 from jhop._bound import BoundHook
-from jhop._capture import parameter_names
 from jhop._compile import MAX_ENTRIES, CompiledGraph
+from jhop._compiled import Compiled, CompiledNode
 from jhop._errors import JhopError
 from jhop._explain import Explains, graph_report, hooks_of
 from jhop._graph import GraphModule
-from jhop._guards import Guards
 from jhop._history import History
-from jhop._joint import Joint, Tracing, is_dynamic, value_of
-from jhop._lookups import Lookups
+from jhop._joint import is_dynamic, value_of
 from jhop._node import grad_enabled
 from jhop._report import Report
-from jhop._sizes import Dynamic, Fits, NeedsNumbers, Place, Symbolic, with_symbols
-from jhop._source import first_line, hook_name
+from jhop._sizes import Dynamic
+from jhop._source import hook_name
 from jhop._static import Static
 from jhop._tensor import Tensor
-from jhop._compiled import Compiled, CompiledNode
 from jhop._wording import in_words
 
 MAX_KINDS = 4096  # of arguments, with their sizes, of which a function knows what to run
@@ -52,80 +48,6 @@ class _Kind(NamedTuple):
 
     versions: list[Compiled]
     dynamic: Dynamic
-
-
-class _Call(NamedTuple):
-    """A call that the function is traced for."""
-
-    args: Any
-    kwargs: Any
-    leaves: list[Any]
-    tree: Any
-    recording: bool
-
-    @property
-    def arguments(self) -> list[Any]:
-        """Those that are inputs of the graph."""
-        return [leaf for leaf in self.leaves if is_dynamic(leaf)]
-
-    @property
-    def static(self) -> list[tuple[str, Any]]:
-        """Name and value of the others."""
-        return [(f"argument{i}", leaf) for i, leaf in enumerate(self.leaves) if not is_dynamic(leaf)]
-
-
-class _Attempt:
-    """One run of a function over tracers.
-
-    Attributes:
-        captured: Tensors that the function reaches by itself.
-        values: arrays: arguments, then captured ones.
-        diff: indices of those that are differentiated.
-        types: what it is traced with.
-        fits: for which sizes the result is, if some are symbols.
-    """
-
-    def __init__(self, fn: Any, call: _Call):
-        self._fn = fn
-        self._call = call
-        self._lookups = Lookups([(hook_name(fn), fn), *call.static])
-        found = self._lookups.walk.instances(Tensor, _wants_grad) if call.recording else ()
-        self.captured: tuple[Tensor, ...] = tuple(found)
-        inputs = [*call.arguments, *self.captured]
-        self.values = [value_of(leaf) for leaf in inputs]
-        self.diff = [
-            i for i, leaf in enumerate(inputs) if call.recording and isinstance(leaf, Tensor) and leaf.requires_grad
-        ]
-        whole = len(call.arguments) == len(call.leaves)
-        names = parameter_names(fn, call.args, call.kwargs) if whole else []
-        self._names = names
-        self._places = [*names, *(f"argument{i}" for i in range(len(names), len(inputs)))]
-        self.types = Symbolic([jax.typeof(value) for value in self.values], ())
-        self.fits: Fits | None = None
-
-    def run(self, wants: Callable[[Place], bool]) -> tuple[Joint, Guards]:
-        """Traces the function; `wants` says which sizes are to be symbols.
-
-        Raises:
-            Exception: the function raised it, or NeedsNumbers.
-        """
-        call, asked = self._call, Asked()
-        self.types = with_symbols(self.types.avals, [f"L[{name!r}]" for name in self._places], wants)
-        if self.types.places:
-            self.fits = Fits(self.types, asked, self._places)
-        with self._lookups.tracing(), asked.noting() if self.fits is not None else contextlib.nullcontext():
-            joint = Tracing(
-                self._fn, call.leaves, call.tree, self.captured, self.diff, self._names, self.types.avals
-            ).run()
-        if self.fits is not None:
-            self.fits.check([jnp.shape(value) for value in self.values])
-            if why := joint.only_for_its_sizes():
-                raise NeedsNumbers(self.types.symbols, why, True)
-        return joint, self._lookups.guards(joint.hooks(), *(gm.jaxpr for gm in joint.graphs()))
-
-    def in_words(self, text: str) -> str:
-        """Text with the places of symbols in place of their names."""
-        return text if self.fits is None else self.fits.in_words(text)
 
 
 class CompiledFunction(Explains):
@@ -154,10 +76,10 @@ class CompiledFunction(Explains):
         key = (tree, recording, *(_leaf_key(leaf) for leaf in leaves))
         compiled = next((c for c in reversed(self._cache.get(key, ())) if c.guards.hold()), None)
         if compiled is None:
-            compiled = self._find(key, _Call(args, kwargs, leaves, tree, recording))
+            compiled = self._find(key, Call(args, kwargs, leaves, tree, recording))
         return self._run(compiled, leaves)
 
-    def _find(self, key: Any, call: _Call) -> Compiled:
+    def _find(self, key: Any, call: Call) -> Compiled:
         """A version for arguments of a kind that no version is known to be for: one for other sizes, or a new one."""
         kind = self._kinds.setdefault(_sizeless(key), _Kind([], Dynamic(self._dynamic)))
         shapes = [jnp.shape(value_of(leaf)) for leaf in call.arguments]
@@ -234,26 +156,11 @@ class CompiledFunction(Explains):
                 results[i] = Tensor(outs[i], requires_grad=True, node=node, slot=slot)
         return jax.tree.unflatten(joint.out_tree, results)
 
-    def _trace(self, call: _Call, dynamic: Dynamic, reason: str) -> Compiled:
-        """Traces the function: with symbols for sizes where they are wanted and will do."""
+    def _trace(self, call: Call, dynamic: Dynamic, reason: str) -> Compiled:
+        """Traces the function."""
         aot_id = backends.take_aot_id()
-        numbers: set[Any] = set()  # sizes that symbols do not do for
-        why, always = "", False
-        for retried in (False, True, True):
-            attempt = _Attempt(self._fn, call)
-            dynamic.see([jnp.shape(value) for value in attempt.values])
-            try:
-                joint, guards = attempt.run(lambda place: place not in numbers and dynamic.wants(place))
-                break
-            except Exception as error:
-                types = attempt.types
-                if not types.places:
-                    raise
-                numbers |= types.places_of(types.symbols if retried else types.mentioned(error))
-                why = why or f"sizes cannot be symbols: {attempt.in_words(first_line(error))}"
-                always = always or getattr(error, "always", True)
-        if always:
-            dynamic.settle(frozenset(numbers), why)
+        attempt, why = trace_call(self._fn, call, dynamic)
+        joint = attempt.joint
         if why and reason not in why:
             reason = f"{reason}; {why}"
         backward = None
@@ -270,7 +177,7 @@ class CompiledFunction(Explains):
             aot_id=aot_id,
             diff=tuple(attempt.diff),
             captured=attempt.captured,
-            guards=guards,
+            guards=attempt.guards,
             fits=attempt.fits,
             trace=self._history.add(hook_name(self._fn), joint.forward, reason, words),
             static=words,
@@ -285,10 +192,6 @@ class CompiledFunction(Explains):
 
 
 _functions: weakref.WeakSet[CompiledFunction] = weakref.WeakSet()
-
-
-def _wants_grad(tensor: Tensor) -> bool:
-    return tensor.requires_grad and tensor._trace is None
 
 
 def _difference(before: Any, now: Any) -> str:

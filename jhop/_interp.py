@@ -262,7 +262,7 @@ def with_sizes(sizes: dict[str, Any], *, derivatives: bool = False) -> Rule:
 
 
 def _with_jvp(eqn: Any, values: list[Any], rule: Rule) -> list[Any]:
-    """Binds a call of a `custom_jvp` function for other sizes: its derivative is traced with symbols, then filled in."""
+    """Binds a call of a `custom_jvp` function with sizes filled in, in its derivative too, which has symbols."""
     avals = [atom.aval for atom in eqn.invars]
     moving = [i for i, aval in enumerate(avals) if jax.numpy.issubdtype(aval.dtype, jax.numpy.inexact)]
     n = len(eqn.outvars)

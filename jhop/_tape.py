@@ -10,9 +10,9 @@ import jax
 from jhop import _compat, _engine, _plan
 from jhop._capture import Backward, Recorder, trace
 from jhop._capture_pass import CapturePass
+from jhop._compiled import CompiledNode
 from jhop._contract import WeakIdentity, identity_key
 from jhop._errors import JhopError
-from jhop._compiled import CompiledNode
 from jhop._graph import GraphModule, Input
 from jhop._node import AccumulateGrad, Node, OpNode
 from jhop._schedule import schedule

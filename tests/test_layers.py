@@ -112,6 +112,7 @@ LAYERS = (
     "_unfold",
     "_reach",
     "_compiled",
+    "_attempt",
     "_forward",
     "_schedule",
     "_capture_pass",
