@@ -82,7 +82,7 @@ class CapturePass(_engine.Pass):
         self._note([out])
 
     def compute(self, node: Node, cts: list[Any]) -> list[Any]:
-        saved = [self._flat[i] for i in self._tape.saved[node]]
+        saved = [self._flat[self._tape.place_of(array)] for array in self._tape.saved_of(node)]
         if isinstance(node, CompiledNode) and node.passes is None:
             return self._compiled(node, saved, cts)
         self.checked.append(len(self.sizes))

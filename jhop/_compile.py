@@ -122,6 +122,10 @@ class CompiledGraph(Explains):
                     return self._run(entry, flat, entry.read())
         return self._run(entry, flat, state)
 
+    def of_one_kind(self) -> bool:
+        """Whether all its calls have inputs of the same shapes and dtypes."""
+        return not self._dynamic and not self.gm.shapes
+
     def _find(self, flat: list[Any], *, on_host: bool = True) -> _Entry:
         shapes = _shapes_of(flat)
         reason = None

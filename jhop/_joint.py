@@ -257,14 +257,20 @@ class Tracing:
         """Outputs; residuals; values that hooks on intermediates close over; and those that hooks on inputs do."""
         n = len(self._out_moving)
         end = len(primal.out_avals) - len(self._points)
+        hooked = set(_compat.open_jaxpr(primal)[0].outvars[end:])
+
+        def rule(eqn: Any, given: list[Any]) -> Any:
+            # What has no hooks is no place for one any more: to differentiate it takes long.
+            return given if is_tensor_point(eqn) and eqn.outvars[0] not in hooked else None
+
         if not self._diff:
-            return evaluate(primal, list(values))[:n]
+            return evaluate(primal, list(values), rule)[:n]
 
         def of_diff(*moving: Any) -> Any:
             filled = list(values)
             for i, value in zip(self._diff, moving, strict=True):
                 filled[i] = value
-            outs = evaluate(primal, filled)[:end]
+            outs = evaluate(primal, filled, rule)[:end]
             moves = [o for o, m in zip(outs, self._out_moving, strict=False) if m]
             return moves, (outs[:n], outs[n:])
 

@@ -11,10 +11,9 @@ from jhop import _compat, _engine, _plan
 from jhop._capture import Backward, Recorder, trace
 from jhop._capture_pass import CapturePass
 from jhop._compiled import CompiledNode
-from jhop._contract import WeakIdentity, identity_key
 from jhop._errors import JhopError
 from jhop._graph import GraphModule, Input
-from jhop._node import AccumulateGrad, Node, OpNode
+from jhop._node import ARRAY, AccumulateGrad, Node, OpNode
 from jhop._schedule import schedule
 from jhop._trace_wrapped import trace_wrapped_p
 
@@ -39,69 +38,105 @@ class Tape:
         plan: the nodes, as compiled autograd collects them.
         inputs: arrays: incoming gradients, what nodes saved, leaves and their present gradients, each array once.
         owners: Tensors that may get a gradient: leaves, then those that retain theirs.
+        key: equal for tapes whose captures are the same graph, as long as all that it names by id is there:
+        hooks: those that it names, and
+        given: leaves that a hook is given itself.
     """
 
     def __init__(self, request: _plan.Request):
         self.seeds = request.seeds
-        self.plan = _plan.plan(request, stack=True)
+        self.plan = plan = _plan.plan(request, stack=True)
         self.wanted = request.inputs or ()
         self.inputs: list[Any] = []
+        self._avals: list[Any] = []
         self._index: dict[int, int] = {}
+        self.hooks: list[Any] = []
+        self.given: list[Any] = []
+        self.number = {node: i for i, node in enumerate(plan.order)}
+        self._saved: list[list[Any]] = []
+        self.leaves: list[AccumulateGrad] = []
+        self._retained: list[Any] = []  # Tensors
         self.seed_index = [self._input(ct) for _, ct in self.seeds]
-        self.saved: dict[Node, list[int]] = {}
-        for node in self.plan.order:
-            arrays: list[Any] = []
-            if node in self.plan.ends:
-                pass  # it is not run
-            elif isinstance(node, AccumulateGrad):
-                grad = node.leaf._grad
-                arrays = [node.leaf._value] + ([] if grad is None else [getattr(grad, "value", grad)])
-            else:
-                arrays = node.saved()
-            self.saved[node] = [self._input(array) for array in arrays]
-        self.leaves = [node for node in self.plan.run if isinstance(node, AccumulateGrad)]
-        self._retained = [(node, slot, tensor) for node in self.plan.order for slot, tensor in node.retained()]
-        self.owners = [*(node.leaf for node in self.leaves), *(tensor for _, _, tensor in self._retained)]
-        for _, _, tensor in self._retained:
-            if tensor._grad is not None:
-                self._input(getattr(tensor._grad, "value", tensor._grad))
-        self.number = {node: i for i, node in enumerate(self.plan.order)}
+        self.key = (*self._structure(), *self._rest())
+        self.owners = [*(node.leaf for node in self.leaves), *self._retained]
 
     def place_of(self, array: Any) -> int:
         """Which input an array is."""
         return self._index[id(array)]
 
-    def _input(self, array: Any) -> int:
-        found = self._index.get(id(array))
-        if found is None:
-            found = self._index[id(array)] = len(self.inputs)
-            self.inputs.append(array)
-        return found
+    def saved_of(self, node: Node) -> list[Any]:
+        """What a node reads, unpacked."""
+        return self._saved[self.number[node]]
 
-    def key(self) -> tuple[Any, ...]:
-        """Equal for tapes whose captures are the same graph."""
+    def _input(self, array: Any) -> int:
+        place = self._index.setdefault(id(array), len(self.inputs))
+        if place == len(self.inputs):
+            self.inputs.append(array)
+            self._avals.append(array.aval if type(array) is ARRAY else _aval_key(array))
+        return place
+
+    def _structure(self) -> tuple[Any, ...]:
+        """The part of the key that is found node by node, with few calls for each of them: it is made at each pass."""
+        number_of, place_of, ends = self.number.get, self._index.get, self.plan.ends
+        flat: list[Any] = []
+        more: list[Any] = []
+        write, keep = flat.append, self._saved.append
+        for node in self.plan.order:
+            saved = [] if ends and node in ends else node.saved()
+            keep(saved)
+            write(node.op if type(node) is OpNode else _kind(node))
+            write(len(saved))
+            for child, slot in node.edges:
+                write(number_of(child))
+                write(slot)
+            for array in saved:
+                place = place_of(id(array))
+                write(self._input(array) if place is None else place)
+            if node.hooks or node.retain or node.pre_hooks or node.post_hooks or isinstance(node, AccumulateGrad):
+                more.append(self._hooks(node))
+        return tuple(flat), tuple(more)
+
+    def _hooks(self, node: Node) -> Any:
+        """What is to be known of a node with hooks, or of one that writes gradients."""
+        hooks: list[Any] = [node.pre_hooks, node.post_hooks, *node.hooks]
+        slots = []
+        owner = None
+        if isinstance(node, AccumulateGrad):
+            leaf = node.leaf
+            hooks += [leaf._hooks, leaf._post_hooks]
+            if node not in self.plan.ends:
+                self.leaves.append(node)
+                if leaf._post_hooks:
+                    owner = id(leaf)
+                    self.given.append(leaf)
+        for slot, tensor in node.retained():
+            slots.append((slot, tensor._grad is None))
+            self._retained.append(tensor)
+        names = tuple([tuple([self.name(fn) for fn in found.snapshot()]) if found else None for found in hooks])
+        return self.number[node], owner, names, tuple(slots)
+
+    def name(self, hook: Any) -> Any:
+        """What a hook is called in the key."""
+        if hasattr(hook, "__self__") and hasattr(hook, "__func__"):  # each access to a method makes another object
+            return self.name(hook.__self__), self.name(hook.__func__)
+        self.hooks.append(hook)
+        return id(hook)
+
+    def _rest(self) -> tuple[Any, ...]:
+        """The rest of the key; most passes have little of it."""
         number, plan = self.number, self.plan
-        nodes = tuple(
-            (
-                _kind(node),
-                tuple((number.get(edge.node), edge.slot, edge in plan.idle) for edge in node.edges),
-                tuple(self.saved[node]),
-                tuple(tuple(map(identity_key, hooks.snapshot())) if hooks else None for hooks in _hook_lists(node)),
-                tuple(slot for slot, _ in node.retained()),
-                tuple(plan.captures.get(node, ())),
-            )
-            for node in plan.order
-        )
+        for tensor in self._retained:
+            if tensor._grad is not None:
+                self._input(getattr(tensor._grad, "value", tensor._grad))
         stops = tuple(
             (number[node], tuple(self._stop_key(stop) for stop in plan.stops[node]))
             for node in plan.order if node in plan.stops
-        )  # fmt: skip
-        retained = tuple(tensor._grad is None for _, _, tensor in self._retained)
-        seeds = tuple((number.get(edge.node), edge.slot, edge in plan.idle) for edge, _ in self.seeds)
-        # A hook on a parameter is given the parameter itself.
-        owners = tuple(WeakIdentity(node.leaf) if node.leaf._post_hooks else None for node in self.leaves)
-        given = tuple(_aval_key(value) for value in self.inputs)
-        return nodes, stops, retained, owners, tuple(self.seed_index), seeds, given
+        ) if plan.stops else ()  # fmt: skip
+        seeds = tuple([(number.get(edge.node), edge.slot) for edge, _ in self.seeds])
+        idle = frozenset([(number.get(edge.node), edge.slot) for edge in plan.idle])
+        taken = tuple([(number[node], tuple(at)) for node, at in plan.captures.items() if node in number])
+        ends = frozenset([number[node] for node in plan.ends])
+        return stops, seeds, tuple(self.seed_index), idle, taken, ends, Types(self._avals)
 
     def _stop_key(self, stop: Any) -> tuple[Any, ...]:
         members = tuple(
@@ -109,7 +144,7 @@ class Tape:
             for i, edge in stop.members
         )
         group = stop.group
-        return identity_key(group.fn), group.first, len(group.places), stop.fires, stop.replaces, members
+        return self.name(group.fn), group.first, len(group.places), stop.fires, stop.replaces, members
 
     def capture(self) -> tuple[GraphModule, Outputs]:
         """The whole pass as a graph with opaque hooks."""
@@ -128,7 +163,7 @@ class Tape:
             sizes=tuple(captured.sizes),
             checked=tuple(captured.checked),
             hook_index=tuple(hooks),
-            grads=tuple(self.saved[self.leaves[i]][0] for i in captured.written if i < len(self.leaves)),
+            grads=tuple(self.place_of(self.leaves[i].leaf._value) for i in captured.written if i < len(self.leaves)),
             number_inputs=any(getattr(node, "has_number", False) for node in self.plan.run),
         )
         inputs = tuple(Input(name=f"input_{i}", source=f"L['inputs'][{i}]") for i in range(len(self.inputs)))
@@ -173,16 +208,24 @@ def _kind(node: Node) -> Any:
     if isinstance(node, CompiledNode):
         return ("compiled", node.compiled, node.passes)
     if isinstance(node, OpNode):
-        return ("op", node.op)
+        return node.op
     if isinstance(node, AccumulateGrad):
         return ("accumulate", node.leaf._grad is None)
     return ("node", node)
 
 
-def _hook_lists(node: Node) -> list[Any]:
-    own = [node.leaf._hooks, node.leaf._post_hooks] if isinstance(node, AccumulateGrad) else node.hooks
-    return [node.pre_hooks, node.post_hooks, *own]
-
-
 def _aval_key(value: Any) -> Any:
-    return (value.shape, value.dtype) if hasattr(value, "dtype") else type(value)
+    # Python numbers and arrays of them have equal avals.
+    return jax.typeof(value) if hasattr(value, "dtype") else type(value)
+
+
+class Types(tuple[Any, ...]):
+    """The avals of a tape's inputs, hashed by their shapes: to hash an aval takes long.
+
+    To compare them does not: what one compiled operation returns at each call has one aval, and the same one.
+    """
+
+    __slots__ = ()
+
+    def __hash__(self) -> int:
+        return hash(tuple([getattr(aval, "shape", aval) for aval in self]))
