@@ -74,11 +74,12 @@ class CompiledGraph(Explains):
         history: where traces are noted; by default its own.
         first: why the first trace is made.
         static: static arguments of the function that it is the graph of, in words.
+        again: whether the function was traced before, so that the first trace is logged too.
     """
 
     def __init__(
         self, gm: GraphModule, *, backend: Any, fullgraph: bool, dynamic: bool, where: str,
-        history: History | None = None, first: str | None = None, static: tuple[str, ...] = (),
+        history: History | None = None, first: str | None = None, static: tuple[str, ...] = (), again: bool = False,
     ):  # fmt: skip
         self.gm = gm
         self._backend = backends.find(backend, where)
@@ -92,6 +93,7 @@ class CompiledGraph(Explains):
         self._numbers_only: str | None = None  # why sizes cannot be symbols, if that was found
         self.history = history or History()
         self._first = first
+        self._again = again
         self._static = static
         _compiled.add(self)
 
@@ -185,7 +187,8 @@ class CompiledGraph(Explains):
         return entry
 
     def _note(self, gm: GraphModule, reason: str | None) -> Trace:
-        return self.history.add(self.gm.name, gm, reason or self._first, self._static)
+        again = self._again or bool(self._entries)
+        return self.history.add(self.gm.name, gm, reason or self._first, self._static, again=again)
 
     def _warn_of_traces(self, reason: str) -> None:
         if not self._warned:

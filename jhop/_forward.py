@@ -30,7 +30,7 @@ from jhop._joint import is_dynamic, value_of
 from jhop._node import grad_enabled
 from jhop._report import Report
 from jhop._sizes import Dynamic
-from jhop._source import hook_name
+from jhop._source import hook_location, hook_name
 from jhop._static import Static
 from jhop._tensor import Tensor
 from jhop._wording import in_words
@@ -63,7 +63,7 @@ class CompiledFunction(Explains):
         self._cache: dict[Any, list[Compiled]] = {}  # by the exact kind of arguments
         self._kinds: dict[Any, _Kind] = {}  # by the kind of arguments, less sizes
         self._last: Any = None  # the key of the last trace
-        self._history = History()
+        self._history = History(hook_location(fn))
         _functions.add(self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -179,7 +179,7 @@ class CompiledFunction(Explains):
             captured=attempt.captured,
             guards=attempt.guards,
             fits=attempt.fits,
-            trace=self._history.add(hook_name(self._fn), joint.forward, reason, words),
+            trace=self._history.add(hook_name(self._fn), joint.forward, reason, words, again=self._last is not None),
             static=words,
         )
 

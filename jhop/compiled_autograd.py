@@ -17,6 +17,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import itertools
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -26,11 +27,14 @@ from jhop import _engine, _plan, backends
 from jhop._compile import CompiledGraph
 from jhop._errors import JhopError
 from jhop._graph import GraphModule
+from jhop._logs import logs_recompiles, recompiling, settled
+from jhop._misses import Summary, reason
 from jhop._node import set_grad_enabled
 from jhop._source import warn
 from jhop._tape import Outputs, Tape
 
 _CACHE_SIZE = 128
+_COMPARED = 8  # captures with which a new one is compared
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,11 +45,13 @@ class _Entry:
         captured: the captured pass, on flat inputs, and what it returns; None where passes run node by node.
         held: hooks of a captured pass: they stay alive, so that the ids in its key stay theirs.
         alive: weak references to everything else that the key names by its id.
+        summary: what the tape was like, if it was captured.
     """
 
     captured: tuple[Callable[[list[Any]], list[Any]], Outputs] | None
     held: tuple[Any, ...]
     alive: tuple[Any, ...]
+    summary: Summary | None = None
 
     def fits(self) -> bool:
         """Whether all ids in the key are still those of the same objects."""
@@ -74,6 +80,12 @@ class _Cache:
             while len(self._entries) > _CACHE_SIZE:
                 self._entries.popitem(last=False)
         return entry
+
+    def summaries(self) -> list[Summary]:
+        """Of what was captured last, the latest last."""
+        with self._lock:
+            entries = list(itertools.islice(reversed(self._entries.values()), _COMPARED))
+        return [entry.summary for entry in reversed(entries) if entry.summary is not None]
 
     def clear(self) -> None:
         with self._lock:
@@ -124,7 +136,8 @@ def enable(compiler_fn: Callable[[GraphModule], Callable[..., Any]] | None = Non
 
     before = _engine.capture_with(runner)
     try:
-        yield
+        with settled():
+            yield
     finally:
         _engine.capture_with(before)
 
@@ -140,8 +153,11 @@ def _run(compiler_fn: Any, request: _plan.Request) -> list[Any]:
             results = _engine.by_node(request, tape.saved_of)
             _seen.add(key, _entry_of(tape, None))
             return results
+        summary = Summary.of(tape, compiler_fn)
+        if logs_recompiles() and (before := _captured.summaries()):
+            recompiling("the backward pass", None, reason(summary, before))
         try:
-            found = _captured.add(key, _capture(compiler_fn, tape))
+            found = _captured.add(key, dataclasses.replace(_capture(compiler_fn, tape), summary=summary))
         except _NotCaptured as refused:
             return _refused(refused, key, tape, request)
     if found.captured is None:
