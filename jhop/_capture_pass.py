@@ -12,7 +12,6 @@ from jhop._capture import Recorder
 from jhop._compiled import CompiledNode
 from jhop._errors import HookError
 from jhop._graph import Info
-from jhop._hook import run_hooks
 from jhop._interp import evaluate
 from jhop._leaves import declare_state
 from jhop._node import Node, full_cts
@@ -70,7 +69,7 @@ class CapturePass(_engine.Pass):
         self._hook_place()
         kind = "post_hook" if others else "pre_hook"
         # None is structure in a pytree: the hook is given it where no cotangent came.
-        outs = list(trace_wrapped(tuple(cts), *map(tuple, others), fn=TupleHook(fn), kind=kind))
+        outs = list(trace_wrapped(tuple(cts), *map(tuple, others), fn=TupleHook(self._tape.stand_in(fn)), kind=kind))
         self._note([out for out in outs if out is not None])
         return outs
 
@@ -78,7 +77,7 @@ class CapturePass(_engine.Pass):
         # It is given no cotangent to replace, so it is tied to the new gradient, which it comes after.
         self._hook_place()
         grad = self._grads[id(leaf)]
-        self._grads[id(leaf)] = out = trace_wrapped(grad, cts[0], fn=EndHook(fn), kind="post_hook")
+        self._grads[id(leaf)] = out = trace_wrapped(grad, cts[0], fn=EndHook(self._tape.stand_in(fn)), kind="post_hook")
         self._note([out])
 
     def compute(self, node: Node, cts: list[Any]) -> list[Any]:
@@ -126,11 +125,11 @@ class CapturePass(_engine.Pass):
         return total
 
     def tensor_hooks(self, ct: Any, hooks: Any) -> Any:
-        for _ in hooks.snapshot():
+        for fn in hooks.snapshot():
             self._hook_place()
-        out = run_hooks(ct, hooks)
-        self._note([out])
-        return out
+            ct = trace_wrapped(ct, fn=self._tape.stand_in(fn), kind="tensor_pre_hook")
+        self._note([ct])
+        return ct
 
     def accumulate(self, tensor: Any, ct: Any) -> None:
         place_of = self._tape.place_of
@@ -143,7 +142,7 @@ class CapturePass(_engine.Pass):
     def post_accumulate(self, leaf: Any) -> None:
         for fn in leaf._post_hooks.snapshot() if leaf._post_hooks else ():
             self._hook_place()
-            hook = PostAccumulate(fn, leaf)
+            hook = PostAccumulate(self._tape.stand_in(fn), leaf)
             out = trace_wrapped(self._grads[id(leaf)], fn=hook, kind="post_acc_grad_hook")
             self._note([out])
             self._grads[id(leaf)] = out

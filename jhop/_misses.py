@@ -9,6 +9,7 @@ from typing import Any
 from jhop._compiled import CompiledNode
 from jhop._node import AccumulateGrad, Node, OpNode
 from jhop._source import describe_hook
+from jhop._standins import replaceable
 from jhop._tape import Tape
 
 _NONE = "not there"
@@ -47,7 +48,7 @@ class Summary:
             edges=tuple(tuple((number.get(edge.node), edge.slot) for edge in node.edges) for node in order),
             what=tuple(map(_what, order)),
             types=tuple(_type(value) for value in tape.inputs),
-            hooks=tuple((id(fn), describe_hook(fn)) for fn in tape.hooks if fn is not compiler_fn),
+            hooks=tuple((_told_by(fn), describe_hook(fn)) for fn in tape.named),
             grads=tuple(node.leaf._grad is not None for node in order if isinstance(node, AccumulateGrad)),
             request=_request(tape),
         )
@@ -111,6 +112,12 @@ def _what(node: Node) -> int:
     if isinstance(node, CompiledNode):
         return id(node.compiled)
     return id(node.op) if isinstance(node, OpNode) else 0
+
+
+def _told_by(hook: Any) -> Any:
+    if replaceable(hook):
+        return id(hook.__code__)
+    return id(getattr(hook, "__self__", None)), id(getattr(hook, "__func__", hook))
 
 
 def _type(value: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from jhop._errors import JhopError
 from jhop._graph import GraphModule, Input
 from jhop._node import ARRAY, AccumulateGrad, Node, OpNode
 from jhop._schedule import schedule
+from jhop._standins import StandIn, replaceable
 from jhop._trace_wrapped import trace_wrapped_p
 
 
@@ -39,8 +41,11 @@ class Tape:
         inputs: arrays: incoming gradients, what nodes saved, leaves and their present gradients, each array once.
         owners: Tensors that may get a gradient: leaves, then those that retain theirs.
         key: equal for tapes whose captures are the same graph, as long as all that it names by id is there:
-        hooks: those that it names, and
+        hooks: that are hooks, or the code of some, and
         given: leaves that a hook is given itself.
+        named: the hooks of its values and nodes, in order.
+        functions: those that it names by their code alone: a capture has stand-ins for them.
+        stand_ins: these, once it is captured.
     """
 
     def __init__(self, request: _plan.Request):
@@ -52,6 +57,10 @@ class Tape:
         self._index: dict[int, int] = {}
         self.hooks: list[Any] = []
         self.given: list[Any] = []
+        self.named: list[Any] = []
+        self.functions: list[types.FunctionType] = []
+        self._places: dict[int, int] = {}  # in `functions`, by id
+        self.stand_ins: list[StandIn] = []
         self.number = {node: i for i, node in enumerate(plan.order)}
         self._saved: list[list[Any]] = []
         self.leaves: list[AccumulateGrad] = []
@@ -112,7 +121,7 @@ class Tape:
         for slot, tensor in node.retained():
             slots.append((slot, tensor._grad is None))
             self._retained.append(tensor)
-        names = tuple([tuple([self.name(fn) for fn in found.snapshot()]) if found else None for found in hooks])
+        names = tuple([tuple([self._name_of(fn) for fn in found.snapshot()]) if found else None for found in hooks])
         return self.number[node], owner, names, tuple(slots)
 
     def name(self, hook: Any) -> Any:
@@ -121,6 +130,22 @@ class Tape:
             return self.name(hook.__self__), self.name(hook.__func__)
         self.hooks.append(hook)
         return id(hook)
+
+    def _name_of(self, hook: Any) -> Any:
+        """As `name`, for hooks of which other functions of the same code may take the place."""
+        self.named.append(hook)
+        if not replaceable(hook):
+            return self.name(hook)
+        self.hooks += [hook.__code__, hook.__globals__]
+        place = self._places.setdefault(id(hook), len(self.functions))
+        if place == len(self.functions):
+            self.functions.append(hook)
+        return id(hook.__code__), id(hook.__globals__), len(hook.__defaults__ or ()), place
+
+    def stand_in(self, hook: Any) -> Any:
+        """What a capture has in place of a hook."""
+        place = self._places.get(id(hook))
+        return hook if place is None else self.stand_ins[place].fn
 
     def _rest(self) -> tuple[Any, ...]:
         """The rest of the key; most passes have little of it."""
@@ -147,7 +172,8 @@ class Tape:
         return self.name(group.fn), group.first, len(group.places), stop.fires, stop.replaces, members
 
     def capture(self) -> tuple[GraphModule, Outputs]:
-        """The whole pass as a graph with opaque hooks."""
+        """The whole pass as a graph with opaque hooks; `stand_ins` are in it from then on."""
+        self.stand_ins = [StandIn(fn) for fn in self.functions]
         recorder = Recorder()
         captured = CapturePass(self, recorder)
 

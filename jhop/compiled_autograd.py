@@ -31,6 +31,7 @@ from jhop._logs import logs_recompiles, recompiling, settled
 from jhop._misses import Summary, reason
 from jhop._node import set_grad_enabled
 from jhop._source import warn
+from jhop._standins import StandIn, standing_in
 from jhop._tape import Outputs, Tape
 
 _CACHE_SIZE = 128
@@ -46,12 +47,14 @@ class _Entry:
         held: hooks of a captured pass: they stay alive, so that the ids in its key stay theirs.
         alive: weak references to everything else that the key names by its id.
         summary: what the tape was like, if it was captured.
+        stand_ins: what is in the capture in place of `Tape.functions`.
     """
 
     captured: tuple[Callable[[list[Any]], list[Any]], Outputs] | None
     held: tuple[Any, ...]
     alive: tuple[Any, ...]
     summary: Summary | None = None
+    stand_ins: tuple[StandIn, ...] = ()
 
     def fits(self) -> bool:
         """Whether all ids in the key are still those of the same objects."""
@@ -102,8 +105,9 @@ def enable(compiler_fn: Callable[[GraphModule], Callable[..., Any]] | None = Non
     Args:
         compiler_fn: `compiler_fn(gm) -> callable` on the graph's flat inputs, for instance
             `lambda gm: jhop.compile(gm, fullgraph=True)`. It is called once per structure of the tape: the result is
-            used again for tapes of the same operations, shapes and hooks. By default, the first pass of a structure
-            runs node by node, as it does outside of the block, and from the second on it is compiled, as by
+            used again for tapes of the same operations, shapes and hooks; functions of the same code that write to no
+            variable outside and close over plain values count as the same hook. By default, the first pass of a
+            structure runs node by node, as it does outside of the block, and from the second on it is compiled, as by
             `jhop.compile(gm)`. Hooks that cannot be traced run on the host then; where that will not do either, the
             structure goes on node by node. A warning says so.
 
@@ -157,14 +161,15 @@ def _run(compiler_fn: Any, request: _plan.Request) -> list[Any]:
         if logs_recompiles() and (before := _captured.summaries()):
             recompiling("the backward pass", None, reason(summary, before))
         try:
-            found = _captured.add(key, dataclasses.replace(_capture(compiler_fn, tape), summary=summary))
+            found = _captured.add(key, _capture(compiler_fn, tape, summary))
         except _NotCaptured as refused:
             return _refused(refused, key, tape, request)
     if found.captured is None:
         return _engine.by_node(request, tape.saved_of)
     run, outputs = found.captured
     try:
-        results = run(tape.inputs)
+        with standing_in(found.stand_ins, tape.functions) if found.stand_ins else contextlib.nullcontext():
+            results = run(tape.inputs)
     except _NotCaptured as refused:
         return _refused(refused, key, tape, request)
     results = tape.assign(results, outputs)
@@ -174,28 +179,34 @@ def _run(compiler_fn: Any, request: _plan.Request) -> list[Any]:
     return results
 
 
-def _capture(compiler_fn: Any, tape: Tape) -> _Entry:
+def _capture(compiler_fn: Any, tape: Tape, summary: Summary) -> _Entry:
     """Captures a pass; it is compiled when it runs.
 
     Raises:
         _NotCaptured: it cannot be captured, and there is no function of the user's that it is captured for.
     """
+    run: Callable[[list[Any]], list[Any]]
     if compiler_fn is None:
         try:
             gm, outputs = tape.capture()
         except Exception as error:
             raise _NotCaptured(error) from error
-        return _entry_of(tape, (functools.partial(_Whole(gm).run, same_types=True), outputs))
-    gm, outputs = tape.capture()
-    compiled = compiler_fn(gm)
-    if not callable(compiled):
-        raise JhopError(
-            "compiled_autograd: compiler_fn must return a callable for the graph it was given, got "
-            f"{type(compiled).__name__}."
-        )
-    if isinstance(compiled, CompiledGraph) and compiled.gm is gm and compiled.of_one_kind():
-        return _entry_of(tape, (functools.partial(compiled.run, same_types=True), outputs))
-    return _entry_of(tape, (lambda flat: list(compiled(*flat)), outputs))
+        run = functools.partial(_Whole(gm).run, same_types=True)
+    else:
+        gm, outputs = tape.capture()
+        compiled = compiler_fn(gm)
+        if not callable(compiled):
+            raise JhopError(
+                "compiled_autograd: compiler_fn must return a callable for the graph it was given, got "
+                f"{type(compiled).__name__}."
+            )
+        if isinstance(compiled, CompiledGraph) and compiled.gm is gm and compiled.of_one_kind():
+            run = functools.partial(compiled.run, same_types=True)
+        else:
+            run = lambda flat: list(compiled(*flat))  # noqa: E731
+    entry = _entry_of(tape, (run, outputs))
+    filled = any(stand_in.has_values for stand_in in tape.stand_ins)
+    return dataclasses.replace(entry, summary=summary, stand_ins=tuple(tape.stand_ins) if filled else ())
 
 
 def _entry_of(tape: Tape, captured: Any) -> _Entry:

@@ -116,6 +116,7 @@ LAYERS = (
     "_attempt",
     "_forward",
     "_schedule",
+    "_standins",
     "_capture_pass",
     "_tape",
     "_misses",
