@@ -20,7 +20,7 @@ class Summary:
     """What a tape is like. It keeps nothing of it alive.
 
     Attributes:
-        compiler: id of the function that it was captured for.
+        compiler: what tells the function that it was captured for from others.
         nodes: per node, its name.
         edges: per node, the nodes that its cotangents flow to, as numbers.
         what: per node, the id of what it computes.
@@ -30,7 +30,7 @@ class Summary:
         request: what the pass was asked for, in words.
     """
 
-    compiler: int
+    compiler: Any
     nodes: tuple[str, ...]
     edges: tuple[Any, ...]
     what: tuple[int, ...]
@@ -43,7 +43,7 @@ class Summary:
     def of(tape: Tape, compiler_fn: Any) -> Summary:
         order, number = tape.plan.order, tape.number
         return Summary(
-            compiler=id(compiler_fn),
+            compiler=_identity(compiler_fn),
             nodes=tuple(node.name() for node in order),
             edges=tuple(tuple((number.get(edge.node), edge.slot) for edge in node.edges) for node in order),
             what=tuple(map(_what, order)),
@@ -117,7 +117,11 @@ def _what(node: Node) -> int:
 def _told_by(hook: Any) -> Any:
     if replaceable(hook):
         return id(hook.__code__)
-    return id(getattr(hook, "__self__", None)), id(getattr(hook, "__func__", hook))
+    return _identity(hook)
+
+
+def _identity(fn: Any) -> Any:
+    return id(getattr(fn, "__self__", None)), id(getattr(fn, "__func__", fn))
 
 
 def _type(value: Any) -> str:
