@@ -28,7 +28,7 @@ from jhop._errors import JhopError
 from jhop._graph import GraphModule
 from jhop._node import set_grad_enabled
 from jhop._source import warn
-from jhop._tape import Outputs, Tape
+from jhop._tape import Outputs, Sight, Tape
 
 _CACHE_SIZE = 128
 
@@ -130,9 +130,9 @@ def enable(compiler_fn: Callable[[GraphModule], Callable[..., Any]] | None = Non
 
 
 def _run(compiler_fn: Any, request: _plan.Request) -> list[Any]:
-    tape = Tape(request)
-    if not tape.plan.order:
-        return [None] * tape.plan.n_results
+    tape = Sight(request)
+    if not tape.nodes:
+        return tape.no_results()
     key = (None if compiler_fn is None else tape.name(compiler_fn), *tape.key)
     found = _captured.find(key)
     if found is None:
@@ -148,17 +148,17 @@ def _run(compiler_fn: Any, request: _plan.Request) -> list[Any]:
         return _engine.by_node(request, tape.saved_of)
     run, outputs = found.captured
     try:
-        results = run(tape.inputs)
+        results = run([tape.inputs[i] for i in outputs.inputs])
     except _NotCaptured as refused:
         return _refused(refused, key, tape, request)
     results = tape.assign(results, outputs)
     if not request.keep_graph:
-        for node in tape.plan.run:
+        for node in tape.run:
             node.release()
     return results
 
 
-def _capture(compiler_fn: Any, tape: Tape) -> _Entry:
+def _capture(compiler_fn: Any, tape: Sight) -> _Entry:
     """Captures a pass; it is compiled when it runs.
 
     Raises:
@@ -166,11 +166,11 @@ def _capture(compiler_fn: Any, tape: Tape) -> _Entry:
     """
     if compiler_fn is None:
         try:
-            gm, outputs = tape.capture()
+            gm, outputs = Tape(tape).capture()
         except Exception as error:
             raise _NotCaptured(error) from error
         return _entry_of(tape, (functools.partial(_Whole(gm).run, same_types=True), outputs))
-    gm, outputs = tape.capture()
+    gm, outputs = Tape(tape).capture()
     compiled = compiler_fn(gm)
     if not callable(compiled):
         raise JhopError(
@@ -182,7 +182,7 @@ def _capture(compiler_fn: Any, tape: Tape) -> _Entry:
     return _entry_of(tape, (lambda flat: list(compiled(*flat)), outputs))
 
 
-def _entry_of(tape: Tape, captured: Any) -> _Entry:
+def _entry_of(tape: Sight, captured: Any) -> _Entry:
     """An entry for the key of a tape; of one that is not captured, it keeps nothing alive that it need not."""
     alive, held = [weakref.ref(leaf) for leaf in tape.given], tape.hooks
     if captured is None:
@@ -214,7 +214,7 @@ class _Whole(CompiledGraph):
             raise _NotCaptured(error) from error
 
 
-def _refused(refused: _NotCaptured, key: Any, tape: Tape, request: _plan.Request) -> list[Any]:
+def _refused(refused: _NotCaptured, key: Any, tape: Sight, request: _plan.Request) -> list[Any]:
     """Runs a pass that cannot be captured node by node. What is wrong in itself is an error there, too."""
     results = _engine.by_node(request, tape.saved_of)
     _captured.add(key, _entry_of(tape, None))
