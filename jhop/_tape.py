@@ -97,10 +97,12 @@ class Sight:
         flat: list[Any] = []
         more: list[Any] = []
         write, keep = flat.append, self._saved.append
+        inputs, avals, index = self.inputs, self._avals, self._index
         for node in nodes:  # it may become longer
+            plain = type(node) is OpNode
             saved = [] if ends and node in ends else node.saved()
             keep(saved)
-            write(node.op if type(node) is OpNode else _kind(node))
+            write(node.op if plain else _kind(node))
             write(len(saved))
             for child, slot in node.edges:
                 at = number_of(child)
@@ -111,8 +113,12 @@ class Sight:
                 write(slot)
             for array in saved:
                 place = place_of(id(array))
-                write(self._input(array) if place is None else place)
-            if node.hooks or node.retain or node.pre_hooks or node.post_hooks or isinstance(node, AccumulateGrad):
+                if place is None:
+                    place = index[id(array)] = len(inputs)
+                    inputs.append(array)
+                    avals.append(array.aval if type(array) is ARRAY else _aval_key(array))
+                write(place)
+            if not plain or node.hooks or node.retain or node.pre_hooks or node.post_hooks:
                 more.append(self._hooks(node))
         return tuple(flat), tuple(more)
 
