@@ -225,11 +225,11 @@ _OPERANDS = (Tensor, jax.Array, np.ndarray, np.generic, int, float, complex, boo
 
 def _binary(fn: Any, *, swapped: bool = False) -> Any:
     def method(self: Tensor, other: Any) -> Any:
-        if not isinstance(other, _OPERANDS):
-            return NotImplemented
         args = (other, self) if swapped else (self, other)
         found = _apply_flat(fn, args, True)
-        return _apply(fn, args, {}, True) if found is None else found
+        if found is not None:
+            return found
+        return _apply(fn, args, {}, True) if isinstance(other, _OPERANDS) else NotImplemented
 
     return method
 

@@ -10,7 +10,7 @@ from jhop._compiled import CompiledNode
 from jhop._node import AccumulateGrad, Node, OpNode
 from jhop._source import describe_hook
 from jhop._standins import replaceable
-from jhop._tape import Tape
+from jhop._tape import Sight
 
 _NONE = "not there"
 
@@ -40,8 +40,8 @@ class Summary:
     request: tuple[str, ...]
 
     @staticmethod
-    def of(tape: Tape, compiler_fn: Any) -> Summary:
-        order, number = tape.plan.order, tape.number
+    def of(tape: Sight, compiler_fn: Any) -> Summary:
+        order, number = tape.nodes, tape.number
         return Summary(
             compiler=_identity(compiler_fn),
             nodes=tuple(node.name() for node in order),
@@ -128,10 +128,10 @@ def _type(value: Any) -> str:
     return f"{value.dtype}[{','.join(map(str, value.shape))}]" if hasattr(value, "dtype") else type(value).__name__
 
 
-def _request(tape: Tape) -> tuple[str, ...]:
+def _request(tape: Sight) -> tuple[str, ...]:
     plan, number = tape.plan, tape.number
-    names = [node.name() for node in plan.order]
+    names = [node.name() for node in tape.nodes]
     starts = ", ".join(f"{names[number[edge.node]]}[{edge.slot}]" for edge, _ in tape.seeds if edge.node in number)
     inputs = "all leaves" if plan.wanted is None else f"{len(tape.wanted)} inputs ({len(names)} nodes lead there)"
-    retained = sum(len(node.retained()) for node in plan.order)
+    retained = sum(len(node.retained()) for node in tape.nodes)
     return f"it starts at {starts}", f"gradients of {inputs} are asked for", f"{retained} Tensors retain gradients"

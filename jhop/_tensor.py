@@ -259,7 +259,9 @@ class Tensor(Values):
         if not isinstance(array, (jax.Array, np.ndarray)):
             raise JhopError(f"backward: expected the gradient as an array or a Tensor, got {type(gradient).__name__}.")
         self._check_like(array, "backward(gradient)")
-        return gradient if create_graph and isinstance(gradient, Tensor) else jnp.asarray(array)
+        if create_graph and isinstance(gradient, Tensor):
+            return gradient
+        return array if isinstance(array, jax.Array) else jnp.asarray(array)
 
     def _edge(self, where: str) -> Edge:
         """Where this Tensor's cotangent goes."""

@@ -32,7 +32,7 @@ from jhop._misses import Summary, reason
 from jhop._node import set_grad_enabled
 from jhop._source import warn
 from jhop._standins import StandIn, standing_in
-from jhop._tape import Outputs, Tape
+from jhop._tape import Outputs, Sight, Tape
 
 _CACHE_SIZE = 128
 _COMPARED = 8  # captures with which a new one is compared
@@ -147,9 +147,9 @@ def enable(compiler_fn: Callable[[GraphModule], Callable[..., Any]] | None = Non
 
 
 def _run(compiler_fn: Any, request: _plan.Request) -> list[Any]:
-    tape = Tape(request)
-    if not tape.plan.order:
-        return [None] * tape.plan.n_results
+    tape = Sight(request)
+    if not tape.nodes:
+        return tape.no_results()
     key = (None if compiler_fn is None else tape.name(compiler_fn), *tape.key)
     found = _captured.find(key)
     if found is None:
@@ -169,17 +169,17 @@ def _run(compiler_fn: Any, request: _plan.Request) -> list[Any]:
     run, outputs = found.captured
     try:
         with standing_in(found.stand_ins, tape.functions) if found.stand_ins else contextlib.nullcontext():
-            results = run(tape.inputs)
+            results = run([tape.inputs[i] for i in outputs.inputs])
     except _NotCaptured as refused:
         return _refused(refused, key, tape, request)
     results = tape.assign(results, outputs)
     if not request.keep_graph:
-        for node in tape.plan.run:
+        for node in tape.run:
             node.release()
     return results
 
 
-def _capture(compiler_fn: Any, tape: Tape, summary: Summary) -> _Entry:
+def _capture(compiler_fn: Any, tape: Sight, summary: Summary) -> _Entry:
     """Captures a pass; it is compiled when it runs.
 
     Raises:
@@ -188,12 +188,14 @@ def _capture(compiler_fn: Any, tape: Tape, summary: Summary) -> _Entry:
     run: Callable[[list[Any]], list[Any]]
     if compiler_fn is None:
         try:
-            gm, outputs = tape.capture()
+            given = Tape(tape)
+            gm, outputs = given.capture()
         except Exception as error:
             raise _NotCaptured(error) from error
         run = functools.partial(_Whole(gm).run, same_types=True)
     else:
-        gm, outputs = tape.capture()
+        given = Tape(tape)
+        gm, outputs = given.capture()
         compiled = compiler_fn(gm)
         if not callable(compiled):
             raise JhopError(
@@ -205,11 +207,11 @@ def _capture(compiler_fn: Any, tape: Tape, summary: Summary) -> _Entry:
         else:
             run = lambda flat: list(compiled(*flat))  # noqa: E731
     entry = _entry_of(tape, (run, outputs))
-    filled = any(stand_in.has_values for stand_in in tape.stand_ins)
-    return dataclasses.replace(entry, summary=summary, stand_ins=tuple(tape.stand_ins) if filled else ())
+    filled = any(stand_in.has_values for stand_in in given.stand_ins)
+    return dataclasses.replace(entry, summary=summary, stand_ins=tuple(given.stand_ins) if filled else ())
 
 
-def _entry_of(tape: Tape, captured: Any) -> _Entry:
+def _entry_of(tape: Sight, captured: Any) -> _Entry:
     """An entry for the key of a tape; of one that is not captured, it keeps nothing alive that it need not."""
     alive, held = [weakref.ref(leaf) for leaf in tape.given], tape.hooks
     if captured is None:
@@ -241,7 +243,7 @@ class _Whole(CompiledGraph):
             raise _NotCaptured(error) from error
 
 
-def _refused(refused: _NotCaptured, key: Any, tape: Tape, request: _plan.Request) -> list[Any]:
+def _refused(refused: _NotCaptured, key: Any, tape: Sight, request: _plan.Request) -> list[Any]:
     """Runs a pass that cannot be captured node by node. What is wrong in itself is an error there, too."""
     results = _engine.by_node(request, tape.saved_of)
     _captured.add(key, _entry_of(tape, None))
