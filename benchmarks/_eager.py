@@ -91,7 +91,7 @@ def eager_chain(quick: bool) -> list[Row]:
     samples = interleaved(runs, rounds=10 if quick else 100, calls=2)
     words = {"forward": "forward", "both": "forward + backward", "both, hooks": "forward + backward, 25 hooks"}
     # JAX's own eager derivative traces anew each time; the tape must beat it.
-    targets = {"jnp": {"forward": 3.0, "both": 0.5, "both, hooks": 0.5}, "torch": dict.fromkeys(words, 4.0)}
+    targets = {"jnp": {"forward": 3.0, "both": 0.5, "both, hooks": 0.5}, "torch": dict.fromkeys(words, 3.0)}
     return [
         row(f"eager op, {text}, jhop.tensor / {peer}", samples, f"jhop {part}", f"{peer} {part}",
             (0.0, targets[peer][part]), ops=OPS)

@@ -102,7 +102,50 @@ def growth(quick: bool) -> list[Row]:
     inlined = {n: jhop.inline(jhop.make_fx(straight([halve] * n, opaque))(x)) for n in sizes}
     for dialect in ("torch", "jax"):
         rows += _series(f"print, {dialect}", inlined, lambda gm, d=dialect: gm.print_readable(False, dialect=d), None)
-    return [*rows, *_series("graph.nodes", inlined, lambda gm: gm.graph.nodes, None)]
+    rows += _series("graph.nodes", inlined, lambda gm: gm.graph.nodes, None)
+    return [*rows, *tapes(sizes)]
+
+
+def tapes(sizes: tuple[int, ...]) -> list[Row]:
+    """Recorded operations: made, run backward, captured, found again; and what a pass leaves of them."""
+    x, seed = jhop.tensor(jnp.ones(4), requires_grad=True), jnp.ones(4)
+
+    def recorded(n: int) -> jhop.Tensor:
+        y = x
+        for _ in range(n // 2):
+            y = jhop.numpy.tanh(y) * 0.99
+        return y
+
+    def backward(y: jhop.Tensor, compiler_fn: Any = None) -> None:
+        x.grad = None
+        if compiler_fn is None:
+            return y.backward(seed, retain_graph=True)
+        with jhop.compiled_autograd.enable(compiler_fn):
+            y.backward(seed, retain_graph=True)
+
+    def capture_anew(y: jhop.Tensor) -> None:
+        backward(y, lambda gm: lambda *flat: [flat[0]])
+
+    def kept(gm: Any) -> Any:
+        return lambda *flat: [flat[0]]
+
+    graphs = {n: recorded(n) for n in sizes}
+    for y in graphs.values():
+        backward(y, kept)
+    rows = _series("tape, forward", dict(zip(sizes, sizes, strict=True)), recorded, None)
+    rows += _series("tape, backward", graphs, backward, None)
+    rows += _series("tape, capture", graphs, capture_anew, None)
+    rows += _series("tape, found again", graphs, lambda y: backward(y, kept), None)
+    graphs.clear()
+    gc.collect()
+    before = len(jax.live_arrays())
+    y = recorded(sizes[-1])
+    held = len(jax.live_arrays()) - before
+    x.grad = None
+    y.backward(seed)
+    left = len(jax.live_arrays()) - before
+    what = f"tape, {sizes[-1]:,}, arrays that are left after the pass / held before it"
+    return [*rows, Row(what, left, held, "instr", (0.0, 0.01))]
 
 
 def _times(n: int) -> int:

@@ -2,7 +2,7 @@
 
   a  compiled steps          c  eager operations     e  a hook by itself       g  text of optimized programs
   b  the first call          d  dispatch             f  trace and lower        h  growth with the number of hooks
-  i  Python state in hooks, and hooks on the host
+  i  Python state in hooks, and hooks on the host          j  the tape under compiled autograd
 
 Method. The contestants of one table are timed in rounds, A B C, B C A, ..., a batch of calls each, so that drift of the
 machine hits all of them alike. A contestant's time is the smallest of the medians of five stretches of its rounds (one
@@ -10,6 +10,10 @@ quiet stretch is enough); `ratio` is ours over the peer's by that number. The br
 within rounds: where it is wide the machine was busy, and the ratio says little. A peer that is a time ("/ 5 us") is a
 bound, which a busy machine may miss. What one thread does alone (tracing, lowering, inlining) is timed by that thread's
 clock. Part h takes the quickest of a few runs per size and states the slope of log time over log size.
+
+Parts c and j compare with PyTorch where it is installed, on one thread; give XLA one, too, with
+XLA_FLAGS="--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1" and `taskset -c N`. In part j the warm-up
+has seen the structures of the tape, but for the rows that say "first sight", whose hook is another at each pass.
 
 Targets are bounds for the ratio. Those of (a) and (g) are exact claims (a hook costs nothing once it is compiled); the
 others keep a regression from passing unseen.
@@ -34,6 +38,7 @@ from _dispatch import dispatch
 from _eager import eager_chain, hook_alone
 from _growth import growth
 from _stateful import stateful
+from _tape import tape
 from _timing import table
 from _tracing import trace_and_lower
 
@@ -41,7 +46,7 @@ import jhop
 
 BENCHMARKS = {
     "a": compiled_step, "b": first_call, "c": eager_chain, "d": dispatch, "e": hook_alone, "f": trace_and_lower,
-    "g": programs, "h": growth, "i": stateful,
+    "g": programs, "h": growth, "i": stateful, "j": tape,
 }  # fmt: skip
 
 

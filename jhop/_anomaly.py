@@ -11,9 +11,9 @@ from typing import Any
 import jax.numpy as jnp
 
 from jhop import _compat, _engine
+from jhop._compiled import CompiledNode
 from jhop._contract import HookFn
 from jhop._errors import JhopError
-from jhop._forward import CompiledNode
 from jhop._graph import Info
 from jhop._interp import evaluate
 from jhop._node import Node, full_cts

@@ -14,7 +14,7 @@ from jhop import _compat
 from jhop._capture import Recorder, parameter_names, trace
 from jhop._errors import JhopError
 from jhop._graph import GraphModule, Info, Input
-from jhop._interp import symbol_places
+from jhop._interp import inputs_for_sizes
 from jhop._source import eqn_name, hook_name, user_frames
 
 
@@ -93,7 +93,7 @@ def _pull_graph(closed: Any, n_outs: int, tree: Any, names: Any, name: str) -> G
     jaxpr, _ = _compat.open_jaxpr(closed)
     wanted = jaxpr.outvars[n_outs:]
     kept = list(dict.fromkeys(v for v in wanted if not isinstance(v, jex_core.Literal)))
-    kept += _for_sizes(jaxpr, [v.aval for v in [*jaxpr.outvars[:n_outs], *kept]])
+    kept += inputs_for_sizes(jaxpr, [v.aval for v in [*jaxpr.outvars[:n_outs], *kept]])
     place = {variable: n_outs + i for i, variable in enumerate(kept)}
 
     def pull(*values: Any) -> list[Any]:
@@ -111,13 +111,3 @@ def _pull_graph(closed: Any, n_outs: int, tree: Any, names: Any, name: str) -> G
     return GraphModule(
         jaxpr=backward, inputs=tuple(inputs), info=info, name=f"{name}_backward", made_by="backward_graph"
     )
-
-
-def _for_sizes(jaxpr: Any, avals: list[Any]) -> list[Any]:
-    """Inputs of a forward that its backward needs to read symbolic sizes from, given what else it takes."""
-    found: list[Any] = []
-    for variable in jaxpr.invars:
-        known = {symbol for symbol, _, _ in symbol_places([*avals, *(v.aval for v in found)])}
-        if {symbol for symbol, _, _ in symbol_places([variable.aval])} - known:
-            found.append(variable)
-    return found

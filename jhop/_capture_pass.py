@@ -9,9 +9,8 @@ from typing import Any
 from jhop import _compat, _engine, _state
 from jhop._boundary import accumulate_grad, aot_prologue, validate_outputs
 from jhop._capture import Recorder
-from jhop._forward import CompiledNode
+from jhop._compiled import CompiledNode
 from jhop._graph import Info
-from jhop._hook import run_hooks
 from jhop._interp import evaluate
 from jhop._leaves import declare_state
 from jhop._node import Node, full_cts
@@ -69,7 +68,7 @@ class CapturePass(_engine.Pass):
         self._hook_place()
         kind = "post_hook" if others else "pre_hook"
         # None is structure in a pytree: the hook is given it where no cotangent came.
-        outs = list(trace_wrapped(tuple(cts), *map(tuple, others), fn=TupleHook(fn), kind=kind))
+        outs = list(trace_wrapped(tuple(cts), *map(tuple, others), fn=TupleHook(self._tape.stand_in(fn)), kind=kind))
         self._note([out for out in outs if out is not None])
         return outs
 
@@ -77,11 +76,11 @@ class CapturePass(_engine.Pass):
         # It is given no cotangent to replace, so it is tied to the new gradient, which it comes after.
         self._hook_place()
         grad = self._grads[id(leaf)]
-        self._grads[id(leaf)] = out = trace_wrapped(grad, cts[0], fn=EndHook(fn), kind="post_hook")
+        self._grads[id(leaf)] = out = trace_wrapped(grad, cts[0], fn=EndHook(self._tape.stand_in(fn)), kind="post_hook")
         self._note([out])
 
     def compute(self, node: Node, cts: list[Any]) -> list[Any]:
-        saved = [self._flat[i] for i in self._tape.saved[node]]
+        saved = [self._flat[self._tape.place_of(array)] for array in self._tape.saved_of(node)]
         if isinstance(node, CompiledNode) and node.passes is None:
             return self._compiled(node, saved, cts)
         self.checked.append(len(self.sizes))
@@ -113,7 +112,7 @@ class CapturePass(_engine.Pass):
         for eqn in _compat.open_jaxpr(gm.jaxpr)[0].eqns:
             if eqn.primitive is trace_wrapped_p:
                 self._hook_place()
-        return compiled.joint.only_reached(evaluate(gm.jaxpr, values, note=note))
+        return compiled.joint.only_reached(evaluate(gm.jaxpr, values, gm.rule_for(values), note=note))
 
     def _hook_place(self) -> None:
         self.hook_places.append(self.n_hooks)
@@ -125,11 +124,11 @@ class CapturePass(_engine.Pass):
         return total
 
     def tensor_hooks(self, ct: Any, hooks: Any) -> Any:
-        for _ in hooks.snapshot():
+        for fn in hooks.snapshot():
             self._hook_place()
-        out = run_hooks(ct, hooks)
-        self._note([out])
-        return out
+            ct = trace_wrapped(ct, fn=self._tape.stand_in(fn), kind="tensor_pre_hook")
+        self._note([ct])
+        return ct
 
     def accumulate(self, tensor: Any, ct: Any) -> None:
         place_of = self._tape.place_of
@@ -142,7 +141,7 @@ class CapturePass(_engine.Pass):
     def post_accumulate(self, leaf: Any) -> None:
         for fn in leaf._post_hooks.snapshot() if leaf._post_hooks else ():
             self._hook_place()
-            hook = self.last[id(leaf)] = PostAccumulate(fn, leaf, self.last.get(id(leaf)))
+            hook = self.last[id(leaf)] = PostAccumulate(self._tape.stand_in(fn), leaf, self.last.get(id(leaf)))
             out = trace_wrapped(self._grads[id(leaf)], fn=hook, kind="post_acc_grad_hook")
             self._note([out])
             self._grads[id(leaf)] = out

@@ -54,7 +54,7 @@ def is_of(value: Any, trace: Any) -> bool:
     return getattr(value, "_trace", None) is trace
 
 
-_DimExpr = type(jax.export.symbolic_shape("n")[0])  # a class without a public name
+DimExpr = type(jax.export.symbolic_shape("n")[0])  # a class without a public name
 
 
 def staging() -> Any:
@@ -102,7 +102,7 @@ def trace_context() -> Any:
 
 def is_dim_expr(value: Any) -> bool:
     """Whether a value is a symbolic dimension and not a number."""
-    return isinstance(value, _DimExpr)
+    return isinstance(value, DimExpr)
 
 
 def dim_symbols(dim: Any) -> frozenset[str]:

@@ -13,11 +13,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.export
 import numpy as np
 
 from jhop import _compat, _state, backends
-from jhop._cut import CannotRunOnHost, on_host, reach_of, refuse_under_vmap
+from jhop._asked import Asked
+from jhop._cut import CannotRunOnHost, on_host, refusal_of, refuse_under_vmap, sharing
 from jhop._errors import AHEAD, FULLGRAPH, JhopError, Unsupported, advising
 from jhop._explain import Explains, graph_report, hooks_of
 from jhop._graph import GraphModule, hooks_in
@@ -26,14 +26,13 @@ from jhop._history import History, Told, Trace
 from jhop._hook import changes
 from jhop._inline import inline
 from jhop._program import DoesNotFit, Program
-from jhop._records import lift_tuples
 from jhop._report import GraphReport, Report
-from jhop._source import describe_hook, hook_name, warn
-from jhop._text._symbols import ShapeEnv
+from jhop._sizes import Fits, Symbolic, with_symbols
+from jhop._source import describe_hook, first_line, warn
 from jhop._trace_wrapped import trace_wrapped_p
-from jhop._walk import Walk
 
 MAX_ENTRIES = 32  # versions of one graph; the oldest gives way
+MAX_KNOWN = 1024  # shapes that a version is known to fit
 _told = Told()  # of hooks in graphs by themselves: there may be one for each backward pass
 _compiled: weakref.WeakSet[CompiledGraph] = weakref.WeakSet()
 
@@ -48,6 +47,8 @@ class _Entry:
     trace: Trace
     static: tuple[str, ...]
     refused: Unsupported | None = None  # why it runs on the host
+    fits: Fits | None = None  # which other shapes it is for; None: no others
+    known: set[Any] = dataclasses.field(default_factory=set)  # shapes that it was found to fit
 
     def holds(self) -> bool:
         """Whether the guards hold."""
@@ -70,16 +71,17 @@ class CompiledGraph(Explains):
         gm: a graph with opaque hooks.
         backend: a function `(gm, example_inputs) -> callable`.
         fullgraph: whether a hook that cannot be traced is an error; otherwise it runs on the host.
-        dynamic: whether sizes are symbols in the graph, so that one trace serves all of them.
+        dynamic: whether sizes are made symbols, so that one trace serves all of them; those of `gm` itself stay so.
         where: the public function that made it, for messages.
         history: where traces are noted; by default its own.
         first: why the first trace is made.
         static: static arguments of the function that it is the graph of, in words.
+        again: whether the function was traced before, so that the first trace is logged too.
     """
 
     def __init__(
         self, gm: GraphModule, *, backend: Any, fullgraph: bool, dynamic: bool, where: str,
-        history: History | None = None, first: str | None = None, static: tuple[str, ...] = (),
+        history: History | None = None, first: str | None = None, static: tuple[str, ...] = (), again: bool = False,
     ):  # fmt: skip
         self.gm = gm
         self._backend = backends.find(backend, where)
@@ -90,8 +92,10 @@ class CompiledGraph(Explains):
         self._lock = threading.Lock()
         self._last: _Entry | None = None
         self._warned = False
-        self.history = history or History(_told)
+        self._numbers_only: str | None = None  # why sizes cannot be symbols, if that was found
+        self.history = history or History(told=_told)
         self._first = first
+        self._again = again
         self._static = static
         _compiled.add(self)
 
@@ -122,40 +126,49 @@ class CompiledGraph(Explains):
                     return self._run(entry, flat, entry.read())
         return self._run(entry, flat, state)
 
+    def of_one_kind(self) -> bool:
+        """Whether all its calls have inputs of the same shapes and dtypes."""
+        return not self._dynamic and not self.gm.shapes
+
     def _find(self, flat: list[Any], *, on_host: bool = True) -> _Entry:
         shapes = _shapes_of(flat)
         reason = None
         for entry in reversed(self._entries):
-            if self._matches(entry, flat, shapes):
+            if self._matches(entry, shapes):
                 if entry.holds():
                     self._last = entry
                     return entry
                 reason = reason or entry.gm.lifted.guards.broken() or "what its hooks depend on has changed"
         if self._entries:
-            reason = reason or "the inputs have other shapes or dtypes"
+            reason = reason or self._difference(self._entries[-1], shapes)
         return self._add(flat, reason=reason, on_host=on_host)
 
-    def _matches(self, entry: _Entry, flat: list[Any], shapes: tuple[Any, ...]) -> bool:
-        if not entry.gm.shapes:
-            return entry.shapes == shapes
-        sizes: dict[str, int] = {}
-        symbols = {(index, axis): symbol for symbol, index, axis in entry.gm.shapes}
-        for index, ((old, old_dtype), (new, new_dtype)) in enumerate(zip(entry.shapes, shapes, strict=True)):
-            if len(old) != len(new) or old_dtype != new_dtype:
-                return False
-            for axis, (then, now) in enumerate(zip(old, new, strict=True)):
-                symbol = symbols.get((index, axis))
-                if symbol is None and then != now:
-                    return False
-                if symbol is not None and (now < 2 or sizes.setdefault(symbol, now) != now):
-                    return False
+    def _matches(self, entry: _Entry, shapes: tuple[Any, ...]) -> bool:
+        if entry.shapes == shapes or shapes in entry.known:
+            return True
+        if entry.fits is None or not _same_kinds(entry.shapes, shapes):
+            return False
+        if entry.fits.broken([shape for shape, _ in shapes]) is not None:
+            return False
+        if len(entry.known) < MAX_KNOWN:
+            entry.known.add(shapes)
         return True
+
+    def _difference(self, entry: _Entry, shapes: tuple[Any, ...]) -> str:
+        """What differs between the inputs of a version and those of the present call."""
+        if entry.fits is not None and _same_kinds(entry.shapes, shapes):
+            return entry.fits.broken([shape for shape, _ in shapes]) or "the inputs have other shapes or dtypes"
+        for given, before, now in zip(self.gm.inputs, entry.shapes, shapes, strict=True):
+            if before != now:
+                why = f"; it needs sizes as numbers: {self._numbers_only}" if self._numbers_only else ""
+                return f"input `{given.name}` was {_type_in_words(*before)} and is {_type_in_words(*now)}{why}"
+        return "the inputs have other shapes or dtypes"
 
     def _add(self, flat: list[Any], *, reason: str | None, on_host: bool = True) -> _Entry:
         before, lists = backends.aot_ids(), changes()
         try:
             with advising(FULLGRAPH):
-                gm = self._inline(flat)
+                gm, fits = self._inline(flat)
         except Unsupported as error:
             if self._fullgraph or not on_host:
                 raise
@@ -163,7 +176,7 @@ class CompiledGraph(Explains):
         else:
             example = [*flat, *(gm.lifted.read() if gm.lifted is not None else [])]
             run = backends.run_backend(self._backend, gm, example, self._where)
-            entry = _Entry(gm, run, _shapes_of(flat), self._note(gm, reason), self._static)
+            entry = _Entry(gm, run, _shapes_of(flat), self._note(gm, reason), self._static, fits=fits)
             # PyTorch traces a graph with a Python float among its inputs twice, and numbers both attempts.
             floats = any(item.number is float for item in gm.inputs)
             if backends.aot_ids() != before and (floats or getattr(gm.backward, "number_inputs", False)):
@@ -179,7 +192,8 @@ class CompiledGraph(Explains):
         return entry
 
     def _note(self, gm: GraphModule, reason: str | None) -> Trace:
-        return self.history.add(self.gm.name, gm, reason or self._first, self._static)
+        again = self._again or bool(self._entries)
+        return self.history.add(self.gm.name, gm, reason or self._first, self._static, again=again)
 
     def _warn_of_traces(self, reason: str) -> None:
         if not self._warned:
@@ -190,16 +204,32 @@ class CompiledGraph(Explains):
                 "that Python control flow depends on."
             )
 
-    def _inline(self, flat: list[Any]) -> GraphModule:
-        if self._dynamic:
-            avals, shapes = symbolic_avals(flat)
-            if shapes:
-                try:
-                    return inline(self.gm, avals=avals, shapes=shapes)
-                except Exception:  # some code needs sizes as numbers: trace with numbers, whatever the reason was
-                    pass
-        self.gm.check(flat)
-        return inline(self.gm)
+    def _inline(self, flat: list[Any]) -> tuple[GraphModule, Fits | None]:
+        """The inlined graph, and which other shapes it is for."""
+        types = self._symbolic(flat) if self._numbers_only is None else None
+        if types is not None:
+            fits = Fits(types, asked := Asked(), [given.name for given in self.gm.inputs])
+            try:
+                with asked.noting():
+                    gm = inline(self.gm, avals=types.avals, shapes=types.places)
+                fits.check([jax.numpy.shape(value) for value in flat])
+                return gm, fits
+            except Exception as error:  # some code needs sizes as numbers: trace with numbers, whatever the reason was
+                if getattr(error, "always", True):
+                    self._numbers_only = fits.in_words(first_line(error))
+        gm = self.gm.with_numbers(flat)
+        gm.check(flat)
+        return inline(gm), None
+
+    def _symbolic(self, flat: list[Any]) -> Symbolic | None:
+        """The types to trace with, if there are symbols among their sizes."""
+        if self.gm.shapes:
+            return Symbolic([v.aval for v in _compat.open_jaxpr(self.gm.jaxpr)[0].invars], self.gm.shapes)
+        if not self._dynamic:
+            return None
+        sources = [f"L['inputs'][{index}]" for index in range(len(flat))]
+        types = with_symbols([jax.typeof(value) for value in flat], sources, lambda place: True)
+        return types if types.places else None
 
     def _run(self, entry: _Entry, flat: list[Any], state: list[Any]) -> list[Any]:
         lifted = entry.gm.lifted
@@ -237,22 +267,23 @@ class CompiledGraph(Explains):
         new: dict[int, str] = {}
         while transform is not None:
             if error is not None:
-                refusals = [(i, _refusal_of(hook, error)) for i, hook in enumerate(found)]
+                refusals = [(i, refusal_of(hook, error)) for i, hook in enumerate(found)]
                 new = {i: str(refusal) for i, refusal in refusals if refusal is not None}
             there = [found[i] for i in {**reasons, **new}]
             if new.keys() <= reasons.keys():
                 return None
             reasons |= {i: why for i, why in new.items() if i not in reasons}
             try:
-                self.gm.check(flat)
+                gm = self.gm.with_numbers(flat)
+                gm.check(flat)
                 with advising(FULLGRAPH):
-                    gm, error = inline(self.gm, on_host=there), None
+                    gm, error = inline(gm, on_host=there), None
             except CannotRunOnHost as another:
                 raise another from refused
             except Unsupported as another:
                 error = another
                 continue
-            new = {i: f"it shares {path} with a hook that cannot" for i, path in _sharing(gm, found, there).items()}
+            new = {i: f"it shares {path} with a hook that cannot" for i, path in sharing(gm, found, there).items()}
             if not new:
                 for i, why in reasons.items():
                     if self.history.tell(describe_hook(found[i])):
@@ -273,7 +304,8 @@ class CompiledGraph(Explains):
 
     def _on_host(self, flat: list[Any], error: Unsupported, reason: str | None) -> _Entry:
         """The whole graph, operation by operation."""
-        jaxpr, _ = _compat.open_jaxpr(self.gm.jaxpr)
+        gm = self.gm.with_numbers(flat)
+        jaxpr, _ = _compat.open_jaxpr(gm.jaxpr)
         found = [(hook, eqn) for hook, eqn in hooks_in(jaxpr) if eqn.primitive is trace_wrapped_p]
         if any(eqn not in jaxpr.eqns for _, eqn in found):
             raise error  # hooks inside loops and other inner functions: only tracing gets there
@@ -285,8 +317,8 @@ class CompiledGraph(Explains):
                 f"The graph runs on the host, one operation at a time, with every hook called at each run ({names}), "
                 f"because one of them cannot be traced: {error}"
             )
-        run = self._placed(self.gm, backends.eager(self.gm, flat))
-        return _Entry(self.gm, run, _shapes_of(flat), self._note(self.gm, reason), self._static, error)
+        run = self._placed(gm, backends.eager(gm, flat))
+        return _Entry(gm, run, _shapes_of(flat), self._note(gm, reason), self._static, error)
 
     def entry(self, flat: list[Any]) -> _Entry:
         """The version for these inputs, traced if there is none. Inputs may be `jax.ShapeDtypeStruct`s.
@@ -322,71 +354,23 @@ class CompiledGraph(Explains):
             self._entries.clear()
             self.history.clear()
         self._last = None
-
-
-def _refusal_of(hook: Any, error: Unsupported) -> Unsupported | None:
-    """Why a hook cannot be traced, if it is the one of an error, or if it has state that nobody can lift."""
-    if error.hook is not None:
-        return error if error.hook is hook else None
-    try:
-        lift_tuples(Walk([(hook_name(hook), hook)]))
-    except Unsupported as refused:
-        return refused
-    return None
-
-
-def _sharing(gm: GraphModule, hooks: list[Any], there: list[Any]) -> dict[int, str]:
-    """(place in `hooks`, path) of those in a graph whose lifted state hooks on the host can reach too."""
-    assert gm.lifted is not None
-    reached = {(id(c.obj), c.kind): c.names for c in reach_of(there).containers}
-    slots = [(slot.container, slot.key, slot.path) for slot in gm.lifted.slots]
-    slots += [(write.container, write.key, write.container.path_of(write.key)) for write in gm.lifted.writes]
-    shared: dict[tuple[int, str], str] = {}
-    for container, key, path in slots:
-        place = id(container.obj), container.kind
-        names: Any = reached.get(place, ())
-        if names is None or key in names or (names and not isinstance(key, str)):
-            shared[place] = f"`{path}`"
-    found = {}
-    for i, hook in enumerate(hooks):
-        if shared and not any(hook is other for other in there):
-            mine = [shared.get((id(c.obj), c.kind)) for c in reach_of([hook]).containers]
-            found.update({i: path for path in mine if path is not None})  # noqa: B035 (one of them will do)
-    return found
+        self._numbers_only = None
 
 
 def _shapes_of(flat: list[Any]) -> tuple[Any, ...]:
     return tuple((value.shape, value.dtype) if hasattr(value, "dtype") else ((), type(value)) for value in flat)
 
 
-def symbolic_avals(flat: list[Any]) -> tuple[list[Any], tuple[tuple[str, int, int], ...]]:
-    """Avals in which sizes are symbols: equal sizes share one, sizes 0 and 1 stay numbers.
+def _same_kinds(before: tuple[Any, ...], now: tuple[Any, ...]) -> bool:
+    """Whether inputs differ in their sizes at most."""
+    pairs = zip(before, now, strict=True)
+    return all(len(old) == len(new) and old_dtype == new_dtype for (old, old_dtype), (new, new_dtype) in pairs)
 
-    Names follow PyTorch's: a hash of the expression that reads the size. See `_text._symbols.ShapeEnv`.
 
-    Returns:
-        (avals, symbols as in `GraphModule.shapes`).
-    """
-    env = ShapeEnv()
-    names: list[list[Any]] = []
-    shapes: list[tuple[str, int, int]] = []
-    for index, value in enumerate(flat):
-        dims: list[Any] = []
-        for axis, size in enumerate(jax.numpy.shape(value)):
-            symbol = env.input_dim(f"L['inputs'][{index}].size()[{axis}]", size).name
-            dims.append(symbol or size)
-            if symbol is not None:
-                shapes.append((symbol, index, axis))
-        names.append(dims)
-    scope = jax.export.SymbolicScope()
-    avals = []
-    for value, dims in zip(flat, names, strict=True):
-        aval = jax.typeof(value)
-        if any(isinstance(dim, str) for dim in dims):
-            text = ",".join(map(str, dims))
-            aval = aval.update(shape=jax.export.symbolic_shape(text, scope=scope))
-        avals.append(aval)
-    return avals, tuple(shapes)
+def _type_in_words(shape: tuple[Any, ...], dtype: Any) -> str:
+    if isinstance(dtype, type):
+        return dtype.__name__
+    return f"{dtype}[{','.join(map(str, shape))}]"
 
 
 def reset_compiled() -> None:

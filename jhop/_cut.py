@@ -18,6 +18,7 @@ from jhop import _compat
 from jhop._contract import HookFn
 from jhop._errors import Unsupported
 from jhop._interp import reader
+from jhop._records import lift_tuples
 from jhop._source import describe_hook, hook_name
 from jhop._trace_wrapped import inlining, trace_wrapped_p
 from jhop._walk import Walk
@@ -192,3 +193,34 @@ def _piece(jaxpr: Any, group: list[Any], index: int, last: dict[Any, int], compi
     outs = [variable for variable in made if last.get(variable, -1) > index]
     debug_info = jaxpr.debug_info._replace(arg_names=None, result_paths=None)
     return _Piece(compiled(jaxpr.replace(invars=ins, outvars=outs, eqns=group, debug_info=debug_info)), ins, outs, done)
+
+
+def refusal_of(hook: Any, error: Unsupported) -> Unsupported | None:
+    """Why a hook cannot be traced, if it is the one of an error, or if it has state that nobody can lift."""
+    if error.hook is not None:
+        return error if error.hook is hook else None
+    try:
+        lift_tuples(Walk([(hook_name(hook), hook)]))
+    except Unsupported as refused:
+        return refused
+    return None
+
+
+def sharing(gm: Any, hooks: list[Any], there: list[Any]) -> dict[int, str]:
+    """(place in `hooks`, path) of those in a graph whose lifted state hooks on the host can reach too."""
+    assert gm.lifted is not None
+    reached = {(id(c.obj), c.kind): c.names for c in reach_of(there).containers}
+    slots = [(slot.container, slot.key, slot.path) for slot in gm.lifted.slots]
+    slots += [(write.container, write.key, write.container.path_of(write.key)) for write in gm.lifted.writes]
+    shared: dict[tuple[int, str], str] = {}
+    for container, key, path in slots:
+        place = id(container.obj), container.kind
+        names: Any = reached.get(place, ())
+        if names is None or key in names or (names and not isinstance(key, str)):
+            shared[place] = f"`{path}`"
+    found = {}
+    for i, hook in enumerate(hooks):
+        if shared and not any(hook is other for other in there):
+            mine = [shared.get((id(c.obj), c.kind)) for c in reach_of([hook]).containers]
+            found.update({i: path for path in mine if path is not None})  # noqa: B035 (one of them will do)
+    return found

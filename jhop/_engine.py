@@ -8,7 +8,7 @@ on Tensors (`_record`, for `create_graph`).
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -19,9 +19,10 @@ from jhop._contract import check_contract
 from jhop._errors import HookError
 from jhop._gates import Group, GroupHook, Stop
 from jhop._hook import run_hooks
-from jhop._node import AccumulateGrad, Edge, Node, set_grad_enabled
+from jhop._node import AccumulateGrad, Edge, Node, OpNode, set_grad_enabled
 from jhop._plan import Plan, Request, plan
 from jhop._source import describe_hook
+from jhop._trace_wrapped import calls_at_once
 
 _context = threading.local()
 
@@ -33,6 +34,10 @@ def capture_with(runner: Callable[..., Any] | None) -> Callable[..., Any] | None
     return before
 
 
+def _saved_of(node: Node) -> list[Any]:
+    return node.saved()
+
+
 class Pass:
     """One backward pass over arrays. Subclasses change what happens at its marks.
 
@@ -41,33 +46,32 @@ class Pass:
 
     recording = False  # whether what it does, and hooks do, is recorded on the tape
 
-    def __init__(self, plan: Plan, *, keep_graph: bool):
+    def __init__(self, plan: Plan, *, keep_graph: bool, saved_of: Callable[[Node], list[Any]] = _saved_of):
         self._plan = plan
         self._wanted = plan.wanted
         self._keep_graph = keep_graph
+        self._saved_of = saved_of
         self._before: dict[int, tuple[Any, Any]] = {}  # by id: a Tensor, and its .grad before this pass
         self._results: list[Any] = [None] * plan.n_results
         self._taken: dict[Group, list[Any]] = {}  # the gradients of groups, as far as they are known
         self._rest: dict[Any, Any] = {}  # per value that a group took: its hooks that have not run
+        self._at_once = calls_at_once()
 
     def run(self, seeds: list[tuple[Edge, Any]]) -> list[Any]:
         """Visits the nodes, starting with the given cotangents; the gradients that are asked for, or None."""
         pending: dict[Node, list[Any]] = {}
-        wants, stops = self._plan.wants, self._plan.stops
+        stops = self._plan.stops
         recording = set_grad_enabled(self.recording)
         try:
-            for edge, ct in seeds:
-                if wants(edge):
-                    self._add(pending, edge, ct)
+            wants = self._plan.wants
+            self._add(pending, [(edge, ct) for edge, ct in seeds if wants(edge)])
             for node in self._plan.order:
                 if stops:
                     for stop in stops.get(node, ()):
                         self._stop(stop, pending)
                 cts = pending.pop(node, None)
                 if cts is not None:
-                    for edge, ct in zip(node.edges, self.visit(node, cts), strict=True):
-                        if ct is not None:
-                            self._add(pending, edge, ct)
+                    self._add(pending, zip(node.edges, self.visit(node, cts), strict=True))
             self.finish()
         except BaseException:
             for leaf, grad in self._before.values():
@@ -77,10 +81,15 @@ class Pass:
             set_grad_enabled(recording)
         return self._results
 
-    def _add(self, pending: dict[Node, list[Any]], edge: Edge, ct: Any) -> None:
-        slots = pending.setdefault(edge.node, [None] * len(edge.node.avals))
-        old = slots[edge.slot]
-        slots[edge.slot] = ct if old is None else self.add(old, ct)
+    def _add(self, pending: dict[Node, list[Any]], pairs: Iterable[tuple[Edge, Any]]) -> None:
+        """Sends cotangents along edges."""
+        for (node, slot), ct in pairs:
+            if ct is not None:
+                slots = pending.get(node)
+                if slots is None:
+                    slots = pending[node] = [None] * len(node.avals)
+                old = slots[slot]
+                slots[slot] = ct if old is None else self.add(old, ct)
 
     def _stop(self, stop: Stop, pending: dict[Node, list[Any]]) -> None:
         """Takes gradients of a group, after the hooks of each that were registered before; runs its hook if it can."""
@@ -105,6 +114,9 @@ class Pass:
 
     def visit(self, node: Node, cts: list[Any]) -> list[Any]:
         """Hooks, then the node: the cotangents for its edges."""
+        plain = not (node.hooks or node.retain or node.pre_hooks or node.post_hooks)
+        if plain and self._wanted is None and type(node) is OpNode:  # most nodes
+            return self.node(node, cts)
         rest = self._rest
         for slot, hooks in enumerate(node.hooks):
             if rest:
@@ -178,7 +190,7 @@ class Pass:
         return outs
 
     def compute(self, node: Node, cts: list[Any]) -> list[Any]:
-        return node.apply(cts, node.saved(), self.asked(node))
+        return node.apply(cts, self._saved_of(node), self.asked(node))
 
     def asked(self, node: Node) -> tuple[bool, ...] | None:
         """Per edge of a node, whether its cotangent is asked for; None if all are."""
@@ -186,13 +198,21 @@ class Pass:
 
     def contract(self, fn: Any, returned: Any, ct: Any) -> Any:
         """What a hook returned for a cotangent, once it is known to be like it."""
+        if type(returned) is type(ct) and returned.aval is ct.aval:  # what it mostly is
+            return returned
         return check_contract(fn, returned, jax.typeof(ct))
 
     def add(self, old: Any, new: Any) -> Any:
         return _add(old, new)
 
     def tensor_hooks(self, ct: Any, hooks: Any) -> Any:
-        return run_hooks(ct, hooks)
+        if not self._at_once or isinstance(ct, _compat.Tracer):
+            return run_hooks(ct, hooks)
+        for fn in hooks.snapshot():  # as `run_hooks`, less what it does for pytrees and tracers
+            returned = fn(ct)
+            if returned is not None:
+                ct = self.contract(fn, returned, ct)
+        return ct
 
     def accumulate(self, tensor: Any, ct: Any) -> None:
         """Adds to a Tensor's `.grad`."""
@@ -298,10 +318,20 @@ def _backward(request: Request) -> list[Any]:
     tracing = any(isinstance(ct, _compat.Tracer) for _, ct in request.seeds)
     if runner is not None and not tracing and not request.create_graph:
         return runner(request)
+    return by_node(request)
+
+
+def by_node(request: Request, saved_of: Callable[[Node], list[Any]] = _saved_of) -> list[Any]:
+    """Runs a backward pass node by node; arguments and result are as for `backward`.
+
+    Args:
+        request: the pass.
+        saved_of: what nodes kept, where somebody has asked them before.
+    """
     found = plan(request)
     for node in found.run:
         node.check()  # a freed node is found before any hook has run
     if request.create_graph and any([node.unfold() for node in found.run]):
         found = plan(request)
     kind = RECORDED[0] if request.create_graph else Pass
-    return kind(found, keep_graph=request.keep_graph).run(request.seeds)
+    return kind(found, keep_graph=request.keep_graph, saved_of=saved_of).run(request.seeds)

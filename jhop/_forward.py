@@ -8,193 +8,61 @@ one node on the tape; under compiled autograd it is captured together with every
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import weakref
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jhop import _compat, backends
+from jhop import backends
+from jhop._attempt import Call, trace_call
 from jhop._bound import BoundHook
-from jhop._capture import parameter_names
 from jhop._compile import MAX_ENTRIES, CompiledGraph
+from jhop._compiled import Compiled, CompiledNode
 from jhop._errors import JhopError
 from jhop._explain import StandsForFunction, graph_report, hooks_of
 from jhop._graph import GraphModule
-from jhop._guards import Guards
-from jhop._history import History, Trace
-from jhop._interp import evaluate
-from jhop._joint import Joint, Tracing, is_dynamic, value_of
-from jhop._kept import Kept, keep, values_of
-from jhop._lookups import Lookups
-from jhop._node import Edge, Node, freed, full_cts, grad_enabled
-from jhop._op import derivatives_of, edges_of
-from jhop._reach import narrowed
+from jhop._history import History
+from jhop._inside import is_dynamic, value_of
+from jhop._node import grad_enabled
 from jhop._report import Report
-from jhop._source import hook_name
+from jhop._sizes import Dynamic
+from jhop._source import hook_location, hook_name
 from jhop._static import Static
 from jhop._tensor import Tensor
-from jhop._unfold import Segment, Unfolded, segments_of
 from jhop._wording import in_words
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class _Compiled:
-    """One traced version of a function.
-
-    Attributes:
-        joint: its graphs.
-        forward, backward: the graphs as the backend compiled them.
-        aot_id: the number in printed names.
-        diff: indices of the differentiated inputs.
-        captured: Tensors that the function reaches by itself, which are inputs after its arguments.
-        guards: what the function takes for granted.
-        trace: why it was traced; `static`: static arguments, in words.
-        narrowed: the backwards of passes that some of the hooks have no part in.
-    """
-
-    joint: Joint
-    forward: Callable[..., list[Any]]
-    backward: CompiledGraph | None
-    aot_id: int
-    diff: tuple[int, ...]
-    captured: tuple[Tensor, ...]
-    guards: Guards
-    trace: Trace
-    static: tuple[str, ...]
-    narrowed: dict[Any, CompiledGraph] = dataclasses.field(default_factory=dict)
-
-    @property
-    def gm(self) -> GraphModule:
-        """The graph that runs at a call."""
-        return self.joint.forward
-
-    @functools.cached_property
-    def segments(self) -> list[Segment]:
-        """What its calls are laid out as on the tape."""
-        return segments_of(self.joint)
-
-    @functools.cached_property
-    def flows(self) -> tuple[frozenset[int], ...]:
-        """Per output that carries a gradient, which edges of the node its cotangent flows to."""
-        jaxpr = self.joint.forward.jaxpr
-        avals = [variable.aval for variable in _compat.open_jaxpr(jaxpr)[0].invars]
-        moving = [i for i, moves in enumerate(self.joint.out_moving) if moves]
-
-        def outs(*values: Any) -> list[Any]:
-            found = evaluate(jaxpr, list(values))
-            return [found[i] for i in moving]
-
-        return edges_of(derivatives_of(outs, avals, self.diff), self.joint.only_reached(self.diff))
-
-    def backward_for(self, cts: Sequence[Any], wanted: Sequence[bool] | None) -> CompiledGraph:
-        """The backward of a pass to which these cotangents came; `wanted` is as for `Node.apply`."""
-        assert self.backward is not None  # a node is made only for outputs that carry gradients
-        if wanted is None and all(ct is not None for ct in cts):
-            return self.backward
-        came = tuple(ct is not None for ct in cts)
-        asked = iter(wanted or [True] * sum(self.joint.reached))
-        results = tuple(used and next(asked) for used in self.joint.reached)
-        found = self.narrowed.get((came, results))
-        if found is None:
-            gm = narrowed(self.backward.gm, came, results)
-            found = self.backward if gm is self.backward.gm else self.backward.like(gm, "first pass over a part of it")
-            self.narrowed[came, results] = found
-        return found
-
-    refused = None  # a forward has no state, so its hooks are compiled or an error
+MAX_KINDS = 4096  # of arguments, with their sizes, of which a function knows what to run
 
 
-class CompiledNode(Node):
-    """The backward of one call of a compiled function.
-
-    It keeps the call's inputs besides what the backward graph needs, as other nodes do: `create_graph` needs them. The
-    first such pass unfolds it; from then on it only passes cotangents on, to the nodes that do the work.
+class _Kind(NamedTuple):
+    """Arguments that differ in their sizes at most.
 
     Attributes:
-        passes: which outputs it passes on, once it is unfolded; None before.
+        versions: those with symbols for sizes.
+        dynamic: which sizes are to be symbols.
     """
 
-    many = True
-    __slots__ = ("_bound", "_call", "_history", "_saved", "compiled", "input_shapes", "passes")
-
-    def __init__(
-        self, edges: Any, avals: Any, compiled: _Compiled, saved: list[Any], values: list[Any],
-        moving: dict[int, Edge], bound: list[BoundHook],
-    ):  # fmt: skip
-        super().__init__(edges, avals)
-        self.compiled = compiled
-        self.input_shapes = [jnp.shape(value) for value in values]
-        self.passes: tuple[int, ...] | None = None
-        packed: dict[int, Any] = {}  # most of what is saved is among the inputs
-        self._saved: list[Any] | Kept | None = keep(saved, packed)
-        self._call: tuple[list[Any] | Kept, dict[int, Edge]] | None = (keep(values, packed), moving)
-        self._bound = [weakref.ref(hook) for hook in bound]
-        self._history: Any = None
-
-    def name(self) -> str:
-        return "CompiledFunctionBackward"
-
-    def check(self) -> None:
-        if self._saved is None:
-            raise freed(self)
-
-    def saved(self) -> list[Any]:
-        if self._saved is None:
-            raise freed(self)
-        return values_of(self._saved)
-
-    def apply(self, cts: list[Any], saved: list[Any], wanted: Sequence[bool] | None = None) -> list[Any]:
-        full = full_cts(self, cts)
-        if self.passes is not None:
-            return [full[slot] for slot in self.passes]
-        return self.compiled.joint.only_reached(self.compiled.backward_for(cts, wanted)(*saved, *full))
-
-    def record(self, cts: list[Any]) -> list[Any]:
-        return self.apply(cts, self.saved())
-
-    @property
-    def depends(self) -> tuple[frozenset[int], ...] | None:
-        if self.passes is None:
-            return None
-        return tuple(frozenset(i for i, at in enumerate(self.passes) if at == slot) for slot in range(len(self.avals)))
-
-    def flows(self) -> tuple[frozenset[int], ...] | None:
-        return self.depends or self.compiled.flows
-
-    def unfold(self) -> bool:
-        if self.passes is not None:
-            return False
-        if self._call is None:
-            raise freed(self)
-        values, moving = values_of(self._call[0]), self._call[1]
-        joint = self.compiled.joint
-        bound = [hook for ref in self._bound if (hook := ref()) is not None]
-        laid = Unfolded(joint, self.compiled.segments, values, moving, self.sequence, bound)
-        edges = [edge for edge, moves in zip(laid.edges, joint.out_moving, strict=True) if moves]
-        self.passes = tuple(slot for slot, edge in enumerate(edges) if edge is not None)
-        self.edges = tuple(edge for edge in edges if edge is not None)
-        self._history, self._saved = laid.history, []
-        return True
-
-    def release(self) -> None:
-        self._saved = self._call = self._history = None
+    versions: list[Compiled]
+    dynamic: Dynamic
 
 
 class CompiledFunction(StandsForFunction):
     """What `jhop.compile(fn)` returns: `fn`, traced once per structure, shapes and dtypes of its arguments."""
 
-    def __init__(self, fn: Callable[..., Any], backend: Any, fullgraph: bool):
+    def __init__(self, fn: Callable[..., Any], backend: Any, fullgraph: bool, dynamic: bool | None):
         functools.update_wrapper(self, fn, updated=())
         self._fn = fn
         self._backend_name = backend
         self._backend = backends.find(backend, "jhop.compile")
         self._fullgraph = fullgraph
-        self._cache: dict[Any, list[_Compiled]] = {}
-        self._history = History()
+        self._dynamic = dynamic
+        self._cache: dict[Any, list[Compiled]] = {}  # by the exact kind of arguments
+        self._kinds: dict[Any, _Kind] = {}  # by the kind of arguments, less sizes
+        self._last: Any = None  # the key of the last trace
+        self._history = History(hook_location(fn))
         _functions.add(self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -205,38 +73,59 @@ class CompiledFunction(StandsForFunction):
             return self._fn(*args, **kwargs)  # called inside another compiled function: part of that
         recording = grad_enabled()
         key = (tree, recording, *(_leaf_key(leaf) for leaf in leaves))
-        known = self._cache.setdefault(key, [])
-        compiled = next((c for c in reversed(known) if c.guards.hold()), None)
+        compiled = next((c for c in reversed(self._cache.get(key, ())) if c.guards.hold()), None)
         if compiled is None:
-            compiled = self._trace(args, kwargs, leaves, tree, recording, self._reason(key, known))
-            known.append(compiled)
-            del known[:-MAX_ENTRIES]
+            compiled = self._find(key, Call(args, kwargs, leaves, tree, recording))
         return self._run(compiled, leaves)
+
+    def _find(self, key: Any, call: Call) -> Compiled:
+        """A version for arguments of a kind that no version is known to be for: one for other sizes, or a new one."""
+        kind = self._kinds.setdefault(_sizeless(key), _Kind([], Dynamic(self._dynamic)))
+        shapes = [jnp.shape(value_of(leaf)) for leaf in call.arguments]
+        compiled = next((c for c in reversed(kind.versions) if c.guards.hold() and c.misfit(shapes) is None), None)
+        if compiled is None:
+            compiled = self._trace(call, kind.dynamic, self._reason(key, kind, shapes))
+            self._last = key
+        if compiled.fits is not None and compiled not in kind.versions:
+            kind.versions.append(compiled)
+            del kind.versions[:-MAX_ENTRIES]
+        if len(self._cache) >= MAX_KINDS:
+            self._cache.clear()
+        known = self._cache.setdefault(key, [])
+        known.append(compiled)
+        del known[:-MAX_ENTRIES]
+        return compiled
 
     def reset(self) -> None:
         """Forgets what was traced."""
         self._cache.clear()
+        self._kinds.clear()
+        self._last = None
         self._history.clear()
 
-    def _reason(self, key: Any, known: list[_Compiled]) -> str:
+    def _reason(self, key: Any, kind: _Kind, shapes: list[Any]) -> str:
         """Why the function has to be traced, where there are these versions for arguments of this kind."""
-        if known:
+        if known := self._cache.get(key):
             return known[-1].guards.broken() or "what it looks up has changed"
-        before = next((k for k, versions in reversed(self._cache.items()) if versions), None)
-        if before is None:
+        if self._last is None:
             return self._history.first()
-        return _difference(before, key)
+        if kind.versions:
+            last = kind.versions[-1]
+            if (why := last.misfit(shapes) or last.guards.broken()) is not None:
+                return why
+        return _difference(self._last, key) + (f"; {kind.dynamic.why}" if kind.dynamic.why else "")
 
     def _report(self) -> Report:
         graphs = []
-        for compiled in [compiled for known in list(self._cache.values()) for compiled in list(known)]:
+        versions = dict.fromkeys(compiled for known in list(self._cache.values()) for compiled in list(known))
+        for compiled in versions:
             graphs.append(graph_report(compiled, hooks_of(compiled.gm), compiled.guards))
             backwards = dict.fromkeys([compiled.backward, *compiled.narrowed.values()])
             graphs += [report for backward in backwards if backward is not None for report in backward.reports()]
         note = 'backend="eager" compiles nothing.' if self._backend is backends.eager else ""
         return Report.of("jhop.compile", hook_name(self._fn), graphs, self._history, note)
 
-    def _run(self, compiled: _Compiled, leaves: list[Any]) -> Any:
+    def _run(self, compiled: Compiled, leaves: list[Any]) -> Any:
         joint = compiled.joint
         dynamic = [*(leaf for leaf in leaves if is_dynamic(leaf)), *compiled.captured]
         values = [value_of(leaf) for leaf in dynamic]
@@ -262,37 +151,30 @@ class CompiledFunction(StandsForFunction):
                 results[i] = Tensor(outs[i], requires_grad=True, node=node, slot=slot)
         return joint.result(results, handles)
 
-    def _trace(
-        self, args: Any, kwargs: Any, leaves: list[Any], tree: Any, recording: bool, reason: str
-    ) -> _Compiled:
+    def _trace(self, call: Call, dynamic: Dynamic, reason: str) -> Compiled:
+        """Traces the function."""
         aot_id = backends.take_aot_id()
-        static = [(f"argument{i}", leaf) for i, leaf in enumerate(leaves) if not is_dynamic(leaf)]
-        lookups = Lookups([(hook_name(self._fn), self._fn), *static])
-        captured = tuple(lookups.walk.instances(Tensor, _wants_grad)) if recording else ()
-        arguments = [leaf for leaf in leaves if is_dynamic(leaf)]
-        dynamic = [*arguments, *captured]
-        diff = [
-            i for i, leaf in enumerate(dynamic) if recording and isinstance(leaf, Tensor) and leaf.requires_grad
-        ]
-        names = parameter_names(self._fn, args, kwargs) if len(arguments) == len(leaves) else []
-        with lookups.tracing():
-            joint = Tracing(self._fn, leaves, tree, captured, diff, names).run()
+        attempt, why = trace_call(self._fn, call, dynamic)
+        joint = attempt.joint
+        if why and reason not in why:
+            reason = f"{reason}; {why}"
         backward = None
         if joint.backward is not None:
             backward = CompiledGraph(
                 joint.backward, backend=self._callable, fullgraph=self._fullgraph, dynamic=False, where="jhop.compile",
                 history=self._history, first="first backward pass",
             )  # fmt: skip
-        words = tuple(f"{name} = {in_words(value)}" for name, value in static)
-        return _Compiled(
+        words = tuple(f"{name} = {in_words(value)}" for name, value in call.static)
+        return Compiled(
             joint=joint,
-            forward=self._callable(joint.forward, [value_of(leaf) for leaf in dynamic]),
+            forward=self._callable(joint.forward, attempt.values),
             backward=backward,
             aot_id=aot_id,
-            diff=tuple(diff),
-            captured=captured,
-            guards=lookups.guards(joint.hooks(), *(gm.jaxpr for gm in joint.graphs()), inputs=captured),
-            trace=self._history.add(hook_name(self._fn), joint.forward, reason, words),
+            diff=tuple(attempt.diff),
+            captured=attempt.captured,
+            guards=attempt.guards,
+            fits=attempt.fits,
+            trace=self._history.add(hook_name(self._fn), joint.forward, reason, words, again=self._last is not None),
             static=words,
         )
 
@@ -305,10 +187,6 @@ class CompiledFunction(StandsForFunction):
 
 
 _functions: weakref.WeakSet[CompiledFunction] = weakref.WeakSet()
-
-
-def _wants_grad(tensor: Tensor) -> bool:
-    return tensor.requires_grad and tensor._trace is None
 
 
 def _difference(before: Any, now: Any) -> str:
@@ -330,6 +208,16 @@ def _difference(before: Any, now: Any) -> str:
 def _type_of(is_tensor: bool, requires_grad: bool, aval: Any) -> str:
     grad = " that requires grad" if requires_grad else ""
     return f"{'a Tensor' if is_tensor else 'an array'}{grad}, {aval.str_short()}"
+
+
+def _sizeless(key: Any) -> Any:
+    """The key of a kind of arguments, less their sizes."""
+    tree, recording, *leaves = key
+    return tree, recording, *(leaf if isinstance(leaf, Static) else (*leaf[:2], _kind_of(leaf[2])) for leaf in leaves)
+
+
+def _kind_of(aval: Any) -> Any:
+    return aval.ndim, aval.dtype, aval.weak_type, aval.sharding
 
 
 def _leaf_key(leaf: Any) -> Any:
@@ -354,7 +242,9 @@ def compile(
             `(gm, example_inputs) -> callable` on flat lists.
         fullgraph: whether a hook that cannot be traced is an error. Otherwise it runs on the host at each run, with a
             warning, and the rest of the graph stays compiled; with a backend of your own, the whole graph runs there.
-        dynamic: for a graph, whether sizes are symbols in it, so that one trace serves all sizes.
+        dynamic: whether sizes are symbols, so that one trace serves all sizes. True: all that can be (not those of 0
+            and 1; equal sizes share a symbol until they differ). None: for a function, those that were seen to change;
+            for a graph, none. False: none. Code that needs a size as a number gets it, and is traced for each.
 
     Returns:
         A callable that takes and returns what the function or graph does.
@@ -385,7 +275,7 @@ def compile(
         )
     if not callable(fn_or_gm):
         raise JhopError(f"jhop.compile: expected a function or a GraphModule, got {type(fn_or_gm).__name__}.")
-    return CompiledFunction(fn_or_gm, backend, fullgraph)
+    return CompiledFunction(fn_or_gm, backend, fullgraph, dynamic)
 
 
 def reset_functions() -> None:

@@ -17,7 +17,7 @@ import jax.extend.core as jex_core
 from jhop import _compat
 from jhop._contract import HookFn
 from jhop._errors import JhopError
-from jhop._interp import evaluate, inner_jaxprs, solve, symbol_places, with_sizes
+from jhop._interp import evaluate, inner_jaxprs, sizes_of, symbol_places, with_sizes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -207,18 +207,25 @@ class GraphModule:
     def unflatten(self, outs: list[Any]) -> Any:
         return outs if self.out_tree is None else jax.tree.unflatten(self.out_tree, outs)
 
-    def rule_for(self, flat: list[Any]) -> Any:
-        """The evaluation rule for these inputs: it fills in the sizes of symbolic dimensions."""
+    def rule_for(self, flat: list[Any], *, derivatives: bool = False) -> Any:
+        """The evaluation rule for these inputs: it fills in the sizes of symbolic dimensions. See `with_sizes`."""
         if not self.shapes:
             return None
-        return with_sizes(self._sizes([jax.numpy.shape(value) for value in flat]))
+        return with_sizes(self._sizes([jax.numpy.shape(value) for value in flat]), derivatives=derivatives)
 
     def _sizes(self, shapes: list[Any]) -> dict[str, Any]:
-        avals, sizes = self._avals(), dict[str, Any]()
-        for symbol, index, axis in self.shapes:
-            if symbol not in sizes:
-                sizes[symbol] = solve(avals[index].shape[axis], shapes[index][axis])
-        return sizes
+        return sizes_of(self._avals(), self.shapes, shapes)
+
+    def with_numbers(self, flat: list[Any]) -> GraphModule:
+        """The graph for the sizes of these inputs, without symbols; itself if it has none."""
+        if not self.shapes:
+            return self
+        sizes = self._sizes([jax.numpy.shape(value) for value in flat])
+        avals = [
+            aval.update(shape=tuple(_compat.evaluate_dim(dim, sizes) for dim in aval.shape)) for aval in self._avals()
+        ]
+        jaxpr = jax.make_jaxpr(lambda *values: evaluate(self.jaxpr, list(values), with_sizes(sizes)))(*avals)
+        return dataclasses.replace(self, jaxpr=jaxpr, info={}, shapes=())
 
     # -- print ---------------------------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ import threading
 from typing import Any
 
 from jhop import _compat
+from jhop._logs import recompiling
 
 MAX_TRACES = 100  # records that are kept of one compiled object; the oldest give way
 MAX_ARGUMENTS = 8  # of one record
@@ -61,13 +62,15 @@ class History:
     """The traces of one compiled object. Any thread may add to it.
 
     Args:
+        place: file and line of the function, for logs.
         told: what it has in common with others; by default, nothing.
 
     Attributes:
         count: how many there were, with those that are no longer kept.
     """
 
-    def __init__(self, told: Told | None = None) -> None:
+    def __init__(self, place: tuple[str, int] | None = None, *, told: Told | None = None) -> None:
+        self._place = place
         self._kept: collections.deque[Trace] = collections.deque(maxlen=MAX_TRACES)
         self._lock = threading.Lock()
         self._forgot = False
@@ -78,7 +81,9 @@ class History:
         """Whether a warning about this is to be given: it was not yet."""
         return self._told.add(about)
 
-    def add(self, name: str, gm: Any, reason: str | None, static: tuple[str, ...] = ()) -> Trace:
+    def add(
+        self, name: str, gm: Any, reason: str | None, static: tuple[str, ...] = (), *, again: bool = False
+    ) -> Trace:
         """Notes a trace.
 
         Args:
@@ -86,11 +91,14 @@ class History:
             gm: the graph that it gave.
             reason: why it was made; None for the first one.
             static: static arguments, in words.
+            again: whether there was one before, so that this one is logged.
         """
         arguments = (*arguments_of(gm), *static)
         if len(arguments) > MAX_ARGUMENTS:
             arguments = (*arguments[:MAX_ARGUMENTS], f"and {len(arguments) - MAX_ARGUMENTS} more")
         reason = reason or self.first()
+        if again:
+            recompiling(f"`{name}`", self._place, reason)
         reason = reason if len(reason) <= MAX_REASON else f"{reason[: MAX_REASON - 3]}..."
         with self._lock:
             self.count += 1

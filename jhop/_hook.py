@@ -166,6 +166,11 @@ def _tensor_point_bwd(hooks: HookList, _: None, ct: Any) -> tuple[Any]:
 tensor_point.defvjp(_tensor_point_fwd, _tensor_point_bwd)
 
 
+def is_tensor_point(eqn: Any) -> bool:
+    """Whether an equation is a `tensor_point`."""
+    return getattr(eqn.params.get("bwd"), "f", None) is _tensor_point_bwd
+
+
 # -- hook_p ------------------------------------------------------------------------------------------------------------
 
 hook_p = jex_core.Primitive("hook")

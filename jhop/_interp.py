@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.extend.core as jex_core
+import numpy as np
 
 from jhop import _compat
 
@@ -208,8 +209,33 @@ def solve(dim: Any, size: Any) -> Any:
     return (size - constant) // factor
 
 
-def with_sizes(sizes: dict[str, Any]) -> Rule:
-    """A rule that gives every symbolic dimension in an equation's parameters its size."""
+def sizes_of(avals: list[Any], places: Iterable[tuple[str, int, int]], shapes: list[Any]) -> dict[str, Any]:
+    """The sizes of symbols, where inputs of these avals have these shapes; `places` as from `symbol_places`."""
+    sizes: dict[str, Any] = {}
+    for symbol, index, axis in places:
+        if symbol not in sizes:
+            sizes[symbol] = solve(avals[index].shape[axis], shapes[index][axis])
+    return sizes
+
+
+def inputs_for_sizes(jaxpr: Any, avals: list[Any]) -> list[Any]:
+    """Inputs of a forward that its backward needs to read symbolic sizes from, given what else it takes."""
+    found: list[Any] = []
+    for variable in jaxpr.invars if symbol_places([v.aval for v in jaxpr.invars]) else ():
+        known = {symbol for symbol, _, _ in symbol_places([*avals, *(v.aval for v in found)])}
+        if {symbol for symbol, _, _ in symbol_places([variable.aval])} - known:
+            found.append(variable)
+    return found
+
+
+def with_sizes(sizes: dict[str, Any], *, derivatives: bool = False) -> Rule:
+    """A rule that gives every symbolic dimension in an equation's parameters its size.
+
+    Args:
+        sizes: of the symbols.
+        derivatives: whether the result is to be differentiated: rules of `custom_jvp` functions are kept then, which
+            are made for the types of their trace.
+    """
 
     def fill(value: Any) -> Any:
         if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
@@ -229,9 +255,45 @@ def with_sizes(sizes: dict[str, Any]) -> Rule:
     def rule(eqn: Any, values: list[Any]) -> list[Any] | None:
         if not symbols_in(list(eqn.params.values())):
             return None
+        if derivatives and eqn.primitive.name == "custom_jvp_call":
+            return _with_jvp(eqn, values, rule)
         params = {key: fill(param) for key, param in eqn.params.items()}
         if eqn.primitive.name == "dim_as_value":
             return [jax.numpy.asarray(params["dim"], dtype=eqn.outvars[0].aval.dtype)]
         return rewrite(eqn, values, change, params)
 
     return rule
+
+
+def _with_jvp(eqn: Any, values: list[Any], rule: Rule) -> list[Any]:
+    """Binds a call of a `custom_jvp` function with sizes filled in, in its derivative too, which has symbols."""
+    avals = [atom.aval for atom in eqn.invars]
+    moving = [i for i, aval in enumerate(avals) if jax.numpy.issubdtype(aval.dtype, jax.numpy.inexact)]
+    n = len(eqn.outvars)
+    still = [not jax.numpy.issubdtype(v.aval.dtype, jax.numpy.inexact) for v in eqn.outvars]
+
+    def derivative(*flat: Any) -> list[Any]:
+        fixed = list(flat[: len(avals)])
+
+        def of_moving(*parts: Any) -> list[Any]:
+            for i, part in zip(moving, parts, strict=True):
+                fixed[i] = part
+            return _compat.bind_eqn(eqn, fixed)
+
+        outs, dots = jax.jvp(of_moving, tuple(fixed[i] for i in moving), flat[len(avals) :])
+        return [*outs, *(dot for dot, fixed_out in zip(dots, still, strict=True) if not fixed_out)]
+
+    jaxpr = jax.make_jaxpr(derivative)(*avals, *(avals[i].to_tangent_aval() for i in moving))
+
+    @jax.custom_jvp
+    def again(*args: Any) -> tuple[Any, ...]:
+        return tuple(evaluate(eqn.params["call_jaxpr"], list(args), rule))
+
+    @again.defjvp
+    def again_jvp(primals: Any, tangents: Any) -> Any:
+        found = evaluate(jaxpr, [*primals, *(tangents[i] for i in moving)], rule)
+        outs, rest = tuple(found[:n]), iter(found[n:])
+        zeros = [np.zeros(jax.numpy.shape(out), jax.dtypes.float0) for out in outs]
+        return outs, tuple(zero if fixed else next(rest) for zero, fixed in zip(zeros, still, strict=True))
+
+    return list(again(*values))

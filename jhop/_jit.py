@@ -27,7 +27,7 @@ from jhop._lookups import Lookups
 from jhop._options import Options
 from jhop._program import DoesNotFit
 from jhop._report import Report
-from jhop._source import hook_name, warn
+from jhop._source import hook_location, hook_name, warn
 from jhop._static import Static
 from jhop._step import OtherTypes, Signature, Step
 from jhop._wording import in_words
@@ -113,7 +113,7 @@ class Jitted(StandsForFunction):
         self._options = Options(fn, options)
         self._jitted = jax.jit(fn, **self._options.given)
         self._cache: dict[Any, list[_Version]] = {}
-        self._history = History()
+        self._history = History(hook_location(fn))
         self._direct: dict[Any, _Direct] = {}  # by static arguments
         self._inside: tuple[Guards, object] | None = None
         self._has_static = bool(self._options.static.nums or self._options.static.names)
@@ -241,7 +241,7 @@ class Jitted(StandsForFunction):
         backend.transform, backend.placed = signature.piece, signature.placed
         compiled = CompiledGraph(
             gm, backend=backend, fullgraph=self._fullgraph, dynamic=False,
-            where="jhop.jit", history=self._history, first=reason,
+            where="jhop.jit", history=self._history, first=reason, again=self._history.count > 0,
             static=tuple(f"{name} = {in_words(value)}" for name, value in static),
         )  # fmt: skip
         guards = lookups.guards([hook.base for hook, _ in gm.hooks], gm.jaxpr)

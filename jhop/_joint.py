@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -23,11 +22,11 @@ from jhop._capture import Recorder, trace
 from jhop._close import closed_over_tracers, substituted
 from jhop._errors import JhopError
 from jhop._graph import GraphModule, Info, Input, hooks_in
-from jhop._hook import HookList, RemovableHandle
-from jhop._interp import evaluate
+from jhop._hook import RemovableHandle, is_tensor_point
+from jhop._inside import Inside, is_dynamic, value_of
+from jhop._interp import evaluate, inner_jaxprs, inputs_for_sizes
 from jhop._leaves import Leaf
-from jhop._lift import traced_result
-from jhop._node import grad_enabled, set_inside
+from jhop._node import set_inside
 from jhop._source import hook_name, origin_of, user_frames
 from jhop._tensor import Tensor
 from jhop._text._aten import joint_names
@@ -91,96 +90,41 @@ class Joint:
             values.insert(place, handles[i])
         return jax.tree.unflatten(self.out_tree, values)
 
+    def with_numbers(self, values: list[Any]) -> Joint:
+        """The function for the sizes of these inputs: its `primal` has no symbols; itself if it had none."""
+        if not self.forward.shapes:
+            return self
+        fill = self.forward.rule_for(values, derivatives=True)
+        opened, _ = _compat.open_jaxpr(self.primal)
+        hooked = set(opened.outvars[len(opened.outvars) - len(self.points) :])
+
+        def rule(eqn: Any, given: list[Any]) -> Any:
+            if not is_tensor_point(eqn):
+                return fill(eqn, given)
+            # Its rule is made for the types that it was traced with; what is wanted of it is the variable.
+            return [jax.lax.optimization_barrier(given[0])] if eqn.outvars[0] in hooked else given
+
+        avals = [jax.typeof(value) for value in values]
+        primal, _ = trace(lambda *flat: evaluate(self.primal, list(flat), rule), avals, Recorder())
+        return dataclasses.replace(self, primal=primal)
+
+    def only_for_its_sizes(self) -> str:
+        """What in it is made for the sizes of its trace and can be used for no others, in words; "" if nothing."""
+        if any(map(_has_rule, _compat.open_jaxpr(self.primal)[0].eqns)):
+            return "the derivative rule of a `custom_vjp` function is made for one size"
+        if any(hook.rules() & {"transpose", "vmap"} for gm in self.graphs() for hook, _ in gm.hooks):
+            return "a hook inside a function that is transposed or mapped is made for one size"
+        return ""
+
     def only_reached(self, cts: Any) -> list[Any]:
         """Of one item per differentiated input, such as its cotangent, those of the inputs that gradients reach."""
         return [ct for ct, used in zip(cts, self.reached, strict=True) if used]
 
 
-class Inside:
-    """One tracing of a function: the Tensors in it, and the hooks that it registers."""
-
-    def __init__(self, name: str) -> None:
-        self.inputs: list[tuple[int, Tensor]] = []
-        self.points: list[tuple[HookList, Any]] = []
-        self.results: list[Any] = []  # weak references to the Tensors made in here
-        self.captured: dict[int, Tensor] = {}  # by id of the Tensor outside
-        self.handles: list[Any] = []  # weak references to those of hooks that were registered in here
-        self._name = name
-
-    def enter(self, outside: Tensor) -> Tensor:
-        """The Tensor in here that stands for one which the function reached by itself."""
-        found = self.captured.get(id(outside))
-        if found is None and outside.requires_grad and grad_enabled():
-            raise JhopError(
-                f"jhop.compile: `{self._name}` uses a Tensor that requires grad and that it did not get as an "
-                "argument, in a way that jhop cannot follow; its gradient would be lost. Pass it as an argument."
-            )
-        return outside if found is None else found
-
-    def value_of(self, tensor: Tensor) -> Any:
-        """The array of a Tensor: no gradient flows through it, and one from outside is an input if it may change."""
-        found = tensor if tensor._trace is not None else self.captured.get(id(tensor))
-        return tensor._value if found is None else jax.lax.stop_gradient(found._value)
-
-    def input(self, index: int, value: Any, requires_grad: bool) -> Tensor:
-        tensor = Tensor(value, requires_grad=requires_grad)
-        tensor._trace = self
-        self.inputs.append((index, tensor))
-        return tensor
-
-    def result(self, value: Any, moving: bool) -> Any:
-        if not moving and isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jnp.inexact):
-            value = jax.lax.stop_gradient(value)  # computed without recording, or detached
-        result = traced_result(self, value, moving)
-        if isinstance(result, Tensor):
-            self.results.append(weakref.ref(result))
-        if isinstance(result, Tensor) and result._hooks is not None:
-            self.points.append((result._hooks, result._value))
-        return result
-
-    def registered(self) -> list[tuple[int, Any]]:
-        return [(i, fn) for i, tensor in self.inputs for fn in (tensor._hooks or HookList()).snapshot()]
-
-    def of_inputs(self) -> dict[int, int]:
-        """By the id of its handle, which of `registered` each hook on an input is."""
-        ids = [handle_id for _, tensor in self.inputs for handle_id in (tensor._hooks or HookList()).ids()]
-        return {handle_id: i for i, handle_id in enumerate(ids)}
-
-    def held(self) -> list[tuple[Any, int]]:
-        """Handles of hooks on inputs that are still there, and which of `registered` each is of.
-
-        Hooks on values inside are in the backward graph, from which no handle can take them.
-        """
-        places = self.of_inputs()
-        inside = {handle_id for hooks, _ in self.points for handle_id in hooks.ids()}
-        found = []
-        for ref in self.handles:
-            handle = ref()
-            if handle is not None and handle.id in places:
-                found.append((ref, places[handle.id]))
-            elif handle is not None and handle.id in inside:
-                handle.refuse(
-                    f"RemovableHandle.remove: the hook is on a value inside `{self._name}`, which jhop.compile "
-                    "compiled with it. Remove it in the function, or put it on an argument or a result."
-                )
-        return found
-
-    def close(self) -> None:
-        """Tensors of the trace may live on in hooks; they must not carry tracers."""
-        for tensor in [*(tensor for _, tensor in self.inputs), *(ref() for ref in self.results)]:
-            if tensor is not None:
-                tensor._value = None
-        self.points.clear()
-
-
-def is_dynamic(leaf: Any) -> bool:
-    """Whether an argument is an input of the graph; other arguments are part of it."""
-    return isinstance(leaf, (Tensor, jax.Array, np.ndarray, np.inexact)) or type(leaf) is float
-
-
-def value_of(leaf: Any) -> Any:
-    """The array of an argument."""
-    return leaf._value if isinstance(leaf, Tensor) else leaf
+def _has_rule(eqn: Any) -> bool:
+    if eqn.primitive.name == "custom_vjp_call":
+        return not is_tensor_point(eqn)
+    return any(_has_rule(inner) for jaxpr in inner_jaxprs(eqn) for inner in _compat.open_jaxpr(jaxpr)[0].eqns)
 
 
 class Tracing:
@@ -192,15 +136,19 @@ class Tracing:
         captured: Tensors that it reaches by itself; they are inputs after the arguments.
         diff: indices of the inputs to differentiate.
         names: the inputs' names.
+        avals: the inputs' types, which may have symbols for sizes.
     """
 
-    def __init__(self, fn: Any, leaves: list[Any], tree: Any, captured: Any, diff: list[int], names: list[str]):
+    def __init__(
+        self, fn: Any, leaves: list[Any], tree: Any, captured: Any, diff: list[int], names: list[str], avals: list[Any]
+    ):
         self._fn = fn
         self._leaves = leaves
         self._tree = tree
         self._captured = captured
         self._diff = diff
         self._names = names
+        self._avals = avals
         self._inside = Inside(hook_name(fn))
         self._slots: list[Leaf] = []  # where hooks on intermediate values hold values of the forward
         self._points: list[Point] = []
@@ -212,15 +160,13 @@ class Tracing:
         self._vjp_tree: Any = None
 
     def run(self) -> Joint:
-        inputs = [*(leaf for leaf in self._leaves if is_dynamic(leaf)), *self._captured]
-        avals = [jax.typeof(value_of(leaf)) for leaf in inputs]
         before = set_inside(self._inside)
         try:
-            primal, _ = trace(self._primal, avals, Recorder())
-        finally:
-            set_inside(before)
-        try:
-            closed, _ = trace(functools.partial(self._forward, primal), avals, Recorder())
+            try:
+                primal, _ = trace(self._primal, self._avals, Recorder())
+            finally:
+                set_inside(before)
+            closed, _ = trace(functools.partial(self._forward, primal), self._avals, Recorder())
             return self._cut(closed, primal)
         finally:
             self._inside.close()
@@ -289,14 +235,20 @@ class Tracing:
         """Outputs; residuals; values that hooks on intermediates close over; and those that hooks on inputs do."""
         n = len(self._out_moving)
         end = len(primal.out_avals) - len(self._points)
+        hooked = set(_compat.open_jaxpr(primal)[0].outvars[end:])
+
+        def rule(eqn: Any, given: list[Any]) -> Any:
+            # What has no hooks is no place for one any more: to differentiate it takes long.
+            return given if is_tensor_point(eqn) and eqn.outvars[0] not in hooked else None
+
         if not self._diff:
-            return evaluate(primal, list(values))[:n]
+            return evaluate(primal, list(values), rule)[:n]
 
         def of_diff(*moving: Any) -> Any:
             filled = list(values)
             for i, value in zip(self._diff, moving, strict=True):
                 filled[i] = value
-            outs = evaluate(primal, filled)[:end]
+            outs = evaluate(primal, filled, rule)[:end]
             moves = [o for o, m in zip(outs, self._out_moving, strict=False) if m]
             return moves, (outs[:n], outs[n:])
 
@@ -315,6 +267,9 @@ class Tracing:
         end = len(jaxpr.outvars) - n_bound
         wanted = jaxpr.outvars[n:end]
         kept = {v: position.get(v) for v in wanted if not isinstance(v, jex_core.Literal)}
+        cts = [v.aval for v, moves in zip(jaxpr.outvars[:n], self._out_moving, strict=True) if moves]
+        if cts:
+            kept |= {v: position[v] for v in inputs_for_sizes(jaxpr, [*cts, *(v.aval for v in kept)])}
         order = sorted(kept, key=lambda v: (kept[v] is None, kept[v] or 0))
         residuals = tuple(kept[v] for v in order)
         computed = [v for v in order if kept[v] is None]
@@ -332,7 +287,6 @@ class Tracing:
         backward = None
         if any(self._out_moving):
             pull = self._pullback(wanted, {v: i for i, v in enumerate(order)})
-            cts = [v.aval for v, moves in zip(jaxpr.outvars[:n], self._out_moving, strict=True) if moves]
             backward = _backward_graph(pull, jaxpr, order, residuals, cts, f"{name}_backward")
         return Joint(
             forward=forward, backward=backward, residuals=residuals, out_tree=self._out_tree,

@@ -18,7 +18,7 @@ from jhop import _compat
 from jhop._contract import is_inexact
 from jhop._errors import JhopError
 from jhop._hook import HookList, tensor_point
-from jhop._node import OpNode, grad_enabled, inside
+from jhop._node import ARRAY, Edge, OpNode, grad_enabled, inside, mode
 from jhop._op import CACHE_SIZE, DYNAMIC, Op, carries, make_op
 from jhop._static import Static
 from jhop._tensor import Tensor
@@ -54,17 +54,19 @@ def lift(fn: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(fn)
     def lifted(*args: Any, **kwargs: Any) -> Any:
-        return apply(fn, args, kwargs)
+        found = _apply_flat(fn, args, False) if not kwargs else None
+        return _apply(fn, args, kwargs, False) if found is None else found
 
     return lifted
 
 
 def apply(fn: Callable[..., Any], args: Any, kwargs: Any, *, dynamic_ints: bool = False) -> Any:
     """Calls a lifted function. `dynamic_ints` passes Python ints as values, for operators."""
-    if not kwargs:
-        found = _apply_flat(fn, args, dynamic_ints)
-        if found is not None:
-            return found
+    found = _apply_flat(fn, args, dynamic_ints) if not kwargs else None
+    return _apply(fn, args, kwargs, dynamic_ints) if found is None else found
+
+
+def _apply(fn: Callable[..., Any], args: Any, kwargs: Any, dynamic_ints: bool) -> Any:
     leaves, tree = jax.tree.flatten((args, kwargs), is_leaf=_is_leaf)
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     if not tensors:
@@ -88,55 +90,59 @@ def apply(fn: Callable[..., Any], args: Any, kwargs: Any, *, dynamic_ints: bool 
             static.append(Static(leaf))
     op = _op_for(fn, tree, tuple(static), tuple(diff))
     out = op.forward(*dynamic)
-    return _wrap(fn, op, out, dynamic, [leaf for leaf in tensors if recording and leaf._requires_grad])
+    return _wrap(fn, op, out, dynamic, [leaf._edge("lift") for leaf in tensors if recording and leaf._requires_grad])
 
 
-_ARRAY = type(jnp.zeros(()))  # the class of concrete arrays
-_flat_cache: dict[Any, Op] = {}
+# By id of the function and kinds of arguments; it keeps the function, so that the id stays its own. To hash a function
+# may take long (`jnp.ufunc`).
+_flat_cache: dict[Any, tuple[Op, Any]] = {}
 
 
 def _apply_flat(fn: Any, args: tuple[Any, ...], dynamic_ints: bool) -> Any:
-    """`apply` for the common case, at a third of its cost: only Tensors, arrays and numbers. None: not that case."""
-    recording = grad_enabled()
-    if inside() is not None:
+    """`apply` for the common case, at a fraction of its cost: only Tensors, arrays and numbers. None: not that case."""
+    recording = mode.recording
+    if not recording or mode.inside is not None:
         return None
-    key: list[Any] = [fn]
+    key: list[Any] = [id(fn)]
     dynamic: list[Any] = []
-    sources: list[Tensor] = []
+    edges: list[Edge] = []
     has_number = False
     for arg in args:
         cls = type(arg)
         if cls is Tensor:
             if arg._trace is not None:
                 return None
-            moves = recording and arg._requires_grad
-            key.append(moves)
             dynamic.append(arg._value)
-            if moves:
-                sources.append(arg)
-        elif cls is float or cls is _ARRAY or (cls is int and dynamic_ints):
+            key.append(arg._requires_grad)
+            if arg._requires_grad:
+                node = arg._node
+                edges.append(Edge(node, arg._slot) if node is not None else arg._edge("lift"))
+        elif cls is float or cls is ARRAY or (cls is int and dynamic_ints):
             has_number |= cls is float
             key.append(cls)
             dynamic.append(arg)
         else:
             return None
-    if not sources:
+    if not edges:
         return None
-    try:
-        op = _flat_cache.get(tuple(key))
-    except TypeError:
-        return None
-    if op is None:
-        tree = jax.tree.structure((tuple(0 for _ in args), {}))
-        diff = tuple(i for i, moves in enumerate(key[1:]) if moves is True)
-        if len(_flat_cache) >= CACHE_SIZE:
-            _flat_cache.clear()
-        op = _flat_cache[tuple(key)] = make_op(fn, tree, (DYNAMIC,) * len(args), diff)
+    found = _flat_cache.get(tuple(key))
+    op = _flat_op(fn, tuple(key)) if found is None else found[0]
     value = op.forward(*dynamic)
-    if type(value) is not _ARRAY or not is_inexact(value.dtype):
-        return _wrap(fn, op, value, dynamic, sources)
-    edges = [source._edge("lift") for source in sources]
-    return Tensor(value, requires_grad=True, node=OpNode(edges, (value.aval,), op, dynamic, fn, has_number))
+    if type(value) is ARRAY:
+        aval = value.aval
+        if is_inexact(aval.dtype):
+            return Tensor(value, requires_grad=True, node=OpNode(edges, (aval,), op, dynamic, fn, has_number))
+    return _wrap(fn, op, value, dynamic, edges)
+
+
+def _flat_op(fn: Any, key: tuple[Any, ...]) -> Op:
+    """The `Op` of a key of `_flat_cache` that is not in there."""
+    tree = jax.tree.structure((tuple(0 for _ in key[1:]), {}))
+    op = _op_for(fn, tree, (DYNAMIC,) * (len(key) - 1), tuple(i for i, moves in enumerate(key[1:]) if moves is True))
+    if len(_flat_cache) >= CACHE_SIZE:
+        _flat_cache.clear()
+    _flat_cache[key] = op, fn
+    return op
 
 
 def _is_dynamic(leaf: Any) -> bool:
@@ -145,12 +151,11 @@ def _is_dynamic(leaf: Any) -> bool:
     return isinstance(leaf, _ARRAYS) or type(leaf) in (float, complex)
 
 
-def _wrap(fn: Any, op: Op, out: Any, dynamic: list[Any], sources: list[Tensor]) -> Any:
+def _wrap(fn: Any, op: Op, out: Any, dynamic: list[Any], edges: list[Edge]) -> Any:
     outs, out_tree = (([out], None) if isinstance(out, jax.Array) else jax.tree.flatten(out))
-    moving = [i for i, value in enumerate(outs) if carries(value)] if sources else []
+    moving = [i for i, value in enumerate(outs) if carries(value)] if edges else []
     results = [Tensor(value) if isinstance(value, jax.Array) else value for value in outs]
     if moving:
-        edges = [source._edge("lift") for source in sources]
         avals = [jax.typeof(outs[i]) for i in moving]
         has_number = any(type(value) is float for value in dynamic)
         node = OpNode(edges, avals, op, dynamic, fn, has_number)
@@ -216,14 +221,16 @@ _COMPARE = {
     "lt": jnp.less, "le": jnp.less_equal, "gt": jnp.greater, "ge": jnp.greater_equal, "eq": jnp.equal,
     "ne": jnp.not_equal,
 }  # fmt: skip
-_OPERANDS = (Tensor, jax.Array, np.ndarray, np.generic, int, float, complex, bool)
+_OPERANDS = (Tensor, jax.Array, np.ndarray, np.generic, int, float, complex, bool, _compat.DimExpr)
 
 
 def _binary(fn: Any, *, swapped: bool = False) -> Any:
     def method(self: Tensor, other: Any) -> Any:
-        if not isinstance(other, _OPERANDS):
-            return NotImplemented
-        return apply(fn, (other, self) if swapped else (self, other), {}, dynamic_ints=True)
+        args = (other, self) if swapped else (self, other)
+        found = _apply_flat(fn, args, True)
+        if found is not None:
+            return found
+        return _apply(fn, args, {}, True) if isinstance(other, _OPERANDS) else NotImplemented
 
     return method
 

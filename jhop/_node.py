@@ -19,8 +19,18 @@ from jhop._errors import JhopError
 from jhop._hook import HookList
 from jhop._kept import Kept, context, values_of
 
+ARRAY = type(jnp.zeros(()))  # the class of concrete arrays
 _sequence = itertools.count()
-_mode = threading.local()
+
+
+class _Mode(threading.local):
+    """What this thread is doing."""
+
+    recording = True  # whether operations on Tensors are recorded
+    inside: Any = None  # the compiled function that is being traced (`_joint.Inside`)
+
+
+mode = _Mode()
 
 
 class Edge(NamedTuple):
@@ -32,25 +42,23 @@ class Edge(NamedTuple):
 
 def grad_enabled() -> bool:
     """Whether operations on Tensors are recorded in this thread."""
-    return getattr(_mode, "grad_enabled", True)
+    return mode.recording
 
 
 def set_grad_enabled(enabled: bool) -> bool:
     """Turns recording on or off in this thread; returns what it was."""
-    before = grad_enabled()
-    _mode.grad_enabled = enabled
+    before, mode.recording = mode.recording, enabled
     return before
 
 
 def inside() -> Any:
     """The compiled function that is being traced in this thread (`_joint.Inside`), or None."""
-    return getattr(_mode, "inside", None)
+    return mode.inside
 
 
 def set_inside(trace: Any) -> Any:
     """Says which compiled function is being traced in this thread; returns what was said before."""
-    before = inside()
-    _mode.inside = trace
+    before, mode.inside = mode.inside, trace
     return before
 
 
@@ -226,7 +234,7 @@ class OpNode(Node):
     __slots__ = ("_fn", "_saved", "has_number", "op")
 
     def __init__(self, edges: Any, avals: Any, op: Any, saved: list[Any], fn: Any, has_number: bool):
-        super().__init__(edges, avals)
+        Node.__init__(self, edges, avals)
         self.op = op
         hooks = context.hooks
         self._saved: list[Any] | Kept | None = saved if hooks is None else Kept(hooks, saved)
@@ -277,6 +285,11 @@ class AccumulateGrad(Node):
     def __init__(self, leaf: Any, aval: Any):
         super().__init__((), (aval,))
         self.leaf = leaf
+
+    def saved(self) -> list[Any]:
+        """What it reads: the leaf and its present gradient."""
+        grad = self.leaf._grad
+        return [self.leaf._value] if grad is None else [self.leaf._value, getattr(grad, "value", grad)]
 
     def apply(self, cts: list[Any], saved: list[Any], wanted: Sequence[bool] | None = None) -> list[Any]:
         return []

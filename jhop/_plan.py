@@ -56,7 +56,7 @@ class Plan:
     @property
     def run(self) -> list[Node]:
         """The nodes that are run, and not only visited."""
-        return [node for node in self.order if node not in self.ends]
+        return [node for node in self.order if node not in self.ends] if self.ends else self.order
 
     def wants(self, edge: Edge) -> bool:
         """Whether a cotangent goes there."""
@@ -68,11 +68,12 @@ def _dependencies(roots: Iterable[Node]) -> dict[Node, int]:
     counts = dict.fromkeys(roots, 0)
     stack = list(counts)
     while stack:
-        for edge in stack.pop().edges:
-            if edge.node not in counts:
-                counts[edge.node] = 0
-                stack.append(edge.node)
-            counts[edge.node] += 1
+        for node, _ in stack.pop().edges:
+            if node in counts:
+                counts[node] += 1
+            else:
+                counts[node] = 1
+                stack.append(node)
     return counts
 
 
@@ -90,32 +91,29 @@ def execution_order(roots: list[Node], *, stack: bool = False, gates: Gates | No
     turn = itertools.count()
     order: list[Node] = []
 
-    def push(node: Node) -> None:
-        if stack:
-            ready.append((0, 0, node))
-        else:
-            is_leaf = isinstance(node, AccumulateGrad)
-            heapq.heappush(ready, (0, next(turn), node) if is_leaf else (1, -node.sequence, node))
+    def push_by_age(node: Node) -> None:
+        is_leaf = isinstance(node, AccumulateGrad)
+        heapq.heappush(ready, (0, next(turn), node) if is_leaf else (1, -node.sequence, node))
 
     def held_or_pushed(node: Node) -> None:
         for free in gates.arrived(node) if gates is not None else ():
             push(free)
 
+    push = ready.append if stack else push_by_age
     arrived = push if gates is None else held_or_pushed
-
     for node in dict.fromkeys(roots):
         if counts[node] == 0:
             arrived(node)
     while True:
         while ready:
-            node = (ready.pop() if stack else heapq.heappop(ready))[2]
+            node = ready.pop() if stack else heapq.heappop(ready)[2]
             order.append(node)
             if gates is not None:
                 gates.before(node)
-            for edge in node.edges:
-                counts[edge.node] -= 1
-                if counts[edge.node] == 0:
-                    arrived(edge.node)
+            for child, _ in node.edges:
+                left = counts[child] = counts[child] - 1
+                if left == 0:
+                    arrived(child)
         for node in gates.loosen() if gates is not None else ():
             push(node)
         if not ready:

@@ -33,13 +33,14 @@ class Program:
         transform: of the device's function.
         wait: whether numbers that depend on what happened on the device are computed after it, exactly. Otherwise they
             stay there, as scalar arrays: where the whole is traced, there is nothing to wait for.
+        only_read: whether the device's function takes only those inputs that it reads: each costs something per call.
 
     Attributes:
         consts: arrays that the graph closes over; they are the first inputs of the device's function.
         device: `transform` of the function of arrays; where hooks run on the host, of each piece between them.
     """
 
-    def __init__(self, gm: GraphModule, transform: Callable[..., Any], *, wait: bool = True):
+    def __init__(self, gm: GraphModule, transform: Callable[..., Any], *, wait: bool = True, only_read: bool = False):
         jaxpr, self.consts = _compat.open_jaxpr(gm.jaxpr)
         self._gm = gm
         numbers = [v for v, given in zip(jaxpr.invars, gm.inputs, strict=True) if given.number is not None]
@@ -76,8 +77,12 @@ class Program:
         host_outs = [v for v, place in zip(jaxpr.outvars, self._places, strict=True) if place == "host"]
         self._host = _host_code(numbers, host_eqns, [host_outs, kept], feeds)
         self._late = _host_code([*kept, *waits], late_eqns, [late_outs], None) if late_eqns else None
-        arrays = [v for v in jaxpr.invars if v not in host]
         self._is_number = [v in host for v in jaxpr.invars]
+        self._symbolic = bool(gm.shapes) and bool(symbols_in([v.aval for v in jaxpr.invars]))
+        all_read = not only_read or self._symbolic  # sizes are those of all inputs
+        self._taken = [v not in host and (all_read or v in read) for v in jaxpr.invars]
+        self._takes_all = all(self._taken)
+        arrays = [v for v, taken in zip(jaxpr.invars, self._taken, strict=True) if taken]
         device = jaxpr.replace(
             constvars=[],
             invars=[*jaxpr.constvars, *arrays, *feeds],
@@ -91,7 +96,7 @@ class Program:
             self.device = transform(self._make_device(device))
 
     def _make_device(self, device: Any) -> Callable[..., list[Any]]:
-        symbolic = bool(self._gm.shapes) and bool(symbols_in([v.aval for v in device.invars]))
+        symbolic = self._symbolic and bool(symbols_in([v.aval for v in device.invars]))
 
         def run(*flat: Any) -> list[Any]:
             rule = None
@@ -104,7 +109,7 @@ class Program:
         return run
 
     def __call__(self, *args: Any) -> list[Any]:
-        if self._late is None and not any(self._is_number):
+        if self._takes_all and self._late is None:
             return self.device(*self.consts, *args)
         numbers, arrays = self.split(args)
         return self.join(numbers, self.device(*self.consts, *arrays))
@@ -120,8 +125,8 @@ class Program:
         """
         sides = self._sides.get(start)
         if sides is None:
-            rest = list(enumerate(self._is_number[start:]))
-            sides = self._sides[start] = [i for i, number in rest if number], [i for i, number in rest if not number]
+            numbers, arrays = (_places(marks[start:]) for marks in (self._is_number, self._taken))
+            sides = self._sides[start] = numbers, arrays
         numbers, arrays = sides
         outs, kept, feeds = self._host(*[values[i] for i in numbers])
         return (outs, kept), [values[i] for i in arrays] + feeds
@@ -139,6 +144,10 @@ class Program:
             outs = outs[:count]
         every = (*outs, *outs_of_host, *late)
         return [every[i - start] for i in self._order[start:]]
+
+
+def _places(marks: list[bool]) -> list[int]:
+    return [i for i, marked in enumerate(marks) if marked]
 
 
 def _order(places: list[str]) -> list[int]:

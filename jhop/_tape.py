@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
+import types
 from typing import Any
 
 import jax
@@ -11,101 +13,182 @@ import jax
 from jhop import _compat, _engine, _plan
 from jhop._capture import Backward, Recorder, trace
 from jhop._capture_pass import CapturePass, PostAccumulate
-from jhop._contract import WeakIdentity, identity_key
+from jhop._compiled import CompiledNode
 from jhop._errors import JhopError
-from jhop._forward import CompiledNode
+from jhop._gates import LIVE
 from jhop._graph import GraphModule, Input, hooks_in
 from jhop._interp import inner_jaxprs
-from jhop._node import AccumulateGrad, Node, OpNode
+from jhop._node import ARRAY, AccumulateGrad, Node, OpNode
 from jhop._schedule import schedule
+from jhop._standins import StandIn, replaceable
 from jhop._trace_wrapped import trace_wrapped_p
 
 
 @dataclasses.dataclass(frozen=True)
 class Outputs:
-    """What a captured graph returns.
+    """What a captured graph takes and returns.
 
     Attributes:
-        written: which of `Tape.owners` get a gradient, in the order of the outputs.
+        inputs: which of `Sight.inputs` it takes.
+        written: which of `Sight.owners` get a gradient, in the order of the outputs.
         returned: which of the gradients that are asked for come after these.
         last: for each of `written`, the last hook after the accumulation, which may have freed the gradient, or None.
     """
 
+    inputs: tuple[int, ...]
     written: tuple[int, ...]
     returned: tuple[int, ...]
     last: tuple[PostAccumulate | None, ...]
 
 
-class Tape:
-    """A tape, and what a capture of it takes as inputs.
+class Sight:
+    """A tape as far as it has to be looked at to know whether it was captured before.
 
     Attributes:
-        plan: the nodes, as compiled autograd collects them.
+        nodes: those that it reaches, or those of its plan, if it had to be made.
         inputs: arrays: incoming gradients, what nodes saved, leaves and their present gradients, each array once.
-        owners: Tensors that may get a gradient: leaves, then those that retain theirs.
+        owners: Tensors that may get a gradient.
+        key: equal for tapes whose captures are the same graph, as long as all that it names by id is there:
+        hooks: that are hooks, or the code of some, and
+        given: leaves that a hook is given itself.
+        named: the hooks of its values and nodes, in order.
+        functions: those that it names by their code alone: a capture has stand-ins for them.
     """
 
     def __init__(self, request: _plan.Request):
         self.seeds = request.seeds
-        self.plan = _plan.plan(request, stack=True)
         self.wanted = request.inputs or ()
+        self._request = request
+        # To find the order in which nodes run takes as long as all the rest, and is a matter of what is in the key.
+        self._grows = request.inputs is None and not LIVE
+        self.nodes = list(dict.fromkeys([edge.node for edge, _ in self.seeds])) if self._grows else self.plan.order
+        self.number = {node: i for i, node in enumerate(self.nodes)}
         self.inputs: list[Any] = []
+        self._avals: list[Any] = []
         self._index: dict[int, int] = {}
-        self.seed_index = [self._input(ct) for _, ct in self.seeds]
-        self.saved: dict[Node, list[int]] = {}
-        for node in self.plan.order:
-            arrays: list[Any] = []
-            if node in self.plan.ends:
-                pass  # it is not run
-            elif isinstance(node, AccumulateGrad):
-                grad = node.leaf._grad
-                arrays = [node.leaf._value] + ([] if grad is None else [getattr(grad, "value", grad)])
-            else:
-                arrays = node.saved()
-            self.saved[node] = [self._input(array) for array in arrays]
-        self.leaves = [node for node in self.plan.run if isinstance(node, AccumulateGrad)]
-        self._retained = [(node, slot, tensor) for node in self.plan.order for slot, tensor in node.retained()]
-        self.owners = [*(node.leaf for node in self.leaves), *(tensor for _, _, tensor in self._retained)]
-        for _, _, tensor in self._retained:
-            if tensor._grad is not None:
-                self._input(getattr(tensor._grad, "value", tensor._grad))
-        self.number = {node: i for i, node in enumerate(self.plan.order)}
+        self.hooks: list[Any] = []
+        self.given: list[Any] = []
+        self.named: list[Any] = []
+        self.functions: list[types.FunctionType] = []
+        self._places: dict[int, int] = {}  # in `functions`, by id
+        self.owners: list[Any] = []
+        self._saved: list[list[Any]] = []
+        seed_index = tuple([self._input(ct) for _, ct in self.seeds])
+        self.key = (seed_index, *self._structure(), *self._rest(), Types(self._avals))
+
+    @functools.cached_property
+    def plan(self) -> _plan.Plan:
+        """The nodes as compiled autograd collects them."""
+        return _plan.plan(self._request, stack=True)
+
+    @property
+    def run(self) -> list[Node]:
+        """The nodes that are run."""
+        return self.nodes if self._grows else self.plan.run
 
     def place_of(self, array: Any) -> int:
-        """Which input an array is."""
+        """Which of `inputs` an array is."""
         return self._index[id(array)]
 
-    def _input(self, array: Any) -> int:
-        found = self._index.get(id(array))
-        if found is None:
-            found = self._index[id(array)] = len(self.inputs)
-            self.inputs.append(array)
-        return found
+    def saved_of(self, node: Node) -> list[Any]:
+        """What a node reads, unpacked."""
+        return self._saved[self.number[node]]
 
-    def key(self) -> tuple[Any, ...]:
-        """Equal for tapes whose captures are the same graph."""
-        number, plan = self.number, self.plan
-        nodes = tuple(
-            (
-                _kind(node),
-                tuple((number.get(edge.node), edge.slot, edge in plan.idle) for edge in node.edges),
-                tuple(self.saved[node]),
-                tuple(tuple(map(identity_key, hooks.snapshot())) if hooks else None for hooks in _hook_lists(node)),
-                tuple(slot for slot, _ in node.retained()),
-                tuple(plan.captures.get(node, ())),
-            )
-            for node in plan.order
-        )
+    def _input(self, array: Any) -> int:
+        place = self._index.setdefault(id(array), len(self.inputs))
+        if place == len(self.inputs):
+            self.inputs.append(array)
+            self._avals.append(array.aval if type(array) is ARRAY else _aval_key(array))
+        return place
+
+    def _structure(self) -> tuple[Any, ...]:
+        """The part of the key that is found node by node, with few calls for each of them: it is made at each pass."""
+        nodes, number, grows = self.nodes, self.number, self._grows
+        number_of, place_of, ends = number.get, self._index.get, () if grows else self.plan.ends
+        flat: list[Any] = []
+        more: list[Any] = []
+        write, keep = flat.append, self._saved.append
+        inputs, avals, index = self.inputs, self._avals, self._index
+        for node in nodes:  # it may become longer
+            plain = type(node) is OpNode
+            saved = [] if ends and node in ends else node.saved()
+            keep(saved)
+            write(node.op if type(node) is OpNode else _kind(node))
+            write(len(saved))
+            for child, slot in node.edges:
+                at = number_of(child)
+                if at is None and grows:
+                    at = number[child] = len(nodes)
+                    nodes.append(child)
+                write(at)
+                write(slot)
+            for array in saved:
+                place = place_of(id(array))
+                if place is None:
+                    place = index[id(array)] = len(inputs)
+                    inputs.append(array)
+                    avals.append(array.aval if type(array) is ARRAY else _aval_key(array))
+                write(place)
+            if not plain or node.hooks or node.retain or node.pre_hooks or node.post_hooks:
+                more.append(self._hooks(node))
+        return tuple(flat), tuple(more)
+
+    def _hooks(self, node: Node) -> Any:
+        """What is to be known of a node with hooks, or of one that writes gradients."""
+        hooks: list[Any] = [node.pre_hooks, node.post_hooks, *node.hooks]
+        slots = []
+        owner = None
+        if isinstance(node, AccumulateGrad):
+            leaf = node.leaf
+            hooks += [leaf._hooks, leaf._post_hooks]
+            if self._grows or node not in self.plan.ends:
+                self.owners.append(leaf)
+                if leaf._post_hooks:
+                    owner = id(leaf)
+                    self.given.append(leaf)
+        for slot, tensor in node.retained():
+            grad = tensor._grad
+            slots.append((slot, None if grad is None else self._input(getattr(grad, "value", grad))))
+            self.owners.append(tensor)
+        names = tuple([tuple([self._name_of(fn) for fn in found.snapshot()]) if found else None for found in hooks])
+        return self.number[node], owner, names, tuple(slots)
+
+    def name(self, hook: Any) -> Any:
+        """What a hook is called in the key."""
+        if hasattr(hook, "__self__") and hasattr(hook, "__func__"):  # each access to a method makes another object
+            return self.name(hook.__self__), self.name(hook.__func__)
+        self.hooks.append(hook)
+        return id(hook)
+
+    def _name_of(self, hook: Any) -> Any:
+        """As `name`, for hooks of which other functions of the same code may take the place."""
+        self.named.append(hook)
+        if not replaceable(hook):
+            return self.name(hook)
+        self.hooks += [hook.__code__, hook.__globals__]
+        place = self._places.setdefault(id(hook), len(self.functions))
+        if place == len(self.functions):
+            self.functions.append(hook)
+        return id(hook.__code__), id(hook.__globals__), len(hook.__defaults__ or ()), place
+
+    def place_of_function(self, hook: Any) -> int | None:
+        """Which of `functions` a hook is."""
+        return self._places.get(id(hook))
+
+    def _rest(self) -> tuple[Any, ...]:
+        """The rest of the key: where the pass starts, and what is not done of what it reaches."""
+        number = self.number
+        seeds = tuple([(number.get(edge.node), edge.slot) for edge, _ in self.seeds])
+        if self._grows:
+            return (seeds,)
+        plan = self.plan
         stops = tuple(
             (number[node], tuple(self._stop_key(stop) for stop in plan.stops[node]))
             for node in plan.order if node in plan.stops
         )  # fmt: skip
-        retained = tuple(tensor._grad is None for _, _, tensor in self._retained)
-        seeds = tuple((number.get(edge.node), edge.slot, edge in plan.idle) for edge, _ in self.seeds)
-        # A hook on a parameter is given the parameter itself.
-        owners = tuple(WeakIdentity(node.leaf) if node.leaf._post_hooks else None for node in self.leaves)
-        given = tuple(_aval_key(value) for value in self.inputs)
-        return nodes, stops, retained, owners, tuple(self.seed_index), seeds, given
+        idle = frozenset([(number.get(edge.node), edge.slot) for edge in plan.idle])
+        taken = tuple([(number[node], tuple(at)) for node, at in plan.captures.items() if node in number])
+        return seeds, stops, idle, taken, frozenset([number[node] for node in plan.ends])
 
     def _stop_key(self, stop: Any) -> tuple[Any, ...]:
         members = tuple(
@@ -113,34 +196,7 @@ class Tape:
             for i, edge in stop.members
         )
         group = stop.group
-        return identity_key(group.fn), group.first, len(group.places), stop.fires, stop.replaces, members
-
-    def capture(self) -> tuple[GraphModule, Outputs]:
-        """The whole pass as a graph with opaque hooks."""
-        recorder = Recorder()
-        captured = CapturePass(self, recorder)
-
-        def run(*flat: Any) -> list[Any]:
-            return captured.trace(list(flat))
-
-        closed, info = trace(run, [jax.typeof(value) for value in self.inputs], recorder)
-        closed, order = schedule(closed)
-        hooks = _hook_index(closed, order, captured)
-        backward = Backward(
-            shapes=tuple(jax.numpy.shape(value) for value in self.inputs),
-            sizes=tuple(captured.sizes),
-            checked=tuple(captured.checked),
-            hook_index=tuple(hooks),
-            grads=tuple(self.saved[self.leaves[i]][0] for i in captured.written if i < len(self.leaves)),
-            number_inputs=any(getattr(node, "has_number", False) for node in self.plan.run),
-        )
-        inputs = tuple(Input(name=f"input_{i}", source=f"L['inputs'][{i}]") for i in range(len(self.inputs)))
-        gm = GraphModule(
-            jaxpr=closed, inputs=inputs, info=info(), name="CompiledAutograd0", made_by="compiled_autograd",
-            backward=backward,
-        )  # fmt: skip
-        last = tuple(captured.last.get(id(self.owners[i])) for i in captured.written)
-        return gm, Outputs(tuple(captured.written), tuple(captured.returned), last)
+        return self.name(group.fn), group.first, len(group.places), stop.fires, stop.replaces, members
 
     def assign(self, grads: list[Any], outputs: Outputs) -> list[Any]:
         """Writes the new gradients, once all of them are known to be right; returns those that are asked for."""
@@ -159,10 +215,90 @@ class Tape:
                 )
         for tensor, grad, hook in zip(owners, grads, outputs.last, strict=False):
             tensor._grad = None if hook is not None and hook.freed else grad
-        results = [None] * self.plan.n_results
+        results = self.no_results()
         for place, grad in zip(outputs.returned, grads[len(owners) :], strict=True):
             results[place] = grad
         return results
+
+    def no_results(self) -> list[Any]:
+        """None for each of the gradients that are to be returned."""
+        return [None] * (len(self.wanted) if self._request.returned else 0)
+
+
+class Tape:
+    """A tape that is to be captured, in the order in which it runs.
+
+    Attributes:
+        plan, inputs: as for `Sight`.
+        owners: Tensors that may get a gradient: leaves, then those that retain theirs.
+        stand_ins: what is in the capture in place of `Sight.functions`.
+    """
+
+    def __init__(self, sight: Sight):
+        self._sight = sight
+        self.stand_ins = [StandIn(fn) for fn in sight.functions]
+        self.seeds, self.plan, self.saved_of = sight.seeds, sight.plan, sight.saved_of
+        self.inputs: list[Any] = []
+        self._index: dict[int, int] = {}
+        self.number = {node: i for i, node in enumerate(self.plan.order)}
+        self.seed_index = [self._input(ct) for _, ct in self.seeds]
+        for node in self.plan.order:
+            for array in self.saved_of(node):
+                self._input(array)
+        self._leaves = [node.leaf for node in self.plan.run if isinstance(node, AccumulateGrad)]
+        retained = [tensor for node in self.plan.order for _, tensor in node.retained()]
+        for tensor in retained:
+            if tensor._grad is not None:
+                self._input(getattr(tensor._grad, "value", tensor._grad))
+        self.owners = [*self._leaves, *retained]
+
+    def place_of(self, array: Any) -> int:
+        """Which input an array is."""
+        return self._index[id(array)]
+
+    def _input(self, array: Any) -> int:
+        place = self._index.setdefault(id(array), len(self.inputs))
+        if place == len(self.inputs):
+            self.inputs.append(array)
+        return place
+
+    def stand_in(self, hook: Any) -> Any:
+        """What a capture has in place of a hook."""
+        place = self._sight.place_of_function(hook)
+        return hook if place is None else self.stand_ins[place].fn
+
+    def capture(self) -> tuple[GraphModule, Outputs]:
+        """The whole pass as a graph with opaque hooks."""
+        recorder = Recorder()
+        captured = CapturePass(self, recorder)
+
+        def run(*flat: Any) -> list[Any]:
+            return captured.trace(list(flat))
+
+        closed, info = trace(run, [jax.typeof(value) for value in self.inputs], recorder)
+        closed, order = schedule(closed)
+        hooks = _hook_index(closed, order, captured)
+        backward = Backward(
+            shapes=tuple(jax.numpy.shape(value) for value in self.inputs),
+            sizes=tuple(captured.sizes),
+            checked=tuple(captured.checked),
+            hook_index=tuple(hooks),
+            grads=tuple(self.place_of(self._leaves[i]._value) for i in captured.written if i < len(self._leaves)),
+            number_inputs=any(getattr(node, "has_number", False) for node in self.plan.run),
+        )
+        inputs = tuple(Input(name=f"input_{i}", source=f"L['inputs'][{i}]") for i in range(len(self.inputs)))
+        gm = GraphModule(
+            jaxpr=closed, inputs=inputs, info=info(), name="CompiledAutograd0", made_by="compiled_autograd",
+            backward=backward,
+        )  # fmt: skip
+        place = {id(tensor): i for i, tensor in enumerate(self._sight.owners)}
+        outputs = Outputs(
+            inputs=tuple(map(self._sight.place_of, self.inputs)),
+            written=tuple(place[id(self.owners[i])] for i in captured.written),
+            returned=tuple(captured.returned),
+            last=tuple(captured.last.get(id(self.owners[i])) for i in captured.written),
+        )
+        return gm, outputs
 
 
 def _hook_index(closed: Any, order: list[int], captured: CapturePass) -> list[int]:
@@ -183,16 +319,24 @@ def _kind(node: Node) -> Any:
     if isinstance(node, CompiledNode):
         return ("compiled", node.compiled, node.passes)
     if isinstance(node, OpNode):
-        return ("op", node.op)
+        return node.op
     if isinstance(node, AccumulateGrad):
         return ("accumulate", node.leaf._grad is None)
     return ("node", node)
 
 
-def _hook_lists(node: Node) -> list[Any]:
-    own = [node.leaf._hooks, node.leaf._post_hooks] if isinstance(node, AccumulateGrad) else node.hooks
-    return [node.pre_hooks, node.post_hooks, *own]
-
-
 def _aval_key(value: Any) -> Any:
-    return (value.shape, value.dtype) if hasattr(value, "dtype") else type(value)
+    # Python numbers and arrays of them have equal avals.
+    return jax.typeof(value) if hasattr(value, "dtype") else type(value)
+
+
+class Types(tuple[Any, ...]):
+    """The avals of a tape's inputs, hashed by their shapes: to hash an aval takes long.
+
+    To compare them does not: what one compiled operation returns at each call has one aval, and the same one.
+    """
+
+    __slots__ = ()
+
+    def __hash__(self) -> int:
+        return hash(tuple([getattr(aval, "shape", aval) for aval in self]))

@@ -80,22 +80,6 @@ class Tensor(Values):
         self._value = jnp.asarray(array)
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        return self._value.shape
-
-    @property
-    def dtype(self) -> Any:
-        return self._value.dtype
-
-    @property
-    def ndim(self) -> int:
-        return self._value.ndim
-
-    @property
-    def size(self) -> int:
-        return self._value.size
-
-    @property
     def requires_grad(self) -> bool:
         return self._requires_grad
 
@@ -277,7 +261,9 @@ class Tensor(Values):
             return jnp.ones(self.shape, self.dtype)
         array = self._array_of(gradient, "backward: expected the gradient as an array or a Tensor")
         self._check_like(array, "backward(gradient)")
-        return gradient if create_graph and isinstance(gradient, Tensor) else jnp.asarray(array)
+        if create_graph and isinstance(gradient, Tensor):
+            return gradient
+        return array if isinstance(array, jax.Array) else jnp.asarray(array)
 
     def _edge(self, where: str) -> Edge:
         """Where this Tensor's cotangent goes."""

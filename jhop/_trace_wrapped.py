@@ -68,6 +68,11 @@ def inlining(run: Callable[[Callable[..., list[Any]], Sequence[Any]], list[Any]]
         _mode.run = before
 
 
+def calls_at_once() -> bool:
+    """Whether `trace_wrapped` just calls a hook of concrete values in this thread now."""
+    return getattr(_mode, "run", None) is None and _compat.staging() is None
+
+
 def trace_wrapped(*args: Any, fn: Callable[..., Any], kind: str = "hook", **kwargs: Any) -> Any:
     """Calls `fn(*args, **kwargs)`, as one opaque equation while JAX is tracing.
 

@@ -1,4 +1,4 @@
-"""What leaves the tape: a Tensor as NumPy array, Python number or list; and what may have a gradient."""
+"""What leaves the tape: a Tensor's type, and itself as NumPy array, Python number or list; what may have a gradient."""
 
 from __future__ import annotations
 
@@ -18,6 +18,22 @@ class Values:
 
     _value: Any
     _requires_grad: bool
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._value.shape
+
+    @property
+    def dtype(self) -> Any:
+        return self._value.dtype
+
+    @property
+    def ndim(self) -> int:
+        return self._value.ndim
+
+    @property
+    def size(self) -> int:
+        return self._value.size
 
     def _plain(self, what: str) -> Any:
         if self._requires_grad:

@@ -63,7 +63,7 @@ def xla(gm: GraphModule, example_inputs: list[Any]) -> Callable[..., list[Any]]:
 
 def xla_program(gm: GraphModule) -> Callable[..., list[Any]]:
     """What `xla` returns, for stages that took their id themselves."""
-    return Program(gm, jax.jit)
+    return Program(gm, jax.jit, only_read=True)
 
 
 NAMED: dict[str, Backend] = {"eager": eager, "aot_eager": aot_eager, "xla": xla, "inductor": xla}

@@ -5,36 +5,111 @@ gives a `GraphModule` whose inputs are the incoming gradient and everything that
 and whose outputs are the new gradients. `compiler_fn` makes a callable of it. Gradients are assigned after it returned,
 so either all of them are, or none. A pass with `create_graph=True` runs node by node, as its nodes are what a later
 pass differentiates; that later pass is captured. One with `is_grads_batched=True` runs node by node, too.
+
+Without a function of the user's there is nobody to show the graph to, so a structure of the tape that was never seen
+runs node by node, and is captured when it is seen again: what runs once is not worth a compile. Nothing that the engine
+runs is refused later: a structure that cannot be captured goes on node by node, and a warning says so.
 """
 
 from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
+import functools
+import itertools
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from jhop import _engine, _plan
+from jhop import _engine, _plan, backends
+from jhop._compile import CompiledGraph
 from jhop._errors import JhopError
 from jhop._graph import GraphModule
+from jhop._logs import logs_recompiles, recompiling, settled
+from jhop._misses import Summary, reason
 from jhop._node import set_grad_enabled
-from jhop._tape import Outputs, Tape
+from jhop._source import warn
+from jhop._standins import StandIn, standing_in
+from jhop._tape import Outputs, Sight, Tape
 
-# Captures by structure of the tape, the least recently used first. It holds hooks, so it must not grow for ever.
-_cache: collections.OrderedDict[Any, tuple[Callable[..., Any], Outputs]] = collections.OrderedDict()
 _CACHE_SIZE = 128
-_lock = threading.Lock()
+_COMPARED = 8  # captures with which a new one is compared
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    """What is known of a structure of the tape.
+
+    Attributes:
+        captured: the captured pass, on flat inputs, and what it returns; None where passes run node by node.
+        held: hooks of a captured pass: they stay alive, so that the ids in its key stay theirs.
+        alive: weak references to everything else that the key names by its id.
+        summary: what the tape was like, if it was captured.
+        stand_ins: what is in the capture in place of `Tape.functions`.
+    """
+
+    captured: tuple[Callable[[list[Any]], list[Any]], Outputs] | None
+    held: tuple[Any, ...]
+    alive: tuple[Any, ...]
+    summary: Summary | None = None
+    stand_ins: tuple[StandIn, ...] = ()
+
+    def fits(self) -> bool:
+        """Whether all ids in the key are still those of the same objects."""
+        return all([ref() is not None for ref in self.alive])
+
+
+class _Cache:
+    """Entries by key, the least recently used first. It holds hooks, so it must not grow for ever."""
+
+    def __init__(self) -> None:
+        self._entries: collections.OrderedDict[Any, _Entry] = collections.OrderedDict()
+        self._lock = threading.Lock()
+
+    def find(self, key: Any) -> _Entry | None:
+        with self._lock:
+            found = self._entries.get(key)
+            if found is None or not found.fits():
+                return None
+            self._entries.move_to_end(key)
+            return found
+
+    def add(self, key: Any, entry: _Entry) -> _Entry:
+        with self._lock:
+            self._entries.pop(key, None)
+            self._entries[key] = entry
+            while len(self._entries) > _CACHE_SIZE:
+                self._entries.popitem(last=False)
+        return entry
+
+    def summaries(self) -> list[Summary]:
+        """Of what was captured last, the latest last."""
+        with self._lock:
+            entries = list(itertools.islice(reversed(self._entries.values()), _COMPARED))
+        return [entry.summary for entry in reversed(entries) if entry.summary is not None]
+
+    def clear(self) -> None:
+        with self._lock:
+            self._entries.clear()
+
+
+_captured, _seen = _Cache(), _Cache()  # hooks that are new at each pass fill the second one only
 
 
 @contextlib.contextmanager
-def enable(compiler_fn: Callable[[GraphModule], Callable[..., Any]]) -> Iterator[None]:
+def enable(compiler_fn: Callable[[GraphModule], Callable[..., Any]] | None = None) -> Iterator[None]:
     """Inside the block, this thread's `backward()` captures the pass and runs what `compiler_fn` makes of it.
 
     Args:
         compiler_fn: `compiler_fn(gm) -> callable` on the graph's flat inputs, for instance
             `lambda gm: jhop.compile(gm, fullgraph=True)`. It is called once per structure of the tape: the result is
-            used again for tapes of the same operations, shapes and hooks.
+            used again for tapes of the same operations, shapes and hooks; functions of the same code that write to no
+            variable outside and close over plain values count as the same hook. By default, the first pass of a
+            structure runs node by node, as it does outside of the block, and from the second on it is compiled, as by
+            `jhop.compile(gm)`. Hooks that cannot be traced run on the host then; where that will not do either, the
+            structure goes on node by node. A warning says so.
 
     Raises:
         JhopError: `compiler_fn` is not callable.
@@ -50,9 +125,9 @@ def enable(compiler_fn: Callable[[GraphModule], Callable[..., Any]]) -> Iterator
 
     The counterpart in PyTorch is `torch._dynamo.compiled_autograd._enable`.
     """
-    if not callable(compiler_fn):
+    if compiler_fn is not None and not callable(compiler_fn):
         raise JhopError(
-            f"compiled_autograd.enable: expected a function from a GraphModule to a callable, got "
+            "compiled_autograd.enable: expected a function from a GraphModule to a callable, or None, got "
             f"{type(compiler_fn).__name__}."
         )
 
@@ -65,41 +140,121 @@ def enable(compiler_fn: Callable[[GraphModule], Callable[..., Any]]) -> Iterator
 
     before = _engine.capture_with(runner)
     try:
-        yield
+        with settled():
+            yield
     finally:
         _engine.capture_with(before)
 
 
 def _run(compiler_fn: Any, request: _plan.Request) -> list[Any]:
-    tape = Tape(request)
-    if not tape.plan.order:
-        return [None] * tape.plan.n_results
-    key = (compiler_fn, *tape.key())
-    with _lock:
-        found = _cache.get(key)
-        if found is not None:
-            _cache.move_to_end(key)
+    tape = Sight(request)
+    if not tape.nodes:
+        return tape.no_results()
+    key = (None if compiler_fn is None else tape.name(compiler_fn), *tape.key)
+    found = _captured.find(key)
     if found is None:
-        gm, outputs = tape.capture()
+        if compiler_fn is None and _seen.find(key) is None:
+            results = _engine.by_node(request, tape.saved_of)
+            _seen.add(key, _entry_of(tape, None))
+            return results
+        summary = Summary.of(tape, compiler_fn)
+        if logs_recompiles() and (before := _captured.summaries()):
+            recompiling("the backward pass", None, reason(summary, before))
+        try:
+            found = _captured.add(key, _capture(compiler_fn, tape, summary))
+        except _NotCaptured as refused:
+            return _refused(refused, key, tape, request)
+    if found.captured is None:
+        return _engine.by_node(request, tape.saved_of)
+    run, outputs = found.captured
+    try:
+        with standing_in(found.stand_ins, tape.functions) if found.stand_ins else contextlib.nullcontext():
+            results = run([tape.inputs[i] for i in outputs.inputs])
+    except _NotCaptured as refused:
+        return _refused(refused, key, tape, request)
+    results = tape.assign(results, outputs)
+    if not request.keep_graph:
+        for node in tape.run:
+            node.release()
+    return results
+
+
+def _capture(compiler_fn: Any, tape: Sight, summary: Summary) -> _Entry:
+    """Captures a pass; it is compiled when it runs.
+
+    Raises:
+        _NotCaptured: it cannot be captured, and there is no function of the user's that it is captured for.
+    """
+    run: Callable[[list[Any]], list[Any]]
+    if compiler_fn is None:
+        try:
+            given = Tape(tape)
+            gm, outputs = given.capture()
+        except Exception as error:
+            raise _NotCaptured(error) from error
+        run = functools.partial(_Whole(gm).run, same_types=True)
+    else:
+        given = Tape(tape)
+        gm, outputs = given.capture()
         compiled = compiler_fn(gm)
         if not callable(compiled):
             raise JhopError(
                 "compiled_autograd: compiler_fn must return a callable for the graph it was given, got "
                 f"{type(compiled).__name__}."
             )
-        with _lock:
-            found = _cache[key] = compiled, outputs
-            while len(_cache) > _CACHE_SIZE:
-                _cache.popitem(last=False)
-    compiled, outputs = found
-    results = tape.assign(list(compiled(*tape.inputs)), outputs)
-    if not request.keep_graph:
-        for node in tape.plan.run:
-            node.release()
+        if isinstance(compiled, CompiledGraph) and compiled.gm is gm and compiled.of_one_kind():
+            run = functools.partial(compiled.run, same_types=True)
+        else:
+            run = lambda flat: list(compiled(*flat))  # noqa: E731
+    entry = _entry_of(tape, (run, outputs))
+    filled = any(stand_in.has_values for stand_in in given.stand_ins)
+    return dataclasses.replace(entry, summary=summary, stand_ins=tuple(given.stand_ins) if filled else ())
+
+
+def _entry_of(tape: Sight, captured: Any) -> _Entry:
+    """An entry for the key of a tape; of one that is not captured, it keeps nothing alive that it need not."""
+    alive, held = [weakref.ref(leaf) for leaf in tape.given], tape.hooks
+    if captured is None:
+        held = [hook for hook in tape.hooks if not _has_weak_references(hook)]
+        alive += [weakref.ref(hook) for hook in tape.hooks if _has_weak_references(hook)]
+    return _Entry(captured, tuple(held), tuple(alive))
+
+
+def _has_weak_references(obj: Any) -> bool:
+    return type(obj).__weakrefoffset__ != 0
+
+
+class _NotCaptured(Exception):
+    """A pass that was to be captured without anybody having asked for it cannot be."""
+
+
+class _Whole(CompiledGraph):
+    """A captured pass that nobody asked for: what keeps it from being traced is no error."""
+
+    def __init__(self, gm: GraphModule):
+        super().__init__(gm, backend=backends.xla, fullgraph=False, dynamic=False, where="compiled_autograd")
+
+    def _add(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super()._add(*args, **kwargs)
+        except Warning:  # which the user wants to have as errors
+            raise
+        except Exception as error:
+            raise _NotCaptured(error) from error
+
+
+def _refused(refused: _NotCaptured, key: Any, tape: Sight, request: _plan.Request) -> list[Any]:
+    """Runs a pass that cannot be captured node by node. What is wrong in itself is an error there, too."""
+    results = _engine.by_node(request, tape.saved_of)
+    _captured.add(key, _entry_of(tape, None))
+    warn(
+        "compiled_autograd: a backward pass runs node by node, as it does without compiled_autograd.enable, from now "
+        f"on, because it cannot be captured: {refused.__cause__}"
+    )
     return results
 
 
 def reset() -> None:
     """Forgets captured backward passes."""
-    with _lock:
-        _cache.clear()
+    _captured.clear()
+    _seen.clear()

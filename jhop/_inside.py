@@ -1,0 +1,103 @@
+"""The Tensors inside a function that is being traced, and the hooks that it registers."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jhop._errors import JhopError
+from jhop._hook import HookList
+from jhop._lift import traced_result
+from jhop._node import grad_enabled
+from jhop._tensor import Tensor
+
+
+class Inside:
+    """One tracing of a function: the Tensors in it, and the hooks that it registers."""
+
+    def __init__(self, name: str) -> None:
+        self.inputs: list[tuple[int, Tensor]] = []
+        self.points: list[tuple[HookList, Any]] = []
+        self.results: list[Any] = []  # weak references to the Tensors made in here
+        self.captured: dict[int, Tensor] = {}  # by id of the Tensor outside
+        self.handles: list[Any] = []  # weak references to those of hooks that were registered in here
+        self._name = name
+
+    def enter(self, outside: Tensor) -> Tensor:
+        """The Tensor in here that stands for one which the function reached by itself."""
+        found = self.captured.get(id(outside))
+        if found is None and outside.requires_grad and grad_enabled():
+            raise JhopError(
+                f"jhop.compile: `{self._name}` uses a Tensor that requires grad and that it did not get as an "
+                "argument, in a way that jhop cannot follow; its gradient would be lost. Pass it as an argument."
+            )
+        return outside if found is None else found
+
+    def value_of(self, tensor: Tensor) -> Any:
+        """The array of a Tensor: no gradient flows through it, and one from outside is an input if it may change."""
+        found = tensor if tensor._trace is not None else self.captured.get(id(tensor))
+        return tensor._value if found is None else jax.lax.stop_gradient(found._value)
+
+    def input(self, index: int, value: Any, requires_grad: bool) -> Tensor:
+        tensor = Tensor(value, requires_grad=requires_grad)
+        tensor._trace = self
+        self.inputs.append((index, tensor))
+        return tensor
+
+    def result(self, value: Any, moving: bool) -> Any:
+        if not moving and isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jnp.inexact):
+            value = jax.lax.stop_gradient(value)  # computed without recording, or detached
+        result = traced_result(self, value, moving)
+        if isinstance(result, Tensor):
+            self.results.append(weakref.ref(result))
+        if isinstance(result, Tensor) and result._hooks is not None:
+            self.points.append((result._hooks, result._value))
+        return result
+
+    def registered(self) -> list[tuple[int, Any]]:
+        return [(i, fn) for i, tensor in self.inputs for fn in (tensor._hooks or HookList()).snapshot()]
+
+    def of_inputs(self) -> dict[int, int]:
+        """By the id of its handle, which of `registered` each hook on an input is."""
+        ids = [handle_id for _, tensor in self.inputs for handle_id in (tensor._hooks or HookList()).ids()]
+        return {handle_id: i for i, handle_id in enumerate(ids)}
+
+    def held(self) -> list[tuple[Any, int]]:
+        """Handles of hooks on inputs that are still there, and which of `registered` each is of.
+
+        Hooks on values inside are in the backward graph, from which no handle can take them.
+        """
+        places = self.of_inputs()
+        inside = {handle_id for hooks, _ in self.points for handle_id in hooks.ids()}
+        found = []
+        for ref in self.handles:
+            handle = ref()
+            if handle is not None and handle.id in places:
+                found.append((ref, places[handle.id]))
+            elif handle is not None and handle.id in inside:
+                handle.refuse(
+                    f"RemovableHandle.remove: the hook is on a value inside `{self._name}`, which jhop.compile "
+                    "compiled with it. Remove it in the function, or put it on an argument or a result."
+                )
+        return found
+
+    def close(self) -> None:
+        """Tensors of the trace may live on in hooks; they must not carry tracers."""
+        for tensor in [*(tensor for _, tensor in self.inputs), *(ref() for ref in self.results)]:
+            if tensor is not None:
+                tensor._value = None
+        self.points.clear()
+
+
+def is_dynamic(leaf: Any) -> bool:
+    """Whether an argument is an input of the graph; other arguments are part of it."""
+    return isinstance(leaf, (Tensor, jax.Array, np.ndarray, np.inexact)) or type(leaf) is float
+
+
+def value_of(leaf: Any) -> Any:
+    """The array of an argument."""
+    return leaf._value if isinstance(leaf, Tensor) else leaf

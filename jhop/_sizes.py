@@ -1,0 +1,159 @@
+"""Sizes as symbols: which are, what a function is traced with then, and for which sizes the trace is right.
+
+One trace with symbols serves every size that keeps to what the trace took for granted: sizes of 0 and 1 are numbers,
+equal sizes share a symbol, and questions that code asked of a size have the same answer (`_asked`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax.export
+
+from jhop import _compat
+from jhop._asked import Asked
+from jhop._interp import sizes_of
+from jhop._text._symbols import ShapeEnv
+
+Place = tuple[int, int]  # (index of an input, axis)
+Places = tuple[tuple[str, int, int], ...]  # (symbol, index, axis), as `GraphModule.shapes`
+
+
+class NeedsNumbers(Exception):
+    """Code asked of a size what symbols cannot answer: these have to be numbers, `always` or for these sizes only."""
+
+    def __init__(self, symbols: frozenset[str], why: str, always: bool):
+        super().__init__(why)
+        self.symbols = symbols
+        self.always = always
+
+
+class Symbolic(NamedTuple):
+    """Types of inputs, of which some sizes are symbols."""
+
+    avals: list[Any]
+    places: Places
+
+    @property
+    def symbols(self) -> frozenset[str]:
+        return frozenset(symbol for symbol, _, _ in self.places)
+
+    def places_of(self, symbols: frozenset[str]) -> frozenset[Place]:
+        """Where these symbols are."""
+        return frozenset((index, axis) for symbol, index, axis in self.places if symbol in symbols)
+
+    def mentioned(self, error: Exception) -> frozenset[str]:
+        """The symbols that an error is about; all, if it names none."""
+        if isinstance(error, NeedsNumbers):
+            return error.symbols
+        return self.symbols.intersection(re.findall(r"\w+", str(error))) or self.symbols
+
+
+def with_symbols(avals: Sequence[Any], sources: Sequence[str], wanted: Callable[[Place], bool]) -> Symbolic:
+    """Types in which sizes are symbols: equal sizes share one, sizes 0 and 1 stay numbers.
+
+    Names follow PyTorch's: a hash of the expression that reads the size. See `_text._symbols.ShapeEnv`.
+
+    Args:
+        avals: of the inputs.
+        sources: per input, the Python expression that reaches it.
+        wanted: which sizes are to be symbols, if they can be.
+    """
+    env = ShapeEnv()
+    names: list[list[Any]] = []
+    places: list[tuple[str, int, int]] = []
+    for index, (aval, source) in enumerate(zip(avals, sources, strict=True)):
+        dims: list[Any] = []
+        for axis, size in enumerate(aval.shape):
+            symbol = None
+            if not _compat.is_dim_expr(size) and wanted((index, axis)):
+                symbol = env.input_dim(f"{source}.size()[{axis}]", size).name
+            dims.append(symbol or size)
+            if symbol is not None:
+                places.append((symbol, index, axis))
+        names.append(dims)
+    if not places:
+        return Symbolic(list(avals), ())
+    scope = jax.export.SymbolicScope([f"{symbol} >= 2" for symbol in dict.fromkeys(name for name, _, _ in places)])
+    found: list[Any] = []
+    for aval, dims in zip(avals, names, strict=True):
+        if any(isinstance(dim, str) for dim in dims):
+            aval = aval.update(shape=jax.export.symbolic_shape(",".join(map(str, dims)), scope=scope))
+        found.append(aval)
+    return Symbolic(found, tuple(places))
+
+
+class Fits:
+    """For which sizes of its inputs a graph that was traced with symbols is right.
+
+    Args:
+        types: what it was traced with.
+        asked: what code asked of the sizes meanwhile.
+        names: of the inputs.
+    """
+
+    def __init__(self, types: Symbolic, asked: Asked, names: Sequence[str]):
+        self._types = types
+        self._asked = asked
+        self._names = names
+
+    def check(self, shapes: Sequence[Any]) -> None:
+        """Raises NeedsNumbers if answers to what was asked are wrong for the very sizes that were traced with."""
+        symbols, why = self._asked.wrong(sizes_of(self._types.avals, self._types.places, list(shapes)))
+        if symbols:
+            raise NeedsNumbers(symbols, self.in_words(why), bool(self._asked.told))
+
+    def broken(self, shapes: Sequence[Any]) -> str | None:
+        """Why it is not right for inputs of these shapes, in words; None if it is."""
+        types = self._types
+        sizes = sizes_of(types.avals, types.places, list(shapes))
+        for symbol, size in sizes.items():
+            if size < 2:
+                return self.in_words(f"{symbol} is {size}, and sizes of 0 and 1 are traced apart")
+        for aval, shape, name in zip(types.avals, shapes, self._names, strict=True):
+            for axis, (dim, size) in enumerate(zip(aval.shape, shape, strict=True)):
+                if not _compat.dim_symbols(dim) <= sizes.keys() or (then := _compat.evaluate_dim(dim, sizes)) != size:
+                    if not _compat.is_dim_expr(dim):
+                        return f"`{name}.shape[{axis}]` was {then} and is {size}"
+                    return self.in_words(f"`{name}.shape[{axis}]` was equal to {dim}, which is {then}, and is {size}")
+        return self.in_words(self._asked.wrong(sizes)[1]) or None
+
+    def in_words(self, text: str) -> str:
+        """Text with the places of symbols in place of their names."""
+        known = {s: f"`{self._names[index]}.shape[{axis}]`" for s, index, axis in reversed(self._types.places)}
+        return re.sub(r"\b[a-z]+\d+\b", lambda found: known.get(found[0], found[0]), text)
+
+
+class Dynamic:
+    """Which sizes of a function's arguments of one kind are symbols.
+
+    Args:
+        dynamic: True for all, False for none, None for those that were seen to change.
+    """
+
+    def __init__(self, dynamic: bool | None):
+        self._dynamic = dynamic
+        self._seen: dict[Place, int] = {}
+        self._changed: set[Place] = set()
+        self.numbers: set[Place] = set()  # those that turned out to be needed as numbers
+        self.why = ""
+
+    def see(self, shapes: Sequence[Any]) -> None:
+        """Notes the sizes that a trace is made for."""
+        for index, shape in enumerate(shapes):
+            for axis, size in enumerate(shape):
+                if self._seen.setdefault((index, axis), size) != size:
+                    self._changed.add((index, axis))
+
+    def wants(self, place: Place) -> bool:
+        """Whether a size is to be a symbol."""
+        if place in self.numbers or self._dynamic is False:
+            return False
+        return self._dynamic is True or place in self._changed
+
+    def settle(self, places: frozenset[Place], why: str) -> None:
+        """From now on these are numbers."""
+        self.numbers |= places
+        self.why = why
