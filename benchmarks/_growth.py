@@ -130,13 +130,13 @@ def tapes(sizes: tuple[int, ...]) -> list[Row]:
         return lambda *flat: [flat[0]]
 
     graphs = {n: recorded(n) for n in sizes}
-    for y in graphs.values():
-        backward(y, kept)
+    for known in graphs.values():
+        backward(known, kept)
     rows = _series("tape, forward", dict(zip(sizes, sizes, strict=True)), recorded, None)
     rows += _series("tape, backward", graphs, backward, None)
     rows += _series("tape, capture", graphs, capture_anew, None)
     rows += _series("tape, found again", graphs, lambda y: backward(y, kept), None)
-    graphs.clear()
+    del graphs, known
     gc.collect()
     before = len(jax.live_arrays())
     y = recorded(sizes[-1])

@@ -110,7 +110,6 @@ class Sight:
         write, keep = flat.append, self._saved.append
         inputs, avals, index = self.inputs, self._avals, self._index
         for node in nodes:  # it may become longer
-            plain = type(node) is OpNode
             saved = [] if ends and node in ends else node.saved()
             keep(saved)
             write(node.op if type(node) is OpNode else _kind(node))
@@ -129,7 +128,7 @@ class Sight:
                     inputs.append(array)
                     avals.append(array.aval if type(array) is ARRAY else _aval_key(array))
                 write(place)
-            if not plain or node.hooks or node.retain or node.pre_hooks or node.post_hooks:
+            if node.hooks or node.retain or node.pre_hooks or node.post_hooks or type(node) is not OpNode:
                 more.append(self._hooks(node))
         return tuple(flat), tuple(more)
 
