@@ -1,5 +1,6 @@
 """PyTorch's rules 130 to 138 (docs/RULES.md): what is captured anew, what a pass checks, how it is asked for."""
 
+import logging
 import re
 
 import jax.numpy as jnp
@@ -85,20 +86,22 @@ def test_rule_131_names_say_where_values_come_from():
     assert x.grad.tolist() == [2.0, 6.0]
 
 
-def test_rule_132_the_context_has_no_verbosity_of_its_own():
-    """What was captured and why is there to be asked for at any time, also of a graph captured before."""
-    kept = []
+def test_rule_132_what_is_logged_is_settled_when_the_context_is_entered(caplog):
+    def step(factor, size):
+        x = jhop.tensor(jnp.ones(size), requires_grad=True)
+        x.register_hook(times(factor))
+        (x * 3.0).sum().backward()
+        return x.grad.tolist()
 
-    def compiler_fn(gm):
-        kept.append(jhop.compile(gm, fullgraph=True))
-        return kept[-1]
-
-    x = scalar(1.0)
-    x.register_hook(times(5.0))
-    with jhop.compiled_autograd.enable(compiler_fn):
-        (x * 3.0).backward()
-    assert "1 graph, 1 trace" in str(jhop.explain(kept[0]))
-    assert float(x.grad) == 15.0
+    logger = "jhop.recompiles"
+    for level, inside in ((logging.WARNING, logging.INFO), (logging.INFO, logging.WARNING)):
+        caplog.set_level(logging.INFO, logger)  # restores the logger's level at the end
+        logging.getLogger(logger).setLevel(level)
+        caplog.clear()
+        with jhop.compiled_autograd.enable(lambda gm: jhop.compile(gm, fullgraph=True)):
+            logging.getLogger(logger).setLevel(inside)
+            assert [step(5.0, size) for size in (2, 3)] == [[15.0] * 2, [15.0] * 3]
+        assert bool(caplog.messages) == (level == logging.INFO)
 
 
 def test_rule_133_the_context_ends_and_both_ways_give_the_same(seen):
