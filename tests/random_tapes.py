@@ -180,7 +180,7 @@ class Program:
                 return [f"{parts[0]}, {parts[1]} = {code}", f"{name} = {parts[0]} * {parts[1]}"], [*pair, both]
             if code.endswith(".detach()"):
                 moves = False
-            if not moves and not recording:
+            if not moves:  # no gradient goes there, and orders nothing
                 below = frozenset()
             return [f"{name} = {code}"], [Value(name, shape, moves, below=below | {name}, small=bool(small))]
 
