@@ -42,6 +42,13 @@ class CapturePass(_engine.Pass):
 
     def trace(self, flat: list[Any]) -> list[Any]:
         """Runs the pass; the new gradients of leaves and Tensors that retain theirs, then those that are asked for."""
+        try:
+            return self._trace(flat)
+        finally:  # what holds tracers
+            for held in (self._flat, self._grads, self._taken, self._results):
+                held.clear()
+
+    def _trace(self, flat: list[Any]) -> list[Any]:
         tape = self._tape
         self._flat = flat
         seeds = [flat[i] for i in tape.seed_index]

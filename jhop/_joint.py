@@ -162,16 +162,11 @@ class Tracing:
     def run(self) -> Joint:
         before = set_inside(self._inside)
         try:
-            try:
-                primal, _ = trace(self._primal, self._avals, Recorder())
-            finally:
-                set_inside(before)
-            closed, _ = trace(functools.partial(self._forward, primal), self._avals, Recorder())
-            return self._cut(closed, primal)
+            primal, _ = trace(self._primal, self._avals, Recorder())
         finally:
-            self._inside.close()
-            for slot in [*self._slots, *(slot for _, _, slots in self._registered for slot in slots)]:
-                slot.container.put(slot.key, None)  # the forward's tracer, which was there, is dead
+            set_inside(before)
+        closed, _ = trace(functools.partial(self._forward, primal), self._avals, Recorder())
+        return self._cut(closed, primal)
 
     def _call(self, values: list[Any]) -> list[Any]:
         """The user's function on tracers: its flat outputs."""
@@ -220,16 +215,27 @@ class Tracing:
 
         It is traced before anything is differentiated, so it says what the function does, its hook points included.
         """
-        outs = self._call(list(values))
+        try:
+            return self._with_points(self._call(list(values)))
+        finally:
+            self._inside.close()
+            for slot in [*self._slots, *(slot for _, _, slots in self._registered for slot in slots)]:
+                slot.container.put(slot.key, None)  # the tracer that is there is about to be dead
+
+    def _with_points(self, outs: list[Any]) -> list[Any]:
         points = [(hooks, value) for hooks, value in self._inside.points if hooks]
-        self._points = [
-            tuple((fn, tuple(closed_over_tracers(fn))) for fn in hooks.snapshot()) for hooks, _ in points
-        ]
+        closed: list[Any] = []
+
+        def slots_of(fn: Any) -> tuple[Leaf, ...]:
+            found = closed_over_tracers(fn)
+            closed.extend(slot.value for slot in found)
+            return tuple(slot._replace(value=None) for slot in found)
+
+        self._points = [tuple((fn, slots_of(fn)) for fn in hooks.snapshot()) for hooks, _ in points]
         self._slots = [slot for point in self._points for _, slots in point for slot in slots]
         self._held = self._inside.held()
-        self._registered = [(i, fn, tuple(closed_over_tracers(fn))) for i, fn in self._inside.registered()]
-        slots = [*self._slots, *(slot for _, _, slots in self._registered for slot in slots)]
-        return [*outs, *(slot.value for slot in slots), *(value for _, value in points)]
+        self._registered = [(i, fn, slots_of(fn)) for i, fn in self._inside.registered()]
+        return [*outs, *closed, *(value for _, value in points)]
 
     def _forward(self, primal: Any, *values: Any) -> list[Any]:
         """Outputs; residuals; values that hooks on intermediates close over; and those that hooks on inputs do."""
