@@ -1,6 +1,9 @@
 """What every test runs under: eight CPU devices, strict dtype promotion, and no graph left over from another test."""
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 # XLA reads these once, when JAX starts its first backend, so they stand before the imports below.
@@ -25,10 +28,20 @@ import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
+if jax.config.jax_check_tracer_leaks:
+    # JAX then traces and compiles each operation anew at each use; what XLA made of it once can serve. Each process has a
+    # folder of its own, as JAX does not write these files in one step.
+    _compiled = tempfile.mkdtemp(prefix="jhop-tests-")
+    atexit.register(shutil.rmtree, _compiled, ignore_errors=True)
+    jax.config.update("jax_compilation_cache_dir", _compiled)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
+
 # The autouse fixture below runs once per test and not per example, which is what the suppressed check is about.
 _suppressed = [hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow]
 hypothesis.settings.register_profile(
-    "ci", derandomize=True, max_examples=20, deadline=None, database=None, suppress_health_check=_suppressed
+    "ci", derandomize=True, max_examples=12, deadline=None, database=None, suppress_health_check=_suppressed
 )
 hypothesis.settings.register_profile("nightly", max_examples=500, deadline=None, suppress_health_check=_suppressed)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
