@@ -11,6 +11,7 @@ import abc
 import ast
 import collections
 import dataclasses
+import types
 import weakref
 from collections.abc import Callable, Collection, Iterable
 from typing import Any, NamedTuple
@@ -25,7 +26,7 @@ from jhop._slotcode import SlotCode
 from jhop._walk import Walk
 from jhop._wording import in_words, is_plain, type_in_words
 
-_BY_VALUE = {str, bytes, complex, bool, int, float}
+_BY_VALUE = {str, bytes, complex, bool, int, float, types.MethodType}  # `obj.method` is another one each time
 
 
 @dataclasses.dataclass(frozen=True)

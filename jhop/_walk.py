@@ -19,7 +19,7 @@ import operator
 import sys
 import types
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import jax
@@ -126,6 +126,10 @@ class Walk:
                     container.names = set(self._names)
                 break
         self._root = None
+
+    def note_weak(self, references: Iterable[weakref.ref[Any]]) -> None:
+        """Takes note of what hooks reach by weak references, or will."""
+        self._weak.update(id(reference()) for reference in references)
 
     def is_weak(self, value: Any) -> bool:
         """Whether hooks reach an object by a weak reference too: they can see when it is gone."""
@@ -270,7 +274,7 @@ class Walk:
             self._names |= names_in_value(value.__reduce__())
         elif isinstance(value, weakref.ref):
             self.alive.append((value, value() is not None))
-            self._weak.add(id(value()))
+            self.note_weak([value])
             self._work.append((value(), f"{path}()"))
         else:
             self._visit_instance(value, path)
