@@ -198,6 +198,20 @@ def test_static_argument_that_changes():
     assert layer.step(X).tolist() == (X * 4).tolist()
 
 
+def test_static_argument_with_another_hash():
+    """It is the same object, and what was traced for it is not found again."""
+
+    @dataclasses.dataclass(unsafe_hash=True)
+    class Layer:
+        k: float = 3.0
+
+    layer, step = Layer(), jhop.jit(lambda layer, x: x * layer.k, static_argnums=0)
+    assert step(layer, X).tolist() == (X * 3).tolist()
+    layer.k = 4.0
+    assert step(layer, X).tolist() == (X * 4).tolist()
+    assert jhop.explain(step).traces[-1].reason == "a static argument that was changed in place"
+
+
 def test_going_back_traces_nothing_new(model):
     traces = []
 
