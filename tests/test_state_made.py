@@ -1,5 +1,7 @@
 """Objects that hooks make and store: each run makes others, which refer to what eager's refer to."""
 
+import collections
+import fractions
 import functools
 import gc
 import math
@@ -182,6 +184,62 @@ def test_method_for_each_type():
         scaled.kind = kind
         assert step(X).tolist() == [2.0 * factor, 4.0 * factor]
     assert scaled.calls == 3
+
+
+# Attributes that only a library's code names
+
+
+class Table(collections.UserDict):
+    """Whose items are in an attribute `data`."""
+
+    def __setitem__(self, key, value):
+        super().__setitem__(key, value)
+        self.stores = getattr(self, "stores", 0) + 1
+
+
+class Log(collections.UserList):
+    def add(self, item):
+        self.append(item)
+        return len(self)
+
+
+class Ratio(fractions.Fraction):
+    """Whose parts are in slots."""
+
+
+def table_that_counts(box, ct):
+    box.table["n"] += 1
+    box.table["sum"] = ct.sum()
+    return ct * box.table["n"] + box.table.stores
+
+
+def log_that_grows(box, ct):
+    return ct * box.log.add(ct.sum())
+
+
+def ratio_that_grows(box, ct):
+    box.ratio = Ratio(box.ratio + 1)
+    return ct * float(box.ratio)
+
+
+@pytest.mark.parametrize("hook", [table_that_counts, log_that_grows, ratio_that_grows])
+def test_attribute_that_only_a_base_class_names(hook):
+    def run(compiled):
+        box = Box(table=Table(n=1), log=Log(), ratio=Ratio(1, 2))
+        step = jax.grad(lambda x: (jhop.hook(x, functools.partial(hook, box)) ** 2).sum())
+        step = jhop.jit(step, fullgraph=True) if compiled else step
+        outs = [step(X).tolist() for _ in range(4)]
+        return outs, [*box.table.data.items()], box.table.stores, box.log.data, box.ratio
+
+    assert run(True) == run(False)
+
+
+def test_base_class_s_attribute_that_the_function_reads_is_fresh():
+    table = Table(k=2.0)
+    fn = jhop.jit(lambda x: x * table["k"])
+    for k in (2.0, 5.0):
+        table.data["k"] = k
+        assert fn(X).tolist() == [k, 2 * k]
 
 
 # Weak references that hooks make
