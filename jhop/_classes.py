@@ -57,6 +57,12 @@ def is_user_class(cls: type) -> bool:
     return filename is None or is_user_file(filename) or module_of(cls).split(".")[0] == "jhop"
 
 
+def keeps_all_in_attributes(cls: type) -> bool:
+    """Whether all that an instance holds is in its attributes: it derives from no class that makes its own in C."""
+    makers = (base.__dict__.get("__new__") for base in cls.__mro__[:-1])
+    return cls is types.SimpleNamespace or not any(isinstance(maker, types.BuiltinFunctionType) for maker in makers)
+
+
 _UNLIFTABLE = (
     bytearray, memoryview, array.array, functools._lru_cache_wrapper, contextvars.ContextVar, ctypes._SimpleCData,
     ctypes.Structure, ctypes.Array,

@@ -32,9 +32,10 @@ class Container:
         weak: whether hooks reach the object through a weak reference, so that we must not keep it alive either.
         place: (container, key) of the slot whose object it is, whichever that is by now; None where it is always the
             same object.
+        cls: the class of the object when the container was made; where it has a place, another's may be there by now.
     """
 
-    __slots__ = ("_obj", "kind", "names", "path", "place", "weak")
+    __slots__ = ("_obj", "cls", "kind", "names", "path", "place", "weak")
 
     def __init__(
         self,
@@ -47,6 +48,7 @@ class Container:
         place: tuple[Container, Any] | None = None,
     ):
         self._obj: Any = weakref.ref(obj) if weak else None if place is not None else obj
+        self.cls = type(obj)
         self.place = place
         self.weak = weak
         self.kind = kind

@@ -6,6 +6,7 @@ calls the hook back, in order.
 
 from __future__ import annotations
 
+import array
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -153,7 +154,7 @@ def on_host(run: Callable[..., list[Any]], hooks: list[Any], callbacks: Sequence
             walk = reach_of(hooks)  # they may lead elsewhere now
         before = [(container, container.items()) for container in walk.containers]
         values = [value for _, items in before for _, value in items] + [value for value, *_ in walk.unlifted]
-        arrays = [(value, value.copy()) for value in values if type(value) is np.ndarray and value.flags.writeable]
+        contents = [(value, copy) for value in values if (copy := _copy_of(value)) is not None]
         for callback in callbacks:
             callback.error = None
         try:
@@ -165,8 +166,8 @@ def on_host(run: Callable[..., list[Any]], hooks: list[Any], callbacks: Sequence
         except BaseException:
             for container, items in before:
                 container.restore(items)
-            for array, contents in arrays:
-                array[...] = contents
+            for value, copy in contents:
+                value[... if type(value) is np.ndarray else slice(None)] = copy
             if callbacks:
                 _compat.forget_failed_effects()
             error = next((callback.error for callback in callbacks if callback.error is not None), None)
@@ -175,6 +176,13 @@ def on_host(run: Callable[..., list[Any]], hooks: list[Any], callbacks: Sequence
             raise
 
     return call
+
+
+def _copy_of(value: Any) -> Any:
+    """A copy of what a hook on the host may write to in place, and of which no container has the items."""
+    if type(value) is np.ndarray:
+        return value.copy() if value.flags.writeable else None
+    return value[:] if isinstance(value, (bytearray, array.array)) else None
 
 
 def reach_of(hooks: Any) -> Walk:

@@ -11,6 +11,7 @@ import abc
 import ast
 import collections
 import dataclasses
+import types
 import weakref
 from collections.abc import Callable, Collection, Iterable
 from typing import Any, NamedTuple
@@ -25,7 +26,7 @@ from jhop._slotcode import SlotCode
 from jhop._walk import Walk
 from jhop._wording import in_words, is_plain, type_in_words
 
-_BY_VALUE = {str, bytes, complex, bool, int, float}
+_BY_VALUE = {str, bytes, complex, bool, int, float, types.MethodType}  # `obj.method` is another one each time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -288,19 +289,19 @@ def _equal(now: Any, then: Any) -> bool:
 
 def _keys_code(container: Container, present: Any, code: SlotCode) -> list[str]:
     """Source that checks that a container has the entries it had. Those it may not have, the code collects."""
-    name, obj = code.name, container.obj
+    name, cls = code.name, container.cls
     if container.weak:
         return [f"{name(_keys_of)}({name(container)}) == {name(present)}"]
-    if type(obj) is list or type(obj) is collections.deque or container.kind == "tuple":
+    if cls is list or cls is collections.deque or container.kind == "tuple":
         return [f"len({code.holder(container)}) == {len(present)}"]
     if container.kind == "cell" and present:
         return []  # what is in it is read anyway
-    if (type(obj) is dict or container.kind in ("attrs", "class")) and container.names is not None:
+    if (cls is dict or container.kind in ("attrs", "class")) and container.names is not None:
         # Entries that were there are read anyway; only others could be new.
         if absent := container.names.difference(present):
             code.absent.setdefault(code.keys(container), set()).update(absent)
         return []
-    if type(obj) is dict and all(key[0] in _TOLD_BY_TYPE for key in present):
+    if cls is dict and all(key[0] in _TOLD_BY_TYPE for key in present):
         holder = code.holder(container)
         types = name([key[0] for key in present])
         keys = f"tuple({holder}) == {name(tuple(key for _, key in present))}"

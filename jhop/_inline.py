@@ -42,7 +42,7 @@ from jhop._repeats import Repeats
 from jhop._scalar import Scalar, device_kind, is_scalar, weak_aval
 from jhop._source import describe_hook, is_user_file, peeled
 from jhop._splice import Splice, expand, retrace
-from jhop._template import Templates, plain
+from jhop._template import Templates
 from jhop._thread import Threads
 from jhop._trace_wrapped import check_frames, inlining, no_endless_hooks, trace_wrapped_p
 from jhop._walk import Walk
@@ -121,7 +121,7 @@ class _Inliner:
         before = self._gm.info
         jaxpr, slots = self._prune(jaxpr, len(given))
         n_outs = len(self._jaxpr.outvars)
-        loosen(self._walk)
+        loosen(self._walk, self._shared)
         let_go(self._walk, self._shared)
         lifted = Lifted(
             slots=slots,
@@ -221,7 +221,7 @@ class _Inliner:
             value, where = write.value, write.where()
             if value is not MISSING:
                 value = templates.make(value, where)
-            self._writes.append(write._replace(key=plain(write.key), value=value))
+            self._writes.append(write._replace(key=templates.key(write.key, where), value=value))
         self._writes = stay_numpy(self._writes, lift.held())
         self._shared = templates.shared
 

@@ -336,6 +336,8 @@ def _named_statics(static: list[tuple[Any, Any]]) -> list[tuple[str, Any]]:
 
 def _difference(before: Any, now: Any, names: list[str]) -> str:
     """What differs between the keys of two kinds of arguments."""
+    if before == now:  # one object in both, which has another hash now
+        return "a static argument that was changed in place"
     if before[0] != now[0] or before[2] != now[2]:
         return "arguments of another structure"
     if before[1] != now[1]:

@@ -16,7 +16,7 @@ import jax.extend.core as jex_core
 from jhop import _compat
 from jhop._classes import is_opaque, is_user_class, module_of
 from jhop._container import Container
-from jhop._names import slot_names
+from jhop._names import names_in_code, slot_names
 from jhop._source import is_user_file, peeled
 
 FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
@@ -26,6 +26,21 @@ def attributes_of(obj: Any) -> list[Container]:
     """All that an object keeps under names: its `__dict__`, its `__slots__`."""
     found = [Container(obj, "attrs", "")] if isinstance(getattr(obj, "__dict__", None), dict) else []
     return [*found, Container(obj, "slots", "", set(slot_names(type(obj))))]
+
+
+def names_of_bases(cls: type, *, read: bool) -> frozenset[str]:
+    """Attributes that inherited code of libraries uses, such as `data` of a UserDict: it is not looked into by itself.
+
+    Args:
+        cls: a user's class.
+        read: leave out those that are only stored to.
+    """
+    found: set[str] = set()
+    for base in cls.__mro__:
+        if module_of(base) != "builtins" and not is_user_class(base) and not is_opaque(base):
+            codes = [value.__code__ for value in base.__dict__.values() if isinstance(value, types.FunctionType)]
+            found.update(*(names_in_code(code, frozenset() if read else None).attributes for code in codes))
+    return frozenset(found)
 
 
 def is_jaxs(obj: Any) -> bool:

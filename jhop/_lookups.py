@@ -20,7 +20,7 @@ from jhop import _compat
 from jhop._container import MISSING, Container
 from jhop._guards import Guards
 from jhop._interp import inner_jaxprs
-from jhop._names import stores_outside
+from jhop._names import CONSTRUCTORS, stores_outside
 from jhop._ran import note_code_that_runs
 from jhop._records import loosen
 from jhop._source import is_user_file, layers, warn
@@ -65,6 +65,7 @@ class Lookups:
     def __init__(self, roots: list[tuple[str, Any]]):
         self._roots = roots
         self.walk = Walk(roots, strict=False, without=frozenset())
+        self._functions = self.walk.instances(types.FunctionType, lambda fn: is_user_file(fn.__code__.co_filename))
         self._before: dict[_Place, list[tuple[Any, Any]]] = {
             (id(container.obj), container.kind): container.items() for container in self.walk.containers
         }
@@ -75,8 +76,7 @@ class Lookups:
         global _epoch
         if not _epoch.holds():
             _epoch = _Epoch()
-        functions = self.walk.instances(types.FunctionType, lambda fn: is_user_file(fn.__code__.co_filename))
-        codes = [fn.__code__ for fn in functions]
+        codes = [fn.__code__ for fn in self._functions]
         # What reads no number and writes nothing may as well count as a part of the function: it makes no difference.
         roughly = not _may_hold_state(self.walk) and not any(map(stores_outside, codes))
         with _compat.cache_of(_epoch), note_code_that_runs(codes, roughly=roughly) as ran:
@@ -92,9 +92,11 @@ class Lookups:
             inputs: Tensors whose arrays are inputs of that: they may have others each time.
         """
         given = {id(tensor) for tensor in inputs}
-        # A hook that the function also calls itself is a part of it like any other.
-        without = frozenset(code for hook in hooks for code in code_of(hook)) - _epoch.ran
-        walk = Walk(self._roots, strict=False, without=without)
+        # A hook that the function also calls itself is a part of it like any other. So are classes that it makes
+        # objects of: how those were made that it found does not count.
+        makers = {fn.__code__ for fn in self._functions if fn.__name__ in CONSTRUCTORS}
+        without = makers.union(code for hook in hooks for code in code_of(hook)) - _epoch.ran
+        walk = Walk(self._roots, strict=False, without=frozenset(without))
         loosen(walk)
         changed: list[tuple[int, Any]] = []
         grown = []

@@ -14,6 +14,8 @@ _READS = {"LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR", "LOAD_GLOBAL", "LOAD_NA
 
 # Ways to ask for text; only with one of these does the text of an object matter to a traced function.
 TEXT = frozenset({"str", "repr", "format", "print"})
+# What runs when a class or an object is made, and does not for one that is there.
+CONSTRUCTORS = frozenset({"__init__", "__new__", "__post_init__", "__init_subclass__", "__set_name__"})
 TEXT_METHODS = frozenset({"__str__", "__repr__", "__format__"})
 
 

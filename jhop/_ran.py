@@ -8,7 +8,7 @@ import types
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from jhop._source import FileKind, file_kind
+from jhop._source import FileKind, file_kind, with_nested
 from jhop._watched import monitoring, take_tool
 
 
@@ -23,20 +23,13 @@ def note_code_that_runs(
     Args:
         roughly: whether all candidates will do where it is slow to see which of them run, as it is on Python 3.11.
     """
-    asked = {code: None for candidate in candidates for code in _with_nested(candidate)}
+    asked = dict.fromkeys(with_nested(candidates))
     ran: set[types.CodeType] = set()
     with contextlib.ExitStack() as stack:
         begin = _profile if monitoring is None else _monitor
         if (roughly and monitoring is None) or not begin(asked, ran, stack):
             ran.update(asked)
         yield ran
-
-
-def _with_nested(code: types.CodeType) -> Iterator[types.CodeType]:
-    yield code
-    for const in code.co_consts:
-        if isinstance(const, types.CodeType):
-            yield from _with_nested(const)
 
 
 def _note(frame: types.FrameType, ran: set[types.CodeType]) -> None:

@@ -18,10 +18,12 @@ from __future__ import annotations
 import collections
 import gc
 import types
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from jhop import _compat
+from jhop._classes import keeps_all_in_attributes
 from jhop._container import Container
 from jhop._leaves import Fixed, Leaf, is_array, is_number
 from jhop._stored import may_change
@@ -29,7 +31,6 @@ from jhop._walk import Walk
 
 _HOLDERS = frozenset({"dict", "list", "deque", "cell", "partial", "defaults", "attrs", "slots", "class", "tuple"})
 _MAX_SEARCHED = 10_000  # objects
-_MADE_BY_CLASS = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class that is none of the built-in ones, such as int
 
 
 def lift_tuples(walk: Walk) -> None:
@@ -83,8 +84,14 @@ def _lift(walk: Walk, slot: Fixed, fixed: list[Fixed]) -> set[int]:
     return lifted
 
 
-def loosen(walk: Walk) -> None:
-    """Keeps no object alive of which hooks can see by a weak reference that it is gone."""
+def loosen(walk: Walk, stored: Iterable[Any] = ()) -> None:
+    """Keeps no object alive of which hooks can see by a weak reference that it is gone.
+
+    Args:
+        walk: what they can reach.
+        stored: objects that they stored somewhere as they are, weak references for one.
+    """
+    walk.note_weak(value for value in stored if isinstance(value, weakref.ref))
     for container in walk.containers:
         if walk.is_weak(container.obj):
             container.loosen()
@@ -138,8 +145,7 @@ def _can_go(value: Any, parts: list[Container]) -> bool:
     if cls is dict or cls is list:
         return True
     by_value = cls.__eq__ is not object.__eq__ and cls.__hash__ is not object.__hash__
-    plain = cls is types.SimpleNamespace or all(base.__flags__ & _MADE_BY_CLASS for base in cls.__mro__[:-1])
-    return by_value and plain and all(part.kind in ("attrs", "slots") for part in parts)
+    return by_value and keeps_all_in_attributes(cls) and all(part.kind in ("attrs", "slots") for part in parts)
 
 
 def _is_record(value: Any) -> bool:

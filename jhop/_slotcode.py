@@ -67,18 +67,19 @@ class SlotCode:
     def read(self, container: Container, key: Any) -> str:
         """What reads a slot. Where there is none, it raises or gives `MISSING`."""
         if not container.weak:
-            obj, kind = container.obj, container.kind
+            kind, cls = container.kind, container.cls
             if kind == "cell":
                 return f"{self.holder(container)}.cell_contents"
             if kind in ("attrs", "class") and type(key) is str:
-                table = self.table(obj) if container.place is None else f"{self.holder(container)}.__dict__"
+                held = container.place is None
+                table = self.table(container.obj) if held else f"{self.holder(container)}.__dict__"
                 return f"{table}[{key!r}]"
-            if kind == "dict" and type(obj) is dict and type(key) in (str, int):
+            if kind == "dict" and cls is dict and type(key) in (str, int):
                 return f"{self.holder(container)}[{key!r}]"
-            if kind == "tuple" or (kind == "list" and type(obj) is list):
+            if kind == "tuple" or (kind == "list" and cls is list):
                 return f"{self.holder(container)}[{key}]"
             if kind == "slots":
-                member = slot_member(type(obj), key)
+                member = slot_member(cls, key)
                 get = self._getters.setdefault(id(member), member.__get__)  # one object, with one name
                 return f"{self.name(get)}({self.holder(container)})"
         return f"{self.name(type(container).get)}({self.name(container)}, {self.name(key)})"

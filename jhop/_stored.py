@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jhop._container import Container
-from jhop._names import names_in_code
+from jhop._names import CONSTRUCTORS, names_in_code
 from jhop._source import is_user_file, with_nested
 from jhop._walk import Walk
 
@@ -26,7 +26,6 @@ _ITEMS = frozenset(
 )
 # Code that uses one of these may get hold of the class of an object.
 _CLASSES = frozenset("type __class__ mro __mro__ __base__ __bases__ __subclasses__".split())
-_CONSTRUCTORS = frozenset({"__init__", "__new__", "__post_init__", "__init_subclass__", "__set_name__"})
 _NAMED = frozenset({"STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL", "DELETE_GLOBAL", "STORE_DEREF", "DELETE_DEREF"})
 _SUBSCRIPTS = frozenset({"STORE_SUBSCR", "DELETE_SUBSCR", "STORE_SLICE"})
 
@@ -59,7 +58,7 @@ def may_store(walk: Walk) -> Callable[[Container, Any], bool]:
     """A function that says of a slot of `walk` whether code that the walk met may write it."""
     functions = walk.instances(
         types.FunctionType,
-        lambda fn: fn.__name__ not in _CONSTRUCTORS and is_user_file(fn.__code__.co_filename),
+        lambda fn: fn.__name__ not in CONSTRUCTORS and is_user_file(fn.__code__.co_filename),
     )
     stored: set[str] = set()
     items = anything = False

@@ -7,7 +7,8 @@ A template is a tuple whose first item is its kind:
 - ("choice", i, table): the item of a table at the place which the i-th output says;
 - ("list" | "set" | "tuple", parts), ("deque", parts, maxlen), ("namedtuple", parts, class), ("dict", pairs, class),
   ("object", pairs, class): things that the hook made, made anew at each run;
-- ("copy", value): something mutable without traced content, of which each run gets a copy of its own;
+- ("copy", value, known): something mutable without traced content that cannot be made, or is in itself: each run gets
+  a copy of its own, but of what was there before (`known`);
 - ("const", value): what was there before, and what cannot change.
 """
 
@@ -15,18 +16,19 @@ from __future__ import annotations
 
 import copy
 import enum
-import functools
 import gc
 import types
+import weakref
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jhop import _compat
 from jhop._append import AppendList
-from jhop._errors import Unsupported
+from jhop._classes import is_opaque, keeps_all_in_attributes
+from jhop._errors import Unsupported, last_resort
 from jhop._late import at_place, is_late
 from jhop._library import attributes_of
 from jhop._names import slot_member
@@ -56,7 +58,7 @@ class Templates:
         self._inside = inside
         self._known = known
         self._note = note_output
-        self._made: dict[int, Any] = {}  # by id: one object that is stored twice stays one
+        self._made: dict[Any, Any] = {}  # by id: one object that is stored twice stays one
         self._open: set[int] = set()
         self.shared: list[Any] = []  # objects that were stored as they are, and what copies are made of
         self._kept: list[Any] = []  # what was made a template of, alive, so that ids stay their own
@@ -79,7 +81,11 @@ class Templates:
         if self._known(value):
             self.shared.append(value)
             return ("const", value)
-        if isinstance(value, _FROZEN) and not _holds_symbol(value):
+        if isinstance(value, weakref.ref):
+            self._check_target(value, where)
+            self.shared.append(value)
+            return ("const", value)
+        if isinstance(value, _FROZEN) and not self._look_into(value).symbol:
             self.shared.append(value)
             return ("const", value)
         if id(value) in self._made:
@@ -94,6 +100,25 @@ class Templates:
             self._open.discard(id(value))
         return made
 
+    def key(self, key: Any, where: str) -> Any:
+        """A key of what is stored at `where`, without lifted numbers.
+
+        Raises:
+            Unsupported: it refers weakly to what the hook made.
+        """
+        if isinstance(key, weakref.ref):  # of a WeakKeyDictionary
+            self._check_target(key, where)
+            self.shared.append(key)
+        return plain(key)
+
+    def _check_target(self, ref: weakref.ref[Any], where: str) -> None:
+        target = ref()
+        if target is not None and not self._known(target) and not is_opaque(type(target)):  # the list of a handle's hooks
+            raise Unsupported(
+                f"a hook keeps a weak reference in `{where}` to a {type(target).__name__} that it made, which is made "
+                f"anew after each run. Make that object outside of the hook, or {last_resort()}."
+            )
+
     def _make_new(self, value: Any, where: str) -> Any:
         def parts_of(items: Any) -> list[Any]:
             return [self.make(item, where) for item in items]
@@ -106,19 +131,52 @@ class Templates:
         if isinstance(value, tuple) and hasattr(cls, "_make"):
             return ("namedtuple", parts_of(value), cls)
         if cls in _DICTS:
-            keys = [plain(key) for key in value]
+            keys = [self.key(key, where) for key in value]
             return ("dict", list(zip(keys, parts_of(value.values()), strict=True)), cls)
-        if not _holds_symbol(value):
-            self.shared.append(value)
-            return ("const", value) if isinstance(value, _SHARED) else ("copy", value)
+        seen = self._look_into(value)
         held = [pair for container in attributes_of(value) for pair in container.items()]
-        if not held or isinstance(value, (*_SHARED, functools.partial, list, dict, tuple, set)) or not _can_make(cls):
+        makes = held and keeps_all_in_attributes(cls)
+        if not seen.symbol and not (makes and not seen.itself):
+            self.shared.append(value)
+            return ("const", value) if isinstance(value, _SHARED) else ("copy", value, seen.known)
+        if not makes:
             raise Unsupported(
                 f"a hook stored traced content in `{where}` inside a {cls.__name__}, which jhop cannot make anew after "
                 "each run. Use a plain list, dict, tuple or an object of a class of your own."
             )
         names, values = zip(*held, strict=True)
         return ("object", list(zip(names, parts_of(values), strict=True)), cls)
+
+    def _look_into(self, value: Any) -> _Inside:
+        """What is inside a value, as far as it is new."""
+        seen: dict[int, Any] = {}  # alive, so that ids stay their own
+        known: list[Any] = []
+        work, itself = [value], False
+        while work and len(seen) < MAX_CONTAINERS:
+            item = work.pop()
+            if is_scalar(item) or is_late(item) or isinstance(item, _compat.Tracer):
+                return _Inside(True, itself, known)
+            itself = itself or (item is value and bool(seen))
+            if id(item) in seen or isinstance(item, (type, types.ModuleType, str, bytes, int, float, np.dtype)):
+                continue
+            seen[id(item)] = item
+            if self._known(item):
+                known.append(item)
+            elif isinstance(item, types.FunctionType):
+                work += [*(item.__closure__ or ()), *(item.__defaults__ or ()), *(item.__kwdefaults__ or {}).values()]
+            elif isinstance(item, np.ndarray):
+                work += item.flat if item.dtype.hasobject else ()
+            else:
+                work += gc.get_referents(item)
+        return _Inside(False, itself, known)
+
+
+class _Inside(NamedTuple):
+    """What was found in a value: whether a traced number or array, whether the value itself, what was there before."""
+
+    symbol: bool
+    itself: bool
+    known: list[Any]
 
 
 def plain(key: Any) -> Any:
@@ -128,35 +186,7 @@ def plain(key: Any) -> Any:
     return tuple(map(plain, key)) if type(key) is tuple else key
 
 
-def _can_make(cls: type) -> bool:
-    try:
-        cls.__new__(cls)  # type: ignore[call-overload]
-    except TypeError:
-        return False
-    return True
-
-
-def _holds_symbol(value: Any) -> bool:
-    """Whether a traced number or array is anywhere inside an object."""
-    seen: dict[int, Any] = {}  # alive, so that ids stay their own
-    work = [value]
-    while work and len(seen) < MAX_CONTAINERS:
-        value = work.pop()
-        if is_scalar(value) or is_late(value) or isinstance(value, _compat.Tracer):
-            return True
-        if id(value) in seen or isinstance(value, (type, types.ModuleType, str, bytes, int, float, np.dtype)):
-            continue
-        seen[id(value)] = value
-        if isinstance(value, types.FunctionType):
-            work += [*(value.__closure__ or ()), *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
-        elif isinstance(value, np.ndarray):
-            work += value.flat if value.dtype.hasobject else ()
-        else:
-            work += gc.get_referents(value)
-    return False
-
-
-def rebuild(spec: Any, outs: list[Any], made: dict[int, Any]) -> Any:
+def rebuild(spec: Any, outs: list[Any], made: dict[Any, Any]) -> Any:
     """The value that a template stands for in one run.
 
     Args:
@@ -181,15 +211,17 @@ def rebuild(spec: Any, outs: list[Any], made: dict[int, Any]) -> Any:
     return made[id(spec)]
 
 
-def _rebuild_new(spec: Any, outs: list[Any], made: dict[int, Any]) -> Any:
+def _rebuild_new(spec: Any, outs: list[Any], made: dict[Any, Any]) -> Any:
     kind, content = spec[0], spec[1]
     if kind == "copy":
-        return copy.deepcopy(content)
+        memo = made.setdefault("copied", {})  # one for all: what is in two of them stays one
+        memo.update((id(item), item) for item in spec[2])
+        return copy.deepcopy(content, memo)
     if kind in ("dict", "object"):
         pairs = {key: rebuild(item, outs, made) for key, item in content}
         if kind == "dict":
             return spec[2](pairs)
-        result = spec[2].__new__(spec[2])
+        result = types.SimpleNamespace() if spec[2] is types.SimpleNamespace else object.__new__(spec[2])
         for name, value in pairs.items():
             member = slot_member(spec[2], name)
             if member is None:

@@ -26,6 +26,7 @@ from typing import Any
 
 import jax
 import jax.extend.core as jex_core
+import numpy as np
 from jax.interpreters import ad, batching
 
 from jhop import _compat, _state
@@ -253,7 +254,9 @@ def run_pure(fn: HookFn, args: Sequence[Any]) -> list[Any]:
     with _state.LOCK, advising(TO_JIT):
         walk = Walk([(hook_name(fn.base), fn.base)])
         lift_tuples(walk)
-        with _state.Lift(walk, [leaf.value for leaf in walk.leaves]) as lift:
+        # A NumPy array can be written to in place. That is to happen to another one, and to be seen.
+        copies = {id(leaf.value): leaf.value.copy() for leaf in walk.leaves if isinstance(leaf.value, np.ndarray)}
+        with _state.Lift(walk, [copies.get(id(leaf.value), leaf.value) for leaf in walk.leaves]) as lift:
             with (
                 inlining(_run_inner_hook),
                 watch(fn.base, trace=_compat.current_trace()),
@@ -261,10 +264,12 @@ def run_pure(fn: HookFn, args: Sequence[Any]) -> list[Any]:
                 _no_reads(fn),
             ):
                 outs = fn.call(*args)
-            writes = list(lift.writes())
-    if writes:
+            written = [write.where() for write in lift.writes()]
+    arrays = ((leaf, copies.get(id(leaf.value))) for leaf in walk.leaves)
+    written += [leaf.path for leaf, now in arrays if now is not None and now.tobytes() != leaf.value.tobytes()]
+    if written:
         raise Unsupported(
-            f"{describe_hook(fn.base)} writes Python state (`{writes[0].where()}`), but the function that it hooks was "
+            f"{describe_hook(fn.base)} writes Python state (`{written[0]}`), but the function that it hooks was "
             "compiled by plain `jax.jit`, which would run it once and never again. Compile with `jhop.jit` instead: it "
             "makes the state an input and an output of the graph and writes it back after every run."
         )

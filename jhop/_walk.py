@@ -19,7 +19,7 @@ import operator
 import sys
 import types
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import jax
@@ -30,7 +30,7 @@ from jhop._classes import OPAQUE_ROOTS, generated_code, is_opaque, is_user_class
 from jhop._container import Container, builtin_kind
 from jhop._errors import Unsupported, last_resort
 from jhop._leaves import DECLARED, Fixed, Leaf, is_array, is_number
-from jhop._library import FUNCTIONS, cells_of, held, inside
+from jhop._library import FUNCTIONS, cells_of, held, inside, names_of_bases
 from jhop._names import TEXT, TEXT_METHODS, names_in_code, names_in_value, slot_names
 from jhop._reads import state_refused
 from jhop._source import is_user_file, peeled
@@ -108,6 +108,7 @@ class Walk:
             self._by_id: dict[tuple[int, str], Container] = {}
             self._seen: dict[int, Any] = {}
             self._inside: dict[int, Any] = {}
+            self._inherited: dict[int, frozenset[str]] = {}  # by id of a class, what code in its bases reads
             self.alive: list[tuple[Any, bool]] = []
             self.pinned: set[int] = set()  # ids of objects that are reached by more than slots
             self.holds_tracer = self.truncated = False
@@ -126,6 +127,10 @@ class Walk:
                     container.names = set(self._names)
                 break
         self._root = None
+
+    def note_weak(self, references: Iterable[weakref.ref[Any]]) -> None:
+        """Takes note of what hooks reach by weak references, or will."""
+        self._weak.update(id(reference()) for reference in references)
 
     def is_weak(self, value: Any) -> bool:
         """Whether hooks reach an object by a weak reference too: they can see when it is gone."""
@@ -154,9 +159,6 @@ class Walk:
         root = self._root if root is None else root
         if self._strict:
             raise Unsupported(message) if root is None else state_refused(root, message, path)
-
-    def _attribute_names(self) -> set[str] | None:
-        return None if self._everything else self._names
 
     def _add(self, obj: Any, kind: str, path: str, names: set[str] | frozenset[str] | None = None) -> None:
         container = self._by_id.get((id(obj), kind))
@@ -270,7 +272,7 @@ class Walk:
             self._names |= names_in_value(value.__reduce__())
         elif isinstance(value, weakref.ref):
             self.alive.append((value, value() is not None))
-            self._weak.add(id(value()))
+            self.note_weak([value])
             self._work.append((value(), f"{path}()"))
         else:
             self._visit_instance(value, path)
@@ -316,7 +318,7 @@ class Walk:
             self._add(sys.modules, "dict", "sys.modules", imported)
         for name in sorted(imported):  # the same paths in every process
             self._work.append((sys.modules.get(name), f"G[{name!r}]"))
-        self._add(fn.__dict__, "dict", f"{path}.__dict__", self._attribute_names())
+        self._add(fn.__dict__, "dict", f"{path}.__dict__", None if self._everything else self._names)
         if fn.__dict__:
             self._filtered = True
         elif (container := self._by_id.get((id(fn.__dict__), "dict"))) is not None:
@@ -383,12 +385,14 @@ class Walk:
         if mine:
             self.attributes.append((value, "__class__", value.__class__))  # which may be a property
             self._work.append((cls, path))
+        if id(cls) not in self._inherited:
+            self._inherited[id(cls)] = names_of_bases(cls, read=self._without is not None) if mine else frozenset()
+        names = None if self._everything else self._names | self._inherited[id(cls)]
         if isinstance(getattr(value, "__dict__", None), dict):
             # The code that reads attributes of a standard container (UserDict, SimpleNamespace) is not the user's.
             # Nor is that of `jax.tree.map`, which may be what the function does with a registered class.
             everything = node or not mine and module_of(cls).split(".")[0] in _STANDARD_CONTAINERS
-            self._add(value, "attrs", path, None if everything else self._attribute_names())
-        every = self._everything or node
-        slots = {key for key, name in slot_names(cls).items() if every or name in self._names}
+            self._add(value, "attrs", path, None if everything else names)
+        slots = {key for key, name in slot_names(cls).items() if names is None or node or name in names}
         if slots:
             self._add(value, "slots", path, slots)

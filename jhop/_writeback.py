@@ -132,7 +132,7 @@ def _quick(writes: Sequence[_state.Write], n_outs: int) -> Callable[[Sequence[An
         elif container.kind == "attrs" and type(key) is str:
             table = tables.setdefault(holder, f"t{len(tables)}")
             puts.append(f"{table}[{key!r}] = v{i}")
-        elif container.kind == "dict" and type(container.obj) is dict and type(key) in (str, int):
+        elif container.kind == "dict" and container.cls is dict and type(key) in (str, int):
             puts.append(f"{holder}[{key!r}] = v{i}")
         else:
             return None

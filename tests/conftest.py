@@ -29,8 +29,8 @@ import pytest  # noqa: E402
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 if jax.config.jax_check_tracer_leaks:
-    # JAX then traces and compiles each operation anew at each use; what XLA made of it once can serve. Each process has a
-    # folder of its own, as JAX does not write these files in one step.
+    # JAX then traces and compiles each operation anew at each use; what XLA made of it once can serve. Each process has
+    # a folder of its own, as JAX does not write these files in one step.
     _compiled = tempfile.mkdtemp(prefix="jhop-tests-")
     atexit.register(shutil.rmtree, _compiled, ignore_errors=True)
     jax.config.update("jax_compilation_cache_dir", _compiled)

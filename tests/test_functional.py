@@ -198,12 +198,16 @@ WRITES = {
     "list of numbers": lambda box, ct: box.items.append(1),
     "dict": lambda box, ct: box.table.update(last=ct),
     "array": lambda box, ct: setattr(box, "total", box.total + ct),
+    "array in place": lambda box, ct: box.buffer.__setitem__(0, 1.0),
+    "array by another name": lambda box, ct: box.buffers[0].fill(2.0),
 }
 
 
 def writing(kind):
     """(object, the gradient of a function whose hook writes to it)."""
     box = types.SimpleNamespace(n=0, items=[], table={"n": 1}, total=jnp.zeros(3))
+    box.buffer = np.zeros(3)
+    box.buffers = [box.buffer]
 
     def write(ct):
         WRITES[kind](box, ct)
@@ -234,6 +238,7 @@ def test_state_written_under_plain_jit_is_not_written(kind):
     with pytest.raises(jhop.Unsupported):
         jax.jit(grad)(X)
     assert (box.n, box.items, box.table, box.total is total) == (0, [], {"n": 1}, True)
+    assert box.buffers[0] is box.buffer and not box.buffer.any()
 
 
 @pytest.mark.parametrize("how", PLAIN)

@@ -1,5 +1,6 @@
 """Hooks that cannot be traced, without `fullgraph=True`: they run on the host at each run, the rest stays compiled."""
 
+import array
 import threading
 import types
 import warnings
@@ -181,16 +182,19 @@ def test_error_is_the_hook_s_own_and_nothing_was_written():
 
 
 @pytest.mark.parametrize("loop", [False, True])
-def test_error_undoes_what_was_written_into_numpy_arrays(loop):
+def test_error_undoes_what_was_written_in_place(loop):
     box = types.SimpleNamespace(seen=np.zeros(3), pair=(np.ones(2), 5), all=[np.arange(2.0)])
-    before = [box.seen, box.pair[0], box.all[0]]
-    contents = [array.copy() for array in before]
+    box.bytes, box.numbers = bytearray(b"ab"), array.array("d", [1.0])
+    before = [box.seen, box.pair[0], box.all[0], box.bytes, box.numbers]
+    contents = [value.copy() if isinstance(value, np.ndarray) else value[:] for value in before]
 
     def fails(ct):
         box.seen[1] = float(ct[0])
         box.pair[0][:] = 7
         box.all[0] += 3
         box.seen = np.full(3, 4.0)
+        box.bytes.append(1)
+        box.numbers[0] += 1
         raise LookupError("as it happens")
 
     def program(x):
@@ -200,10 +204,10 @@ def test_error_undoes_what_was_written_into_numpy_arrays(loop):
 
     with pytest.raises(LookupError), pytest.warns(UserWarning):
         jhop.jit(jax.grad(program))(X)
-    now = [box.seen, box.pair[0], box.all[0]]
-    assert [id(array) for array in now] == [id(array) for array in before]
-    for array, content in zip(now, contents, strict=True):
-        np.testing.assert_array_equal(array, content)
+    now = [box.seen, box.pair[0], box.all[0], box.bytes, box.numbers]
+    assert [id(value) for value in now] == [id(value) for value in before]
+    for value, content in zip(now, contents, strict=True):
+        np.testing.assert_array_equal(value, content)
 
 
 def test_state_that_nobody_can_lift():

@@ -198,6 +198,20 @@ def test_static_argument_that_changes():
     assert layer.step(X).tolist() == (X * 4).tolist()
 
 
+def test_static_argument_with_another_hash():
+    """It is the same object, and what was traced for it is not found again."""
+
+    @dataclasses.dataclass(unsafe_hash=True)
+    class Layer:
+        k: float = 3.0
+
+    layer, step = Layer(), jhop.jit(lambda layer, x: x * layer.k, static_argnums=0)
+    assert step(layer, X).tolist() == (X * 3).tolist()
+    layer.k = 4.0
+    assert step(layer, X).tolist() == (X * 4).tolist()
+    assert jhop.explain(step).traces[-1].reason == "a static argument that was changed in place"
+
+
 def test_going_back_traces_nothing_new(model):
     traces = []
 
@@ -296,6 +310,42 @@ def test_no_trace_for_a_counting_dataclass(compile, model):
     meter = Meter()
     check_steady(lambda x, register: register(x * 1.0, meter.hook), compile, model, 0)
     assert (meter.n, meter.norm) == (6, 1.96875)
+
+
+@both
+def test_no_trace_for_what_made_the_hook(compile, model):
+    """What `__init__` reads, and the methods that it names, do not count for an object that is there."""
+
+    class Meter:
+        def __init__(self):
+            self.n = 0
+            self.scale = self.twice
+            self.text = self.describe()
+
+        def describe(self):
+            return f"seen {self.n}"
+
+        def twice(self, ct):
+            self.n += 1
+            return ct * 2.0
+
+        def __call__(self, ct):
+            return self.scale(ct)
+
+    meter = Meter()
+    check_steady(lambda x, register: register(x * 1.0, meter), compile, model, 0)
+    assert meter.n == 6
+
+
+def test_what_makes_an_object_in_the_function_is_fresh(model):
+    class Scale:
+        def __init__(self):
+            self.by = model.scale
+
+    fn = jhop.jit(lambda x: x * Scale().by)
+    for scale in (2.0, 5.0):
+        model.scale = scale
+        assert fn(X).tolist() == (X * scale).tolist()
 
 
 def test_text_that_the_function_asks_for_is_fresh(model):

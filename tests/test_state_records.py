@@ -403,6 +403,22 @@ def test_another_kind_of_thing_is_seen(first, second):
     agrees(make, between=between, steps=4)
 
 
+def test_nothing_in_the_place_of_an_object_with_slots():
+    """What reads it is written when something else is there already."""
+
+    def make():
+        box = Box(state=Slotted(X, 1), n=0)
+
+        def hook(ct):
+            box.n += 1
+            box.state = Slotted(ct, box.n) if box.state is None else None
+            return ct * (box.n if box.state is None else box.state.n * 5)
+
+        return box, hook
+
+    agrees(make, between=lambda box, i: None, steps=5)
+
+
 # What hooks do with objects that they replace
 
 
