@@ -113,7 +113,8 @@ class Templates:
 
     def _check_target(self, ref: weakref.ref[Any], where: str) -> None:
         target = ref()
-        if target is not None and not self._known(target) and not is_opaque(type(target)):  # the list of a handle's hooks
+        ours = is_opaque(type(target))  # such as the list that a handle takes its hook from
+        if target is not None and not ours and not self._known(target):
             raise Unsupported(
                 f"a hook keeps a weak reference in `{where}` to a {type(target).__name__} that it made, which is made "
                 f"anew after each run. Make that object outside of the hook, or {last_resort()}."
