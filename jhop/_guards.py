@@ -297,6 +297,8 @@ def _keys_code(container: Container, present: Any, code: SlotCode) -> list[str]:
     if container.kind == "cell" and present:
         return []  # what is in it is read anyway
     if (cls is dict or container.kind in ("attrs", "class")) and container.names is not None:
+        if cls is dict and container.place is None and not container.obj and container.path.endswith(".__dict__"):
+            return [f"not {name(container.obj)}"]  # a function without attributes, as most are: quick, and enough
         # Entries that were there are read anyway; only others could be new.
         if absent := container.names.difference(present):
             code.absent.setdefault(code.keys(container), set()).update(absent)
