@@ -41,12 +41,18 @@ def reference(value, hook):
     return same(value)
 
 
+def python_while(goes_on, body, init):
+    while goes_on(init):
+        init = body(init)
+    return init
+
+
 def python_fori(lower, upper, body, init):
     return functools.reduce(lambda carry, i: body(i, carry), range(lower, upper), init)
 
 
-REFERENCE = types.SimpleNamespace(**vars(PYTHON), fori=python_fori)
-COMPILED = types.SimpleNamespace(**vars(JAX), fori=jax.lax.fori_loop)
+REFERENCE = types.SimpleNamespace(**vars(PYTHON), fori=python_fori, while_loop=python_while)
+COMPILED = types.SimpleNamespace(**vars(JAX), fori=jax.lax.fori_loop, while_loop=jax.lax.while_loop)
 
 
 # A part of the module: the function reaches by names what it uses, and not all objects, which it would be guarded for.
@@ -253,10 +259,10 @@ def test_traced(mode):
     run()
 
 
-@pytest.mark.parametrize("mode", ["plain", "loops", "branches"])
+@pytest.mark.parametrize("mode", ["plain", "loops", "branches", "anywhere"])
 def test_some_on_the_host(mode):
     @share(3)
-    @hypothesis.given(programs(mode, marks=True))
+    @hypothesis.given(programs(mode, marks=mode != "anywhere"))
     def run(program):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
