@@ -372,7 +372,7 @@ class Generator:
                 f"flow.scan(flow.checkpoint(lambda c, s: (point(#, jnp.sin(c)) * s, c.sum())), {v}, XS[:2])[0]",
                 f"flow.cond(up, lambda v: point(#, jnp.sin(v)), lambda v: v * point(#, point(#, v)), {v})",
                 f"flow.scan(lambda c, s: (flow.cond(s > 1, lambda c: point(#, c * s), jnp.sin, c), None), {v}, XS)[0]",
-                f"descend(flow, lambda w: flow.cond(w[0] > 0, lambda w: point(#, w * 2), jnp.sin, w), {v})",
+                f"descend(flow, lambda w: flow.cond(w.sum() > 0.31, lambda w: point(#, w * 2), jnp.sin, w), {v})",
                 f"flow.scan(lambda c, _: (point(#, jnp.cos(c)), None), {v}, None, length=66)[0]",
             ]
             kinds = kinds[: {"plain": 4, "loops": 7, "branches": 9, "anywhere": 11}[self.mode]]

@@ -24,6 +24,9 @@ counter = itertools.count()
 # All that may be refused of what random programs do.
 REFUSALS = ["counts there to more than the device's ints hold"]
 
+# What programs may raise: a local variable may not be there.
+ERRORS = (jhop.JhopError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError, NameError)
+
 # Two worlds run one source. The reference has no jhop in it: a `custom_vjp` calls each hook with real values, and
 # Python's own loops and branches stand for JAX's.
 
@@ -83,7 +86,7 @@ class World:
         """The gradient, or the class of the exception."""
         try:
             return np.asarray(self.gradient(X * (1 - 0.25 * i), jnp.bool_(i % 3 != 1)))
-        except (jhop.JhopError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
+        except ERRORS as error:
             return error
 
     def change(self, statement):
