@@ -64,6 +64,7 @@ LAYERS = (
     "_loops",
     "_thread",
     "_repeats",
+    "_inplace",
     "_inline",
     "backends",
     "_history",
