@@ -107,6 +107,7 @@ WRITES = {
     "array": ["@ = @ * 0.5 + ct", "@ = 0.5 * @ + 0.25 * $array", "@ = ct", "@ = @.at[0].set($rate)", "@ = $array",
               "@ *= 0.5", "@ = jnp.where(ct > 0, @, ct)", "@ -= 0.125 * $array"],
     "scalar": ["@ = 0.9 * @ + 0.1 * jnp.sum(ct)", "@ = jnp.max($array)", "@ = jnp.tanh(@ + $rate)"],
+    "numpy": ["@ *= np.float32(0.5)", "@ -= 0.5 * $_numpy", "@ -= 1", "@ = @ * 0.5 + 0.25 * $_numpy", "@ /= 2"],
     "npscalar": ["@ = @ * np.float32(0.5)", "@ = np.float32($rate)"],
     "list": ["@.append($int % 20)", "@[-1:] = [$int % 20, 1]", "@[0] = $int % 20", "@[-1] += 1", "@.insert(0, $small)",
              "@.reverse()", "@.sort()", "@ = @[-2:] + [$small]", "if len(@) > 1: @.pop()", "if len(@) > 2: del @[0]",

@@ -22,7 +22,7 @@ X = jnp.array([0.5, -1.0, 0.75], jnp.float32)
 counter = itertools.count()
 
 # All that may be refused of what random programs do.
-REFUSALS = ["counts there to more than the device's ints hold"]
+REFUSALS = ["counts there to more than the device's ints hold", "in place (`+=` and the like)"]
 
 # What programs may raise: a local variable may not be there.
 ERRORS = (jhop.JhopError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError, NameError)
