@@ -19,6 +19,7 @@ from jhop._contract import is_inexact
 from jhop._errors import JhopError
 from jhop._hook import HookList, tensor_point
 from jhop._node import ARRAY, Edge, OpNode, edge_of, grad_enabled, inside, mode
+from jhop._numbers import on_device, reset_numbers
 from jhop._op import CACHE_SIZE, DYNAMIC, Op, carries, make_op
 from jhop._static import Static
 from jhop._tensor import Tensor
@@ -143,7 +144,7 @@ def _apply_flat(fn: Any, args: tuple[Any, ...], dynamic_ints: bool) -> Any:
     if not edges:
         return None
     found = _flat_cache.get(tuple(key)) or _flat(fn, tuple(key))
-    value = found.forward(*dynamic)
+    value = found.forward(*(on_device(dynamic) if has_number else dynamic))
     if type(value) is ARRAY:
         aval, avals = value.aval, found.avals
         if avals[0] is not aval and is_inexact(aval.dtype):
@@ -224,9 +225,10 @@ def _op_for(fn: Any, tree: Any, static: tuple[Static, ...], diff: tuple[int, ...
 
 
 def reset_ops() -> None:
-    """Forgets the compiled forwards and pullbacks."""
+    """Forgets the compiled forwards and pullbacks, and numbers on the device."""
     _cache.clear()
     _flat_cache.clear()
+    reset_numbers()
 
 
 # -- operators and methods ---------------------------------------------------------------------------------------------
