@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from jhop import _banned, _mentions, _reads
 from jhop._source import file_kind
 from jhop._watched import (
+    JHOP,
     OPERATOR_CODE,
     STDLIB,
     USER,
@@ -49,11 +50,9 @@ def profiling() -> Iterator[None]:
             sys.setprofile(outer or old)
 
 
-# Files in which there is nothing to see while a library runs: JAX's own code makes nearly all calls and returns, and what
-# it calls is its business. But some code of JAX's is looked at: where it is about to raise that a value was read, and
-# where an operator is applied.
+# Files in which there is nothing to see while a library runs: JAX's own code makes nearly all calls and returns, and
+# what it calls is its business. But code of JAX's is looked at where it is about to raise that a value was read.
 _PASSED: set[str] = set()
-_NEVER_PASSED = _reads.ERROR_FILES | ({OPERATOR_CODE.co_filename} if OPERATOR_CODE is not None else set())
 
 
 def _profiler(before: Callable[..., Any] | None) -> Callable[..., None]:
@@ -67,22 +66,21 @@ def _profiler(before: Callable[..., Any] | None) -> Callable[..., None]:
 
     def profile(frame: types.FrameType, event: str, arg: Any) -> None:
         nonlocal quiet, passed, top
-        if event == "return":
-            if frame is top:
-                top, quiet = outer.pop()
-                passed = _PASSED if quiet else nothing
-                if arg is not None and frame.f_code is OPERATOR_CODE:
-                    record_operator(frame, arg)
-                if reads and frame is reads[-1].entry:
-                    _leave(reads, arg)
-        elif event == "call":
+        if event == "call":
             code = frame.f_code
             if code.co_filename in passed and code is not text_code:  # nearly always
                 return
             within = _enter(frame, quiet, reads)
-            if not quiet or not within or code is OPERATOR_CODE:
+            if not quiet or not within:
                 outer.append((top, quiet))
                 top, quiet, passed = frame, within, _PASSED if within else nothing
+        elif frame is top and event == "return":
+            top, quiet = outer.pop()
+            passed = _PASSED if quiet else nothing
+            if arg is not None and frame.f_code is OPERATOR_CODE:
+                record_operator(frame, arg)
+            if reads and frame is reads[-1].entry:
+                _leave(reads, arg)
         elif not quiet and event == "c_call":
             if arg.__name__ in c_names and (label := _banned.label_of(arg)) is not None:
                 refuse(label, frame)
@@ -114,7 +112,7 @@ def _enter(frame: types.FrameType, quiet: bool, reads: list[_Read]) -> bool:
     """Looks at a function that has just been entered.
 
     Args:
-        quiet: whether a library has called it, so that what the standard library does is that library's business.
+        quiet: whether a library has called it, maybe through the standard library.
 
     Returns:
         The same for what it calls itself.
@@ -134,13 +132,11 @@ def _enter(frame: types.FrameType, quiet: bool, reads: list[_Read]) -> bool:
             seen.nested = seen.nested or _banned.is_staged_within(frame, seen.staging)
         _step_if_needed(frame)
         return False
-    if code.co_filename not in _NEVER_PASSED:
+    if code.co_filename not in _reads.ERROR_FILES:
         _PASSED.add(code.co_filename)
-    if kind is not STDLIB:
-        return True
-    if not quiet:
+    if kind is STDLIB and not quiet:
         check_python_call(frame)
-    return quiet
+    return quiet or (kind is not STDLIB and kind is not JHOP)
 
 
 @functools.cache
