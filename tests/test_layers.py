@@ -105,6 +105,7 @@ LAYERS = (
     "_batched",
     "_values",
     "_tensor",
+    "_numbers",
     "_op",
     "_lift",
     "_record",
