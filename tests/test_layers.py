@@ -97,6 +97,7 @@ LAYERS = (
     "_questions",
     "_functionalize",
     "_kept",
+    "_gradients",
     "_node",
     "_gates",
     "_plan",
