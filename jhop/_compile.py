@@ -6,6 +6,7 @@ function, compiled autograd on what it captured from a tape.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import threading
 import weakref
@@ -18,7 +19,7 @@ import numpy as np
 from jhop import _compat, _state, backends
 from jhop._asked import Asked
 from jhop._cut import CannotRunOnHost, on_host, refusal_of, refuse_under_vmap, sharing
-from jhop._errors import AHEAD, FULLGRAPH, JhopError, Unsupported, advising
+from jhop._errors import AHEAD, FULLGRAPH, JhopError, Unsupported, advising, let_go_of_frames
 from jhop._explain import Explains, graph_report, hooks_of
 from jhop._graph import GraphModule, hooks_in
 from jhop._guards import Guards
@@ -173,6 +174,7 @@ class CompiledGraph(Explains):
             if self._fullgraph or not on_host:
                 raise
             entry = self._cut(flat, error, reason) or self._on_host(flat, error, reason)
+            let_go_of_frames(error)  # which the entry keeps
         else:
             example = [*flat, *(gm.lifted.read() if gm.lifted is not None else [])]
             run = backends.run_backend(self._backend, gm, example, self._where)
@@ -329,7 +331,7 @@ class CompiledGraph(Explains):
         with _state.LOCK, advising(AHEAD):
             entry = self._find(flat, on_host=False)
         if entry.refused is not None:
-            raise entry.refused
+            raise copy.copy(entry.refused) from entry.refused.__cause__  # what is raised gets frames
         return entry
 
     def versions(self) -> int:
