@@ -142,6 +142,8 @@ def enable(compiler_fn: Callable[[GraphModule], Callable[..., Any]] | None = Non
             set_grad_enabled(recording)
 
     before = _engine.capture_with(runner)
+    if before in _engine.CHECKED:  # passes are looked at in this thread, and so run node by node
+        _engine.capture_with(before)
     try:
         with settled():
             yield
