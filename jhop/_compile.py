@@ -23,7 +23,7 @@ from jhop._errors import AHEAD, FULLGRAPH, JhopError, Unsupported, advising, let
 from jhop._explain import Explains, graph_report, hooks_of
 from jhop._graph import GraphModule, hooks_in
 from jhop._guards import Guards
-from jhop._history import History, Told, Trace
+from jhop._history import OTHER_SETTINGS, History, Told, Trace
 from jhop._hook import changes
 from jhop._inline import inline
 from jhop._program import DoesNotFit, Program
@@ -50,10 +50,19 @@ class _Entry:
     refused: Unsupported | None = None  # why it runs on the host
     fits: Fits | None = None  # which other shapes it is for; None: no others
     known: set[Any] = dataclasses.field(default_factory=set)  # shapes that it was found to fit
+    context: Any = dataclasses.field(default_factory=_compat.trace_context)
 
     def holds(self) -> bool:
-        """Whether the guards hold."""
-        return self.gm.lifted is None or self.gm.lifted.guards.hold()
+        """Whether JAX's settings are the same, and the guards hold."""
+        same = self.context == _compat.trace_context()
+        return same and (self.gm.lifted is None or self.gm.lifted.guards.hold())
+
+    def broken(self) -> str:
+        """Why it does not hold."""
+        if self.context != _compat.trace_context():
+            return OTHER_SETTINGS
+        broken = self.gm.lifted and self.gm.lifted.guards.broken()
+        return broken or "what its hooks depend on has changed"
 
     def writes(self) -> bool:
         """Whether running it changes Python state, or may find that numbers changed their type."""
@@ -139,7 +148,7 @@ class CompiledGraph(Explains):
                 if entry.holds():
                     self._last = entry
                     return entry
-                reason = reason or entry.gm.lifted.guards.broken() or "what its hooks depend on has changed"
+                reason = reason or entry.broken()
         if self._entries:
             reason = reason or self._difference(self._entries[-1], shapes)
         return self._add(flat, reason=reason, on_host=on_host)

@@ -23,7 +23,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from jhop import _engine, _gradients, _plan, backends
+from jhop import _compat, _engine, _gradients, _plan, backends
 from jhop._compile import CompiledGraph
 from jhop._errors import JhopError
 from jhop._graph import GraphModule
@@ -155,7 +155,7 @@ def _run(compiler_fn: Any, request: _plan.Request) -> list[Any]:
     tape = Sight(request)
     if not tape.nodes:
         return tape.no_results()
-    key = (None if compiler_fn is None else tape.name(compiler_fn), *tape.key)
+    key = (None if compiler_fn is None else tape.name(compiler_fn), _compat.trace_context(), *tape.key)
     found = _captured.find(key)
     if found is None or found.used.any_of(tape.owners):
         if compiler_fn is None and _seen.find(key) is None:
