@@ -49,6 +49,13 @@ class Unsupported(JhopError):
     hooks: tuple[object, ...] = ()
 
 
+def let_go_of_frames(error: BaseException | None) -> None:
+    """Makes an error that is kept, and those that led to it, keep no frame of a trace alive, nor the tracers in it."""
+    while error is not None and error.__traceback__ is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
+
+
 FULLGRAPH = "pass `fullgraph=False`, which runs this hook on the host each time"
 TO_JIT = "compile with `jhop.jit`, which runs this hook on the host each time"
 AHEAD = "call the function, not ahead of time, with `fullgraph=False`, which runs this hook on the host each time"

@@ -98,6 +98,7 @@ LAYERS = (
     "_questions",
     "_functionalize",
     "_kept",
+    "_gradients",
     "_node",
     "_gates",
     "_plan",
