@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.export
 import jax.extend.core as jex_core
+from jax._src import checkify as _checkify  # its table of rules has no public name
 from jax._src import config as _config  # what JAX itself puts into the keys of its caches
 from jax._src import core as _core  # the current trace has no public name
 from jax._src import dispatch as _dispatch
@@ -23,7 +24,7 @@ from jax._src.interpreters import ad as _ad
 from jax._src.lax import lax as _lax
 from jax._src.sharding_impls import UNSPECIFIED as UNSPECIFIED  # what a jit says of shardings that it leaves open
 from jax.extend import source_info_util
-from jax.interpreters import ad, batching, mlir, xla
+from jax.interpreters import mlir, xla
 from jax.interpreters import partial_eval as pe
 
 Tracer = jax.core.Tracer
@@ -383,14 +384,16 @@ def register_lowering(primitive: Any, fun: Any, *, multiple_results: bool) -> No
     mlir.register_lowering(primitive, mlir.lower_fun(fun, multiple_results=multiple_results))
 
 
-def register_transforms(primitive: Any, fun: Callable[..., Any]) -> None:
-    """Batches and differentiates a primitive with one result as `fun`, which computes the same with JAX."""
+_CHECKIFY_COUNTS = "ctx" in inspect.signature(_checkify.checkify_jaxpr).parameters
 
-    def batch(args: Any, dims: Any, **params: Any) -> Any:
-        return jax.vmap(functools.partial(fun, **params), in_axes=tuple(dims))(*args), 0
 
-    def jvp(primals: Any, tangents: Any, **params: Any) -> Any:
-        return jax.jvp(functools.partial(fun, **params), primals, tuple(map(ad.instantiate_zeros, tangents)))
+def register_checkify(primitive: Any, fun: Callable[..., list[Any]]) -> None:
+    """What `checkify` sees in a primitive's place: the checks in `fun`, a function of the same inputs and results."""
 
-    batching.primitive_batchers[primitive] = batch
-    ad.primitive_jvps[primitive] = jvp
+    def rule(*given: Any, **params: Any) -> Any:
+        *counts, error, enabled = given[: 2 + _CHECKIFY_COUNTS]
+        args = given[2 + _CHECKIFY_COUNTS :]
+        closed = jax.make_jaxpr(functools.partial(fun, **params))(*args)
+        return _checkify.checkify_jaxpr(*counts, closed, enabled, error, *args)
+
+    _checkify.error_checks[primitive] = rule

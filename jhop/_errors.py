@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 
 class JhopError(Exception):
@@ -45,6 +46,29 @@ class Unsupported(JhopError):
     """
 
     hook: object = None
+
+
+class CheckError(JhopError):
+    """A `jhop.check` did not hold. Nothing was written.
+
+    Attributes:
+        values: what the check was given for its message: Python numbers, and NumPy arrays.
+
+    Example:
+        >>> import jhop
+        >>> try:
+        ...     jhop.check(2 < 1, "{n} is not below 1", n=2)
+        ... except jhop.CheckError as error:
+        ...     print(error.values, str(error).endswith("2 is not below 1"))
+        {'n': 2} True
+    """
+
+    def __init__(self, text: str, values: dict[str, Any] | None = None):
+        super().__init__(text)
+        self.values = {} if values is None else values
+
+    def __reduce__(self) -> Any:
+        return type(self), (str(self), self.values)
 
 
 FULLGRAPH = "pass `fullgraph=False`, which runs this hook on the host each time"

@@ -1,0 +1,164 @@
+"""Checks (`jhop.check`) as outputs of a graph, which are looked at after each run.
+
+A check writes to a record, which belongs to the graph: which check failed first, and with what values. That goes
+through loops and branches as Python state does that hooks write (`_thread`). In the end the record is among the
+outputs of the graph.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax.extend.core as jex_core
+import jax.numpy as jnp
+
+from jhop import _compat, _state
+from jhop._capture import trace
+from jhop._check import Site, check_p, find_failed, has_checks
+from jhop._container import Container
+from jhop._describe import Described, info_of
+from jhop._errors import Unsupported
+from jhop._graph import GraphModule
+from jhop._inline import CAPTURED, Inliner
+from jhop._interp import inner_jaxprs
+from jhop._splice import Splice, expand
+from jhop._thread import Threads
+from jhop._walk import Walk
+
+
+class Checks(NamedTuple):
+    """The checks of a graph, whose last outputs are the number of the one that failed, and the values of all.
+
+    Attributes:
+        sites: the checks.
+        n: how many outputs there are of them.
+    """
+
+    sites: tuple[Site, ...]
+    n: int
+
+    def look(self, outs: Sequence[Any]) -> None:
+        """Raises CheckError if a check failed, by the outputs of a run. It waits for the device."""
+        error = find_failed(outs[len(outs) - self.n], outs[len(outs) - self.n + 1 :], self.sites)
+        if error is not None:
+            raise error
+
+
+def discharge(gm: GraphModule) -> GraphModule:
+    """A graph whose checks are outputs of it, after all others: see `GraphModule.checks`. Itself if it has none.
+
+    Args:
+        gm: hooks are inlined, or run on the host.
+
+    Raises:
+        Unsupported: a check is inside of something out of which nothing gets.
+    """
+    if not has_checks(gm.jaxpr):
+        return gm
+    with _state.LOCK:
+        return _Discharger(gm).discharged()
+
+
+def looking(gm: GraphModule, run: Callable[..., Any]) -> Callable[..., Any]:
+    """A run of a graph that raises CheckError where a check failed; itself if there are none."""
+    if gm.checks is None:
+        return run
+
+    def call(*flat: Any) -> Any:
+        outs = run(*flat)
+        gm.checks.look(outs)
+        return outs
+
+    return call
+
+
+def _checks_in(jaxpr: Any) -> list[Any]:
+    """The equations of checks, at any depth."""
+    found = []
+    for eqn in _compat.open_jaxpr(jaxpr)[0].eqns:
+        found += [eqn] if eqn.primitive is check_p else [e for inner in inner_jaxprs(eqn) for e in _checks_in(inner)]
+    return found
+
+
+class _Place(NamedTuple):
+    """Where the record has a check: numbers of its sites from `first` on, values from `start` on."""
+
+    first: int
+    start: int
+
+
+class _Discharger(Inliner):
+    """Inlines checks as if they were hooks that write to the record."""
+
+    def __init__(self, gm: GraphModule):
+        walk = Walk([])
+        self._record: dict[Any, Any] = {}  # "failed", then the values by number
+        self._container = Container(self._record, "dict", "jhop.check")
+        walk.containers.append(self._container)
+        super().__init__(gm, gm.shapes, (), walk)
+        self._places: dict[int, _Place] = {}  # by id of an equation, which the graph keeps
+        self._sites: list[Site] = []
+        self._avals: list[Any] = []
+        for eqn in _checks_in(gm.jaxpr):
+            if id(eqn) not in self._places:
+                self._places[id(eqn)] = _Place(len(self._sites), len(self._avals))
+                self._sites += eqn.params["sites"]
+                self._avals += [atom.aval for atom in eqn.invars[1:]]
+
+    def discharged(self) -> GraphModule:
+        gm = self._gm
+        try:
+            closed, known = trace(self._traced, [v.aval for v in self._jaxpr.invars], self._recorder)
+        except Unsupported as error:
+            where = ", ".join(dict.fromkeys(site.place for site in self._sites))
+            raise Unsupported(
+                f"whether a jhop.check holds cannot be told from where it stands ({where}): {error}"
+            ) from error
+        finally:
+            self._session.close()
+        opened, consts = _compat.open_jaxpr(closed)
+        jaxpr, kept, repeated = expand(opened)
+        before = gm.info
+        return dataclasses.replace(
+            gm,
+            jaxpr=jex_core.ClosedJaxpr(jaxpr, consts),
+            info=Described(jaxpr, lambda: info_of(known(), {v: before.get(v, CAPTURED) for v in kept}, repeated)),
+            in_tree=None,
+            out_tree=None,
+            checks=Checks(tuple(self._sites), 1 + len(self._avals)),
+        )
+
+    def _traced(self, *flat: Any) -> list[Any]:
+        self._top = self._session.top = _compat.staging()
+        with _state.Lift(self._walk, []) as lift:
+            self._lift, self._threads = lift, Threads(lift, self._session, self._evaluate)
+            self._record["failed"] = jnp.int32(0)
+            self._record.update((i, jnp.zeros(aval.shape, aval.dtype)) for i, aval in enumerate(self._avals))
+            outs = Splice(self._gm.jaxpr, self._stays).evaluate(list(flat), self._rule, self._carry)
+            outs += [self._record["failed"], *(self._record[i] for i in range(len(self._avals)))]
+            self._lift = self._threads = self._top = None
+        self._session.close()
+        return outs
+
+    def _rule(self, eqn: Any, values: list[Any]) -> list[Any] | None:
+        if eqn.primitive is not check_p:
+            return None if self._stays(eqn) else self._inline_inner(eqn, values)
+        place = self._places.get(id(eqn))
+        if place is None:
+            raise Unsupported("JAX traces what is there anew each time. Move the check out")
+        self._note(place, *values)
+        return []
+
+    def _note(self, place: _Place, failed: Any, *values: Any) -> None:
+        """Writes to the record, as a hook would, what an equation tells."""
+        assert self._lift is not None
+        earlier = self._record["failed"]
+        first = (earlier == 0) & (failed != 0)
+        pairs = [("failed", failed + place.first), *enumerate(values, place.start)]
+        for key, value in pairs:
+            self._lift.put(self._container, key, jnp.where(first, value, self._record[key]))
+
+    def _stays(self, eqn: Any) -> bool:
+        return eqn.primitive is not check_p and not has_checks(eqn)
