@@ -1,16 +1,19 @@
 """`jhop.check`: an assertion about traced values.
 
-While JAX traces, a check is one equation without results, whose effect keeps it from being dropped. Rules say what it is
-under each transformation; `_discharge` turns the equations of a graph that jhop compiles into outputs of it, which are
-looked at after each run. Under `jax.experimental.checkify` it is a check of that.
+While JAX traces, a check is one equation without results, whose effect keeps it from being dropped. Rules say what it
+is under each transformation; `_discharge` turns the equations of a graph that jhop compiles into outputs of it, which
+are looked at after each run. Under `jax.experimental.checkify` it is a check of that.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import string
 import sys
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -82,7 +85,8 @@ def check(pred: Any, msg: str, **fmt: Any) -> None:
     values = [leaves[i] for i in moving]
     if not staged and not any(isinstance(value, _compat.Tracer) for value in values):
         raise site.error(values)
-    check_p.bind(jnp.where(jnp.all(pred), jnp.int32(0), jnp.int32(1)), *map(jnp.asarray, values), sites=(site,))
+    failed = jnp.logical_not(jnp.all(pred) if pred.ndim else pred).astype(jnp.int32)
+    check_p.bind(failed, *map(jnp.asarray, values), sites=(site,))
 
 
 def _unwrapped(value: Any) -> Any:
@@ -153,7 +157,8 @@ class Site:
             mentioned = self._mentioned()
             rest = [f"{name} = {value}" for name, value in values.items() if name not in mentioned]
             message += f" ({', '.join(rest)})" if rest else ""
-        return f"jhop.check failed {self.place}: {message}", values
+        given = {name: jax.tree.map(_as_python, value) for name, value in values.items()}
+        return f"jhop.check failed {self.place}: {message}", given
 
     def error(self, arrays: Any) -> CheckError:
         """The error for the values of its arrays."""
@@ -161,9 +166,15 @@ class Site:
 
 
 def _readable(array: Any) -> Any:
-    """An array as a message shows it: a scalar as a Python number."""
+    """An array as a message shows it: a scalar with the digits that its dtype has, in a type that takes formats."""
     array = np.asarray(array)
-    return array if array.ndim else array.item()
+    if jnp.issubdtype(array.dtype, jnp.floating) and array.dtype.itemsize < 4:
+        array = array.astype(np.float32)
+    return array if array.ndim else array[()]
+
+
+def _as_python(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _place() -> str:
@@ -197,9 +208,7 @@ def find_failed(failed: Any, values: Any, sites: tuple[Site, ...]) -> CheckError
 # The equation: which of its sites failed (from 1 on; 0 for none), then the arrays of all of them.
 
 
-# What keeps a check from being dropped: an effect of checkify's kind, as JAX lets nobody else's into all that it lets
-# its own into.
-_EFFECT = type(next(iter(jax.make_jaxpr(lambda: checkify.check(False, ""))().effects)))(CheckError, ())
+_EFFECT = _compat.error_effect(CheckError)  # what keeps a check from being dropped
 check_p = jex_core.Primitive("check")
 check_p.multiple_results = True
 check_p.is_effectful = lambda _params: True
@@ -243,10 +252,9 @@ def _check_batch(args: Any, dims: Any, *, sites: Any) -> Any:
 
 
 def _check_lowered(*args: Any, sites: Any) -> list[Any]:
-    text, _ = sites[0].text(*[0] * sites[0].n)
     raise JhopError(
-        f"jhop.check {text.removeprefix('jhop.check failed ').partition(':')[0]}: the function was compiled by JAX "
-        "alone, where nobody looks at whether the check holds. Compile it with `jhop.jit`, or wrap it in "
+        f"jhop.check {sites[0].place} is in a function that was compiled by JAX alone (jax.jit, or a loop outside of "
+        "any jit), where nobody looks at whether it holds. Compile the function with `jhop.jit`, or wrap it in "
         "`jax.experimental.checkify.checkify`, which returns the error."
     )
 
@@ -280,8 +288,27 @@ def _check_for_checkify(failed: Any, *values: Any, sites: Any) -> list[Any]:
     return []
 
 
+class _Thread(threading.local):
+    capturing = False
+
+
+_thread = _Thread()
+
+
+@contextlib.contextmanager
+def capturing() -> Iterator[None]:
+    """While active, hooks stay opaque to checkify, as somebody else will inline them and their checks."""
+    before, _thread.capturing = _thread.capturing, True
+    try:
+        yield
+    finally:
+        _thread.capturing = before
+
+
 def _hook_for_checkify(*args: Any, fn: HookFn, out_avals: Any) -> list[Any]:
     """A hook as checkify sees it: its equations, if it can be traced here; else it stays as it is."""
+    if _thread.capturing:
+        return bind_hook(fn, list(args), len(out_avals))
     try:
         closed = jax.make_jaxpr(lambda *values: run_pure(fn, values))(*args)
     except JhopError:  # told where it is compiled, if it still is wrong there

@@ -384,6 +384,11 @@ def register_lowering(primitive: Any, fun: Any, *, multiple_results: bool) -> No
     mlir.register_lowering(primitive, mlir.lower_fun(fun, multiple_results=multiple_results))
 
 
+def error_effect(kind: type) -> Any:
+    """The effect of a primitive that raises an error of a kind. JAX lets it into loops, branches, rules and remat."""
+    return _checkify.ErrorEffect(kind, ())  # which effects those let in has no public name
+
+
 _CHECKIFY_COUNTS = "ctx" in inspect.signature(_checkify.checkify_jaxpr).parameters
 
 

@@ -11,8 +11,10 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.extend.core as jex_core
 import jax.numpy as jnp
+from jax.interpreters import batching
 
 from jhop import _compat, _state
 from jhop._capture import trace
@@ -20,10 +22,10 @@ from jhop._check import Site, check_p, find_failed, has_checks
 from jhop._container import Container
 from jhop._describe import Described, info_of
 from jhop._errors import Unsupported
-from jhop._graph import GraphModule
+from jhop._graph import GraphModule, Input
 from jhop._inline import CAPTURED, Inliner
-from jhop._interp import inner_jaxprs
-from jhop._splice import Splice, expand
+from jhop._interp import evaluate, inner_jaxprs, rewrite
+from jhop._splice import Splice, expand, retrace
 from jhop._thread import Threads
 from jhop._walk import Walk
 
@@ -59,6 +61,15 @@ def discharge(gm: GraphModule) -> GraphModule:
         return gm
     with _state.LOCK:
         return _Discharger(gm).discharged()
+
+
+def without_checks(closed: Any) -> Any:
+    """A closed jaxpr less its checks, which somebody else looks at."""
+
+    def rule(eqn: Any, values: list[Any]) -> list[Any]:
+        return [] if eqn.primitive is check_p else rewrite(eqn, values, without_checks)
+
+    return retrace(closed, rule, lambda eqn: not has_checks(eqn)) if has_checks(closed) else closed
 
 
 def looking(gm: GraphModule, run: Callable[..., Any]) -> Callable[..., Any]:
@@ -161,4 +172,44 @@ class _Discharger(Inliner):
             self._lift.put(self._container, key, jnp.where(first, value, self._record[key]))
 
     def _stays(self, eqn: Any) -> bool:
-        return eqn.primitive is not check_p and not has_checks(eqn)
+        return not has_checks(eqn)
+
+
+# `jax.vmap` makes a `cond` whose index is mapped run all its branches, and a `while` go on for examples that are done.
+# A check may not look at those: it has to be an output before that.
+
+
+def _one_example(primitive: Any, params: dict[str, Any], values: tuple[Any, ...]) -> list[Any]:
+    """An equation on one example, with its checks after it."""
+    closed = jax.make_jaxpr(lambda *args: primitive.bind(*args, **params))(*map(jax.typeof, values))
+    gm = discharge(GraphModule(jaxpr=closed, inputs=tuple(Input(name="") for _ in values)))
+    outs = evaluate(gm.jaxpr, list(values))
+    check_p.bind(*outs[len(outs) - gm.checks.n :], sites=gm.checks.sites)
+    return outs[: len(outs) - gm.checks.n]
+
+
+def _batch_apart(primitive: Any, concerned: Callable[[Any, Any], bool]) -> None:
+    """Has checks leave equations of a primitive before they are batched, where they are `concerned` (dims, params)."""
+    ordinary = batching.fancy_primitive_batchers[primitive]
+
+    def batch(axis_data: Any, args: Any, dims: Any, **params: Any) -> Any:
+        if not concerned(dims, params):
+            return ordinary(axis_data, args, dims, **params)
+        run = jax.vmap(lambda *values: _one_example(primitive, params, values), in_axes=tuple(dims),
+                       **_compat.vmap_kwargs(axis_data, mapped=any(dim is not None for dim in dims)))
+        outs = run(*args)
+        return outs, [0] * len(outs)
+
+    batching.fancy_primitive_batchers[primitive] = batch
+
+
+def _branches_checked(dims: Any, params: Any) -> bool:
+    return dims[0] is not None and any(map(has_checks, params["branches"]))
+
+
+def _body_checked(dims: Any, params: Any) -> bool:
+    return has_checks(params["body_jaxpr"]) or has_checks(params["cond_jaxpr"])
+
+
+_batch_apart(jax.lax.cond_p, _branches_checked)
+_batch_apart(jax.lax.while_p, _body_checked)
