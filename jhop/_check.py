@@ -29,7 +29,7 @@ from jhop._errors import CheckError, JhopError
 from jhop._late import is_late
 from jhop._scalar import is_scalar
 from jhop._source import describe_hook, is_user_file, origin_of, peeled
-from jhop._trace_wrapped import bind_hook, run_pure, trace_wrapped_p
+from jhop._trace_wrapped import run_pure, trace_wrapped_p
 from jhop._watched import thread
 
 
@@ -208,7 +208,15 @@ def find_failed(failed: Any, values: Any, sites: tuple[Site, ...]) -> CheckError
 # The equation: which of its sites failed (from 1 on; 0 for none), then the arrays of all of them.
 
 
-_EFFECT = _compat.error_effect(CheckError)  # what keeps a check from being dropped
+class _CheckEffect(jex_core.Effect):
+    """What keeps a check from being dropped."""
+
+    def __repr__(self) -> str:
+        return "Check"
+
+
+_EFFECT = _CheckEffect()
+_compat.allow_effect(_CheckEffect)
 check_p = jex_core.Primitive("check")
 check_p.multiple_results = True
 check_p.is_effectful = lambda _params: True
@@ -279,13 +287,16 @@ class _Text(str):
         return self.site.text(*arrays)[0]
 
 
-def _check_for_checkify(failed: Any, *values: Any, sites: Any) -> list[Any]:
-    rest = iter(values)
-    for number, site in enumerate(sites, 1):
-        text = _Text(site.text(*[0] * site.n)[0])
-        text.site = site
-        checkify.check(failed != number, text, *itertools.islice(rest, site.n))
-    return []
+def _check_for_checkify(*args: Any, sites: Any) -> Any:
+    def run(failed: Any, *values: Any) -> list[Any]:
+        rest = iter(values)
+        for number, site in enumerate(sites, 1):
+            text = _Text(site.place)
+            text.site = site
+            checkify.check(failed != number, text, *itertools.islice(rest, site.n))
+        return []
+
+    return jax.make_jaxpr(run)(*args)
 
 
 class _Thread(threading.local):
@@ -305,15 +316,14 @@ def capturing() -> Iterator[None]:
         _thread.capturing = before
 
 
-def _hook_for_checkify(*args: Any, fn: HookFn, out_avals: Any) -> list[Any]:
+def _hook_for_checkify(*args: Any, fn: HookFn, out_avals: Any) -> Any:
     """A hook as checkify sees it: its equations, if it can be traced here; else it stays as it is."""
     if _thread.capturing:
-        return bind_hook(fn, list(args), len(out_avals))
+        return None
     try:
-        closed = jax.make_jaxpr(lambda *values: run_pure(fn, values))(*args)
+        return jax.make_jaxpr(lambda *values: run_pure(fn, values))(*args)
     except JhopError:  # told where it is compiled, if it still is wrong there
-        return bind_hook(fn, list(args), len(out_avals))
-    return jax.core.eval_jaxpr(*_compat.open_jaxpr(closed), *args)
+        return None
 
 
 _compat.register_checkify(check_p, _check_for_checkify)

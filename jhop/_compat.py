@@ -203,12 +203,6 @@ def equations_of(trace: Any, start: int | None = None) -> Any:
     ]
 
 
-def moved(source: Any, before: Any, now: Any) -> Any:
-    """An equation's source, for one like it in another place: `now` instead of `before` in front of its name stack."""
-    names, n = source.name_stack, len(before)
-    return source.replace(name_stack=now + names[n:]) if names.stack[:n] == before.stack else source
-
-
 def binds_axes(eqn: Any) -> bool:
     """Whether an equation's body has mesh axes in scope, so that it can be traced only while the equation is bound."""
     return eqn.primitive.name == "shard_map"
@@ -368,11 +362,6 @@ def forget_failed_effects() -> None:
     _dispatch.runtime_tokens.clear()  # without a public name
 
 
-def in_shard_map() -> bool:
-    """Whether what is traced in this thread runs on each device of a mesh by itself."""
-    return bool(jax.sharding.get_abstract_mesh().manual_axes)
-
-
 def as_varying_as(value: Any, aval: Any) -> Any:
     """A value as one that may differ over the manual mesh axes over which an aval's may."""
     missing = varying_axes(aval) - varying_axes(jax.typeof(value))
@@ -384,21 +373,26 @@ def register_lowering(primitive: Any, fun: Any, *, multiple_results: bool) -> No
     mlir.register_lowering(primitive, mlir.lower_fun(fun, multiple_results=multiple_results))
 
 
-def error_effect(kind: type) -> Any:
-    """The effect of a primitive that raises an error of a kind. JAX lets it into loops, branches, rules and remat."""
-    return _checkify.ErrorEffect(kind, ())  # which effects those let in has no public name
+def allow_effect(kind: type) -> None:
+    """Lets an effect be wherever JAX has a list of those that may, and stay where a function is differentiated."""
+    of = _core.effects
+    for kinds in (of.lowerable_effects, of.control_flow_allowed_effects, of.custom_derivatives_allowed_effects,
+                  of.remat_allowed_effects, of.partial_eval_kept_effects):  # fmt: skip
+        kinds.add_type(kind)
 
 
 _CHECKIFY_COUNTS = "ctx" in inspect.signature(_checkify.checkify_jaxpr).parameters
 
 
-def register_checkify(primitive: Any, fun: Callable[..., list[Any]]) -> None:
-    """What `checkify` sees in a primitive's place: the checks in `fun`, a function of the same inputs and results."""
+def register_checkify(primitive: Any, body: Callable[..., Any]) -> None:
+    """What `checkify` sees in an equation's place: the jaxpr `body(*inputs, **params)`; itself where that is None."""
 
     def rule(*given: Any, **params: Any) -> Any:
         *counts, error, enabled = given[: 2 + _CHECKIFY_COUNTS]
         args = given[2 + _CHECKIFY_COUNTS :]
-        closed = jax.make_jaxpr(functools.partial(fun, **params))(*args)
+        closed = body(*args, **params)
+        if closed is None:
+            return error, primitive.bind(*args, **params)
         return _checkify.checkify_jaxpr(*counts, closed, enabled, error, *args)
 
     _checkify.error_checks[primitive] = rule

@@ -310,7 +310,7 @@ class CompiledGraph(Explains):
         gm = self.gm.with_numbers(flat)
         jaxpr, _ = _compat.open_jaxpr(gm.jaxpr)
         found = [(hook, eqn) for hook, eqn in hooks_in(jaxpr) if eqn.primitive is trace_wrapped_p]
-        if any(eqn not in jaxpr.eqns for _, eqn in found):
+        if not found or any(eqn not in jaxpr.eqns for _, eqn in found):
             raise error  # hooks inside loops and other inner functions: only tracing gets there
         for hook, _ in found:
             refuse_under_vmap(hook)

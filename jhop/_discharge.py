@@ -23,8 +23,9 @@ from jhop._container import Container
 from jhop._describe import Described, info_of
 from jhop._errors import Unsupported
 from jhop._graph import GraphModule, Input
-from jhop._inline import CAPTURED, Inliner
+from jhop._inline import _CAPTURED, _Inliner
 from jhop._interp import evaluate, inner_jaxprs, rewrite
+from jhop._rebuild import rebuild
 from jhop._splice import Splice, expand, retrace
 from jhop._thread import Threads
 from jhop._walk import Walk
@@ -60,7 +61,7 @@ def discharge(gm: GraphModule) -> GraphModule:
     if not has_checks(gm.jaxpr):
         return gm
     with _state.LOCK:
-        return _Discharger(gm).discharged()
+        return _Discharger(gm, ()).discharged()
 
 
 def without_checks(closed: Any) -> Any:
@@ -85,25 +86,39 @@ def looking(gm: GraphModule, run: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _checks_in(jaxpr: Any) -> list[Any]:
-    """The equations of checks, at any depth."""
-    found = []
+class _Told(NamedTuple):
+    """An equation that tells which of some checks failed, and with what values: a check, or a `shard_map` with some."""
+
+    eqn: Any
+    sites: list[Site]
+    avals: list[Any]
+
+
+def _told_in(jaxpr: Any) -> list[_Told]:
+    """Such equations, at any depth."""
+    found: dict[int, _Told] = {}
     for eqn in _compat.open_jaxpr(jaxpr)[0].eqns:
-        found += [eqn] if eqn.primitive is check_p else [e for inner in inner_jaxprs(eqn) for e in _checks_in(inner)]
-    return found
+        inner = [told for jaxpr in inner_jaxprs(eqn) for told in _told_in(jaxpr)]
+        if eqn.primitive is check_p:
+            inner = [_Told(eqn, list(eqn.params["sites"]), [atom.aval for atom in eqn.invars[1:]])]
+        elif inner and _compat.binds_axes(eqn):
+            inner = [_Told(eqn, [s for told in inner for s in told.sites], [a for told in inner for a in told.avals])]
+        found |= {id(told.eqn): told for told in inner}
+    return list(found.values())
 
 
 class _Place(NamedTuple):
-    """Where the record has a check: numbers of its sites from `first` on, values from `start` on."""
+    """Where the record has a check: numbers of its sites from `first` on, `n` values from `start` on."""
 
     first: int
     start: int
+    n: int
 
 
-class _Discharger(Inliner):
+class _Discharger(_Inliner):
     """Inlines checks as if they were hooks that write to the record."""
 
-    def __init__(self, gm: GraphModule):
+    def __init__(self, gm: GraphModule, axes: tuple[str, ...]):
         walk = Walk([])
         self._record: dict[Any, Any] = {}  # "failed", then the values by number
         self._container = Container(self._record, "dict", "jhop.check")
@@ -112,11 +127,11 @@ class _Discharger(Inliner):
         self._places: dict[int, _Place] = {}  # by id of an equation, which the graph keeps
         self._sites: list[Site] = []
         self._avals: list[Any] = []
-        for eqn in _checks_in(gm.jaxpr):
-            if id(eqn) not in self._places:
-                self._places[id(eqn)] = _Place(len(self._sites), len(self._avals))
-                self._sites += eqn.params["sites"]
-                self._avals += [atom.aval for atom in eqn.invars[1:]]
+        for told in _told_in(gm.jaxpr):
+            self._places[id(told.eqn)] = _Place(len(self._sites), len(self._avals), len(told.avals))
+            self._sites += told.sites
+            self._avals += told.avals
+        self._axes = axes
 
     def discharged(self) -> GraphModule:
         gm = self._gm
@@ -135,7 +150,7 @@ class _Discharger(Inliner):
         return dataclasses.replace(
             gm,
             jaxpr=jex_core.ClosedJaxpr(jaxpr, consts),
-            info=Described(jaxpr, lambda: info_of(known(), {v: before.get(v, CAPTURED) for v in kept}, repeated)),
+            info=Described(jaxpr, lambda: info_of(known(), {v: before.get(v, _CAPTURED) for v in kept}, repeated)),
             in_tree=None,
             out_tree=None,
             checks=Checks(tuple(self._sites), 1 + len(self._avals)),
@@ -145,34 +160,74 @@ class _Discharger(Inliner):
         self._top = self._session.top = _compat.staging()
         with _state.Lift(self._walk, []) as lift:
             self._lift, self._threads = lift, Threads(lift, self._session, self._evaluate)
-            self._record["failed"] = jnp.int32(0)
-            self._record.update((i, jnp.zeros(aval.shape, aval.dtype)) for i, aval in enumerate(self._avals))
+            self._record["failed"] = self._zeros((), jnp.int32)
+            self._record.update((i, self._zeros(aval.shape, aval.dtype)) for i, aval in enumerate(self._avals))
             outs = Splice(self._gm.jaxpr, self._stays).evaluate(list(flat), self._rule, self._carry)
             outs += [self._record["failed"], *(self._record[i] for i in range(len(self._avals)))]
             self._lift = self._threads = self._top = None
         self._session.close()
         return outs
 
+    def _zeros(self, shape: Any, dtype: Any) -> Any:
+        zeros = jnp.zeros(shape, dtype)
+        return jax.lax.pcast(zeros, self._axes, to="varying") if self._axes else zeros
+
     def _rule(self, eqn: Any, values: list[Any]) -> list[Any] | None:
-        if eqn.primitive is not check_p:
-            return None if self._stays(eqn) else self._inline_inner(eqn, values)
+        if eqn.primitive is check_p:
+            self._note(eqn, *values)
+            return []
+        if self._stays(eqn):
+            return None
+        return self._on_mesh(eqn, values) if _compat.binds_axes(eqn) else self._inline_inner(eqn, values)
+
+    def _on_mesh(self, eqn: Any, values: list[Any]) -> list[Any]:
+        """A `shard_map`: each device has its own record, of which one gets out, the same on all."""
+
+        def run(jaxpr: Any, args: list[Any]) -> list[Any]:
+            axes = tuple(jax.sharding.get_abstract_mesh().manual_axes)
+            gm = _graph_of(jex_core.ClosedJaxpr(*_compat.open_jaxpr(jaxpr)))
+            gm = _Discharger(gm, axes if eqn.params["check_vma"] else ()).discharged()
+            outs = evaluate(gm.jaxpr, args)
+            n = len(outs) - gm.checks.n
+            return [*outs[:n], *_of_one_device(outs[n:], axes)]
+
+        n = len(eqn.outvars)
+        outs = rebuild(eqn, values, run, more=1 + self._places[id(eqn)].n)
+        self._note(eqn, *outs[n:])
+        return outs[:n]
+
+    def _note(self, eqn: Any, failed: Any, *values: Any) -> None:
+        """Writes to the record, as a hook would, what an equation tells."""
+        assert self._lift is not None
         place = self._places.get(id(eqn))
         if place is None:
             raise Unsupported("JAX traces what is there anew each time. Move the check out")
-        self._note(place, *values)
-        return []
-
-    def _note(self, place: _Place, failed: Any, *values: Any) -> None:
-        """Writes to the record, as a hook would, what an equation tells."""
-        assert self._lift is not None
         earlier = self._record["failed"]
         first = (earlier == 0) & (failed != 0)
-        pairs = [("failed", failed + place.first), *enumerate(values, place.start)]
+        pairs = [("failed", failed + jnp.int32(place.first)), *enumerate(values, place.start)]
         for key, value in pairs:
             self._lift.put(self._container, key, jnp.where(first, value, self._record[key]))
 
     def _stays(self, eqn: Any) -> bool:
         return not has_checks(eqn)
+
+
+def _graph_of(closed: Any) -> GraphModule:
+    return GraphModule(jaxpr=closed, inputs=tuple(Input(name="") for _ in closed.in_avals))
+
+
+def _of_one_device(record: list[Any], axes: tuple[str, ...]) -> list[Any]:
+    """The record of the first device on which a check failed, for all devices of these axes of a mesh."""
+    failed = record[0]
+    device = jax.lax.axis_index(axes)
+    first = jax.lax.pmin(jnp.where(failed != 0, device, jnp.iinfo(device.dtype).max), axes)
+
+    def of_first(value: Any) -> Any:
+        numbers = value.astype(jnp.int32) if value.dtype == bool else value
+        found = jax.lax.psum(jnp.where(device == first, numbers, jnp.zeros_like(numbers)), axes)
+        return found.astype(value.dtype)
+
+    return list(map(of_first, record))
 
 
 # `jax.vmap` makes a `cond` whose index is mapped run all its branches, and a `while` go on for examples that are done.
@@ -182,7 +237,7 @@ class _Discharger(Inliner):
 def _one_example(primitive: Any, params: dict[str, Any], values: tuple[Any, ...]) -> list[Any]:
     """An equation on one example, with its checks after it."""
     closed = jax.make_jaxpr(lambda *args: primitive.bind(*args, **params))(*map(jax.typeof, values))
-    gm = discharge(GraphModule(jaxpr=closed, inputs=tuple(Input(name="") for _ in values)))
+    gm = discharge(_graph_of(closed))
     outs = evaluate(gm.jaxpr, list(values))
     check_p.bind(*outs[len(outs) - gm.checks.n :], sites=gm.checks.sites)
     return outs[: len(outs) - gm.checks.n]

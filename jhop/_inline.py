@@ -48,7 +48,7 @@ from jhop._trace_wrapped import check_frames, inlining, no_endless_hooks, trace_
 from jhop._walk import Walk
 from jhop._writeback import after_results, stay_numpy
 
-CAPTURED = Info(stage="captured")
+_CAPTURED = Info(stage="captured")
 
 
 def inline(
@@ -79,10 +79,10 @@ def inline(
     if not isinstance(gm, GraphModule):
         raise JhopError(f"jhop.inline: expected a GraphModule, such as jhop.make_fx gives, got {type(gm).__name__}.")
     with _state.LOCK, advising(TO_JIT):
-        return Inliner(gm, shapes, on_host, Walk(hook_roots(gm, on_host))).run(avals)
+        return _Inliner(gm, shapes, on_host, Walk(hook_roots(gm, on_host))).run(avals)
 
 
-class Inliner:
+class _Inliner:
     def __init__(self, gm: GraphModule, shapes: Any, on_host: Sequence[Any], walk: Walk):
         self._gm = gm
         self._on_host = on_host
@@ -137,7 +137,7 @@ class Inliner:
             self._gm,
             jaxpr=jex_core.ClosedJaxpr(jaxpr, consts),
             inputs=(*self._gm.inputs, *state_inputs),
-            info=Described(jaxpr, lambda: info_of(known(), {v: before.get(v, CAPTURED) for v in kept}, repeated)),
+            info=Described(jaxpr, lambda: info_of(known(), {v: before.get(v, _CAPTURED) for v in kept}, repeated)),
             name="GraphModule",
             made_by="inline",
             in_tree=self._gm.in_tree if not slots and not lifted.writes else None,
@@ -197,7 +197,7 @@ class Inliner:
 
     def _carry(self, variable: Any, value: Any) -> None:
         """Takes what is known of a captured value over to its new variable."""
-        self._recorder.note(value, self._gm.info.get(variable, CAPTURED))
+        self._recorder.note(value, self._gm.info.get(variable, _CAPTURED))
 
     def _collect(self, lift: _state.Lift) -> None:
         """Turns what the hooks wrote into templates over further outputs."""
