@@ -8,13 +8,12 @@ are looked at after each run. Under `jax.experimental.checkify` it is a check of
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import string
 import sys
 import threading
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.extend.core as jex_core
@@ -86,7 +85,7 @@ def check(pred: Any, msg: str, **fmt: Any) -> None:
     if not staged and not any(isinstance(value, _compat.Tracer) for value in values):
         raise site.error(values)
     failed = jnp.logical_not(jnp.all(pred) if pred.ndim else pred).astype(jnp.int32)
-    check_p.bind(failed, *map(jnp.asarray, values), sites=(site,))
+    bind_check(failed, values, site)
 
 
 def _unwrapped(value: Any) -> Any:
@@ -111,8 +110,7 @@ class Site:
     """One check in the user's code. Equal only to itself.
 
     Attributes:
-        n: how many arrays its message is made with.
-        place: where it is, in words.
+        title: what it is and where, in words.
     """
 
     def __init__(self, msg: str, tree: Any, fixed: dict[int, Any], moving: list[int], place: str):
@@ -120,14 +118,14 @@ class Site:
         self._tree = tree
         self._fixed = fixed
         self._moving = moving
-        self.place = place
-        self.n = len(moving)
+        self.title = f"jhop.check {place}"
+        self._place = place
 
     def refuse_bad_text(self) -> None:
         """Raises JhopError where the message cannot be made."""
         if not isinstance(self._msg, str):
             raise JhopError(f"jhop.check: expected a message as second argument, got {type(self._msg).__name__}.")
-        if (unknown := sorted(self._mentioned() - set(self._values([0] * self.n)))) and self._tree.num_leaves:
+        if (unknown := sorted(self._mentioned() - set(self._values([0] * len(self._moving))))) and self._tree.num_leaves:
             names = ", ".join(f"`{name}`" for name in unknown)
             raise JhopError(f"jhop.check: the message names {names}, of which no value was given: {self._msg!r}.")
 
@@ -145,8 +143,8 @@ class Site:
         leaves = {**self._fixed, **dict(zip(self._moving, arrays, strict=True))}
         return jax.tree.unflatten(self._tree, [leaves[i] for i in range(len(leaves))])
 
-    def text(self, *arrays: Any) -> tuple[str, dict[str, Any]]:
-        """(what the error says, the values) for the values of its arrays."""
+    def error(self, arrays: Sequence[Any]) -> CheckError:
+        """The error for the values of its arrays."""
         values = self._values([_readable(array) for array in arrays])
         message = self._msg
         if values:
@@ -158,11 +156,7 @@ class Site:
             rest = [f"{name} = {value}" for name, value in values.items() if name not in mentioned]
             message += f" ({', '.join(rest)})" if rest else ""
         given = {name: jax.tree.map(_as_python, value) for name, value in values.items()}
-        return f"jhop.check failed {self.place}: {message}", given
-
-    def error(self, arrays: Any) -> CheckError:
-        """The error for the values of its arrays."""
-        return CheckError(*self.text(*arrays))
+        return CheckError(f"jhop.check failed {self._place}: {message}", given)
 
 
 def _readable(array: Any) -> Any:
@@ -190,22 +184,28 @@ def _place() -> str:
     return f"{place}, called by {describe_hook(hook)}"
 
 
-def find_failed(failed: Any, values: Any, sites: tuple[Site, ...]) -> CheckError | None:
+class Placed(NamedTuple):
+    """A site, and which of an equation's arrays, or a record's, it has its message of."""
+
+    site: Any
+    places: tuple[int, ...]
+
+
+def find_failed(failed: Any, values: Sequence[Any], sites: Sequence[Placed]) -> CheckError | None:
     """The error of the check that failed.
 
     Args:
         failed: which of `sites` it was, from 1 on; 0 if none was.
-        values: the arrays of all of them, in order.
+        values: the arrays.
     """
     number = int(failed)
     if number == 0:
         return None
-    start = sum(site.n for site in sites[: number - 1])
-    site = sites[number - 1]
-    return site.error(values[start : start + site.n])
+    site, places = sites[number - 1]
+    return site.error([values[i] for i in places])
 
 
-# The equation: which of its sites failed (from 1 on; 0 for none), then the arrays of all of them.
+# The equation: which of its sites failed (from 1 on; 0 for none), then arrays.
 
 
 class _CheckEffect(jex_core.Effect):
@@ -220,6 +220,17 @@ _compat.allow_effect(_CheckEffect)
 check_p = jex_core.Primitive("check")
 check_p.multiple_results = True
 check_p.is_effectful = lambda _params: True
+
+
+def bind_check(failed: Any, values: Sequence[Any], site: Any) -> None:
+    """Puts a check into what is traced, or makes it.
+
+    Args:
+        failed: 1 if it failed, 0 if not, of int32.
+        values: arrays.
+        site: has a `title`, and makes an `error` of the arrays.
+    """
+    check_p.bind(failed, *map(jnp.asarray, values), sites=(Placed(site, tuple(range(len(values)))),))
 
 
 def has_checks(jaxpr: Any) -> bool:
@@ -261,7 +272,7 @@ def _check_batch(args: Any, dims: Any, *, sites: Any) -> Any:
 
 def _check_lowered(*args: Any, sites: Any) -> list[Any]:
     raise JhopError(
-        f"jhop.check {sites[0].place} is in a function that was compiled by JAX alone (jax.jit, or a loop outside of "
+        f"{sites[0].site.title} is in a function that was compiled by JAX alone (jax.jit, or a loop outside of "
         "any jit), where nobody looks at whether it holds. Compile the function with `jhop.jit`, or wrap it in "
         "`jax.experimental.checkify.checkify`, which returns the error."
     )
@@ -281,19 +292,18 @@ _compat.register_lowering(check_p, _check_lowered, multiple_results=True)
 class _Text(str):
     """A message that is not formatted as texts are."""
 
-    site: Site
+    site: Any
 
     def format(self, *arrays: Any, **_: Any) -> str:
-        return self.site.text(*arrays)[0]
+        return str(self.site.error(arrays))
 
 
 def _check_for_checkify(*args: Any, sites: Any) -> Any:
     def run(failed: Any, *values: Any) -> list[Any]:
-        rest = iter(values)
-        for number, site in enumerate(sites, 1):
-            text = _Text(site.place)
+        for number, (site, places) in enumerate(sites, 1):
+            text = _Text(site.title)
             text.site = site
-            checkify.check(failed != number, text, *itertools.islice(rest, site.n))
+            checkify.check(failed != number, text, *(values[i] for i in places))
         return []
 
     return jax.make_jaxpr(run)(*args)

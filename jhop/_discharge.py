@@ -7,6 +7,7 @@ outputs of the graph.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from jax.interpreters import batching
 
 from jhop import _compat, _state
 from jhop._capture import trace
-from jhop._check import Site, check_p, find_failed, has_checks
+from jhop._check import Placed, check_p, find_failed, has_checks
 from jhop._container import Container
 from jhop._describe import Described, info_of
 from jhop._errors import Unsupported
@@ -39,7 +40,7 @@ class Checks(NamedTuple):
         n: how many outputs there are of them.
     """
 
-    sites: tuple[Site, ...]
+    sites: tuple[Placed, ...]
     n: int
 
     def look(self, outs: Sequence[Any]) -> None:
@@ -86,33 +87,47 @@ def looking(gm: GraphModule, run: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-class _Told(NamedTuple):
-    """An equation that tells which of some checks failed, and with what values: a check, or a `shard_map` with some."""
+class _Layout:
+    """What a record of the checks in a jaxpr has in which place. As only one check is told, they share places.
 
-    eqn: Any
-    sites: list[Site]
-    avals: list[Any]
+    Attributes:
+        sites: all that there are.
+        avals: of the arrays.
+        eqns: by id of an equation that tells which of some checks failed (a check, or a `shard_map` with some): where
+            its sites begin in `sites`, and the places of its arrays.
+    """
 
+    def __init__(self, jaxpr: Any):
+        self.sites: list[Placed] = []
+        self.avals: list[Any] = []
+        self.eqns: dict[int, tuple[int, list[int]]] = {}
+        self._known: dict[Any, int] = {}
+        self._look_into(jaxpr)
 
-def _told_in(jaxpr: Any) -> list[_Told]:
-    """Such equations, at any depth."""
-    found: dict[int, _Told] = {}
-    for eqn in _compat.open_jaxpr(jaxpr)[0].eqns:
-        inner = [told for jaxpr in inner_jaxprs(eqn) for told in _told_in(jaxpr)]
-        if eqn.primitive is check_p:
-            inner = [_Told(eqn, list(eqn.params["sites"]), [atom.aval for atom in eqn.invars[1:]])]
-        elif inner and _compat.binds_axes(eqn):
-            inner = [_Told(eqn, [s for told in inner for s in told.sites], [a for told in inner for a in told.avals])]
-        found |= {id(told.eqn): told for told in inner}
-    return list(found.values())
+    def _look_into(self, jaxpr: Any) -> None:
+        for eqn in _compat.open_jaxpr(jaxpr)[0].eqns:
+            if id(eqn) in self.eqns or not has_checks(eqn):
+                continue
+            if eqn.primitive is check_p:
+                self._add(eqn, eqn.params["sites"], [atom.aval for atom in eqn.invars[1:]])
+            elif _compat.binds_axes(eqn):
+                inner = _Layout(eqn.params["jaxpr"])
+                self._add(eqn, inner.sites, inner.avals)
+            else:
+                for inner in inner_jaxprs(eqn):
+                    self._look_into(inner)
 
-
-class _Place(NamedTuple):
-    """Where the record has a check: numbers of its sites from `first` on, `n` values from `start` on."""
-
-    first: int
-    start: int
-    n: int
+    def _add(self, eqn: Any, sites: Sequence[Placed], avals: list[Any]) -> None:
+        met: collections.Counter[Any] = collections.Counter()
+        places = []
+        for aval in avals:
+            kind = aval.shape, aval.dtype
+            met[kind] += 1
+            places.append(self._known.setdefault((kind, met[kind]), len(self.avals)))
+            if places[-1] == len(self.avals):
+                self.avals.append(aval)
+        self.eqns[id(eqn)] = len(self.sites), places
+        self.sites += [Placed(site, tuple(places[i] for i in own)) for site, own in sites]
 
 
 class _Discharger(_Inliner):
@@ -124,13 +139,7 @@ class _Discharger(_Inliner):
         self._container = Container(self._record, "dict", "jhop.check")
         walk.containers.append(self._container)
         super().__init__(gm, gm.shapes, (), walk)
-        self._places: dict[int, _Place] = {}  # by id of an equation, which the graph keeps
-        self._sites: list[Site] = []
-        self._avals: list[Any] = []
-        for told in _told_in(gm.jaxpr):
-            self._places[id(told.eqn)] = _Place(len(self._sites), len(self._avals), len(told.avals))
-            self._sites += told.sites
-            self._avals += told.avals
+        self._layout = _Layout(gm.jaxpr)
         self._axes = axes
 
     def discharged(self) -> GraphModule:
@@ -138,9 +147,9 @@ class _Discharger(_Inliner):
         try:
             closed, known = trace(self._traced, [v.aval for v in self._jaxpr.invars], self._recorder)
         except Unsupported as error:
-            where = ", ".join(dict.fromkeys(site.place for site in self._sites))
+            checks = ", ".join(dict.fromkeys(placed.site.title for placed in self._layout.sites))
             raise Unsupported(
-                f"whether a jhop.check holds cannot be told from where it stands ({where}): {error}"
+                f"whether a check holds ({checks}) cannot be told from where it stands: {error}"
             ) from error
         finally:
             self._session.close()
@@ -153,7 +162,7 @@ class _Discharger(_Inliner):
             info=Described(jaxpr, lambda: info_of(known(), {v: before.get(v, _CAPTURED) for v in kept}, repeated)),
             in_tree=None,
             out_tree=None,
-            checks=Checks(tuple(self._sites), 1 + len(self._avals)),
+            checks=Checks(tuple(self._layout.sites), 1 + len(self._layout.avals)),
         )
 
     def _traced(self, *flat: Any) -> list[Any]:
@@ -161,9 +170,9 @@ class _Discharger(_Inliner):
         with _state.Lift(self._walk, []) as lift:
             self._lift, self._threads = lift, Threads(lift, self._session, self._evaluate)
             self._record["failed"] = self._zeros((), jnp.int32)
-            self._record.update((i, self._zeros(aval.shape, aval.dtype)) for i, aval in enumerate(self._avals))
+            self._record.update((i, self._zeros(aval.shape, aval.dtype)) for i, aval in enumerate(self._layout.avals))
             outs = Splice(self._gm.jaxpr, self._stays).evaluate(list(flat), self._rule, self._carry)
-            outs += [self._record["failed"], *(self._record[i] for i in range(len(self._avals)))]
+            outs += [self._record["failed"], *(self._record[i] for i in range(len(self._layout.avals)))]
             self._lift = self._threads = self._top = None
         self._session.close()
         return outs
@@ -192,19 +201,19 @@ class _Discharger(_Inliner):
             return [*outs[:n], *_of_one_device(outs[n:], axes)]
 
         n = len(eqn.outvars)
-        outs = rebuild(eqn, values, run, more=1 + self._places[id(eqn)].n)
+        outs = rebuild(eqn, values, run, more=1 + len(self._layout.eqns[id(eqn)][1]))
         self._note(eqn, *outs[n:])
         return outs[:n]
 
     def _note(self, eqn: Any, failed: Any, *values: Any) -> None:
         """Writes to the record, as a hook would, what an equation tells."""
         assert self._lift is not None
-        place = self._places.get(id(eqn))
-        if place is None:
+        if id(eqn) not in self._layout.eqns:
             raise Unsupported("JAX traces what is there anew each time. Move the check out")
+        start, places = self._layout.eqns[id(eqn)]
         earlier = self._record["failed"]
         first = (earlier == 0) & (failed != 0)
-        pairs = [("failed", failed + jnp.int32(place.first)), *enumerate(values, place.start)]
+        pairs = [("failed", failed + jnp.int32(start)), *zip(places, values, strict=True)]
         for key, value in pairs:
             self._lift.put(self._container, key, jnp.where(first, value, self._record[key]))
 

@@ -159,7 +159,7 @@ class Step:
     def state_paths(self) -> list[str]:
         """Where its Python state is."""
         written = (write.container.path_of(write.key) for write in self._lifted.writes)
-        checks = [] if self._checks is None else [f"jhop.check {site.place}" for site in self._checks.sites]
+        checks = [] if self._checks is None else [placed.site.title for placed in self._checks.sites]
         return list(dict.fromkeys([*(slot.path for slot in self._lifted.slots), *written, *checks]))
 
     def trace(self, args: Any, kwargs: Any) -> Any:
