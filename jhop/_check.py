@@ -125,7 +125,8 @@ class Site:
         """Raises JhopError where the message cannot be made."""
         if not isinstance(self._msg, str):
             raise JhopError(f"jhop.check: expected a message as second argument, got {type(self._msg).__name__}.")
-        if (unknown := sorted(self._mentioned() - set(self._values([0] * len(self._moving))))) and self._tree.num_leaves:
+        unknown = sorted(self._mentioned() - set(self._values([0] * len(self._moving))))
+        if unknown and self._tree.num_leaves:
             names = ", ".join(f"`{name}`" for name in unknown)
             raise JhopError(f"jhop.check: the message names {names}, of which no value was given: {self._msg!r}.")
 

@@ -71,6 +71,20 @@ class CheckError(JhopError):
         return type(self), (str(self), self.values)
 
 
+class NanError(CheckError):
+    """`jhop.nan_guard` found the operation that made the first NaN. Nothing was written.
+
+    Attributes:
+        primitive: of the operation; None where an argument had NaN in it.
+        phase: "forward" or "backward"; None as above.
+        values: how many values of its result are not finite (`count`), (smallest, largest, how many not finite) of each
+            operand (`operands`), and the iterations of the loops around it (`turns`).
+    """
+
+    primitive: str | None = None
+    phase: str | None = None
+
+
 FULLGRAPH = "pass `fullgraph=False`, which runs this hook on the host each time"
 TO_JIT = "compile with `jhop.jit`, which runs this hook on the host each time"
 AHEAD = "call the function, not ahead of time, with `fullgraph=False`, which runs this hook on the host each time"
