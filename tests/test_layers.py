@@ -96,6 +96,7 @@ LAYERS = (
     "_step",
     "_aot",
     "_jit",
+    "_guarding",
     "_nan_guard",
     "_entries",
     "_questions",
