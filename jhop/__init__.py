@@ -17,8 +17,11 @@ from jhop import numpy as numpy
 from jhop import testing as testing
 from jhop._backward_graph import backward_graph as backward_graph
 from jhop._capture import make_fx as make_fx
+from jhop._check import check as check
+from jhop._errors import CheckError as CheckError
 from jhop._errors import HookError as HookError
 from jhop._errors import JhopError as JhopError
+from jhop._errors import NanError as NanError
 from jhop._errors import Unsupported as Unsupported
 from jhop._explain import explain as explain
 from jhop._forward import compile as compile
@@ -29,6 +32,7 @@ from jhop._hook import hook as hook
 from jhop._inline import inline as inline
 from jhop._jit import jit as jit
 from jhop._lift import lift as lift
+from jhop._nan_guard import nan_guard as nan_guard
 from jhop._reset import reset as reset
 from jhop._tensor import Tensor as Tensor
 from jhop._tensor import tensor as tensor

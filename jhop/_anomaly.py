@@ -5,20 +5,19 @@ They run node by node, and a compiled function's backward equation by equation, 
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import jax.numpy as jnp
 
 from jhop import _compat, _engine
+from jhop._blame import is_floating, what, where
 from jhop._compiled import CompiledNode
-from jhop._contract import HookFn
 from jhop._errors import JhopError
 from jhop._graph import Info
 from jhop._interp import evaluate
 from jhop._node import Node, full_cts
 from jhop._plan import Request, plan
-from jhop._source import Origin, describe_hook
+from jhop._source import describe_hook
 
 
 class CheckedPass(_engine.Pass):
@@ -47,18 +46,15 @@ class CheckedPass(_engine.Pass):
         def note(variable: Any, value: Any) -> None:
             eqn = makers.get(variable)
             if eqn is not None and _is_nan(value):
-                hook = eqn.params.get("fn")
-                what = describe_hook(hook.base) if isinstance(hook, HookFn) else f"`{eqn.primitive.name}`"
-                place = gm.info.get(variable, Info()).origin
-                where = f" ({os.path.basename(place.file)}:{place.line}: {place.text})" if type(place) is Origin else ""
-                raise _error(f"{what} in `{gm.name}`{where}", value)
+                place = where(gm.info.get(variable, Info()).origin)
+                raise _error(f"{what(eqn)} in `{gm.name}`{place}", value)
 
         outs = evaluate(gm.jaxpr, [*node.saved(), *full_cts(node, cts)], note=note)
         return node.compiled.joint.only_reached(outs)
 
 
 def _is_nan(value: Any) -> bool:
-    return value is not None and jnp.issubdtype(value.dtype, jnp.inexact) and bool(jnp.isnan(value).any())
+    return is_floating(value) and bool(jnp.isnan(value).any())
 
 
 def _error(what: str, value: Any) -> JhopError:

@@ -67,8 +67,8 @@ class Traced(_Stage):
         if _private_parameters is not None:  # asked by jax.export, which makes its own use of JAX's stage
             if step.writes:
                 raise Unsupported(
-                    f"jax.export of `{self._name}`: an exported program cannot reach the Python state of its hooks "
-                    f"({', '.join(step.state_paths())}). Pass it as an argument, and "
+                    f"jax.export of `{self._name}`: an exported program cannot reach the Python state of its hooks, or "
+                    f"tell of checks ({', '.join(step.state_paths())}). Pass it as an argument, and "
                     "return what changes."
                 )
             if step.has_state:

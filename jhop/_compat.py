@@ -1,6 +1,5 @@
-"""Everything that depends on which JAX this is. No other module asks, and no other touches `jax._src`.
-
-Differences are found by looking at the feature, not at the version number.
+"""Everything that depends on which JAX this is. No other module asks, and no other touches `jax._src`. Differences
+are found by looking at the feature, not at the version number.
 """
 
 from __future__ import annotations
@@ -8,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import itertools
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.export
 import jax.extend.core as jex_core
+from jax._src import checkify as _checkify  # its table of rules has no public name
 from jax._src import config as _config  # what JAX itself puts into the keys of its caches
 from jax._src import core as _core  # the current trace has no public name
 from jax._src import dispatch as _dispatch
@@ -23,7 +24,7 @@ from jax._src.interpreters import ad as _ad
 from jax._src.lax import lax as _lax
 from jax._src.sharding_impls import UNSPECIFIED as UNSPECIFIED  # what a jit says of shardings that it leaves open
 from jax.extend import source_info_util
-from jax.interpreters import ad, batching, mlir, xla
+from jax.interpreters import mlir, xla
 from jax.interpreters import partial_eval as pe
 
 Tracer = jax.core.Tracer
@@ -193,23 +194,15 @@ def equations_of(trace: Any, start: int | None = None) -> Any:
     if any(getattr(eqn, "effects", True) or getattr(eqn.primitive, "ref_allocating", False) for eqn in made[start:]):
         return None
     rest = ("outvars", "primitive", "params", "effects", "source_info", "ctx")
-    return [
-        jex_core.JaxprEqn([tracer.val for tracer in eqn.in_tracers], *(getattr(eqn, key) for key in rest))
-        for eqn in made[start:]
-    ]
+    taken = [([tracer.val for tracer in eqn.in_tracers], *(getattr(eqn, key) for key in rest)) for eqn in made[start:]]
+    return list(itertools.starmap(jex_core.JaxprEqn, taken))
 
 
 def reads_after(value: Any, result: Any) -> bool:
     """Whether the present trace has an equation that reads a value, after the one which made a result."""
     eqns = current_trace().frame.tracing_eqns
-    made = next((i for i, eqn in enumerate(eqns) if any(v is result.val for v in eqn.outvars)), len(eqns))
-    return any(tracer.val is value.val for eqn in eqns[made + 1 :] for tracer in eqn.in_tracers)
-
-
-def moved(source: Any, before: Any, now: Any) -> Any:
-    """An equation's source, for one like it in another place: `now` instead of `before` in front of its name stack."""
-    names, n = source.name_stack, len(before)
-    return source.replace(name_stack=now + names[n:]) if names.stack[:n] == before.stack else source
+    later = itertools.dropwhile(lambda eqn: all(v is not result.val for v in eqn.outvars), eqns)
+    return any(tracer.val is value.val for eqn in itertools.islice(later, 1, None) for tracer in eqn.in_tracers)
 
 
 def binds_axes(eqn: Any) -> bool:
@@ -371,11 +364,6 @@ def forget_failed_effects() -> None:
     _dispatch.runtime_tokens.clear()  # without a public name
 
 
-def in_shard_map() -> bool:
-    """Whether what is traced in this thread runs on each device of a mesh by itself."""
-    return bool(jax.sharding.get_abstract_mesh().manual_axes)
-
-
 def as_varying_as(value: Any, aval: Any) -> Any:
     """A value as one that may differ over the manual mesh axes over which an aval's may."""
     missing = varying_axes(aval) - varying_axes(jax.typeof(value))
@@ -387,14 +375,26 @@ def register_lowering(primitive: Any, fun: Any, *, multiple_results: bool) -> No
     mlir.register_lowering(primitive, mlir.lower_fun(fun, multiple_results=multiple_results))
 
 
-def register_transforms(primitive: Any, fun: Callable[..., Any]) -> None:
-    """Batches and differentiates a primitive with one result as `fun`, which computes the same with JAX."""
+def allow_effect(kind: type) -> None:
+    """Lets an effect be wherever JAX has a list of those that may, and stay where a function is differentiated."""
+    of = _core.effects
+    for kinds in (of.lowerable_effects, of.control_flow_allowed_effects, of.custom_derivatives_allowed_effects,
+                  of.remat_allowed_effects, of.partial_eval_kept_effects):  # fmt: skip
+        kinds.add_type(kind)
 
-    def batch(args: Any, dims: Any, **params: Any) -> Any:
-        return jax.vmap(functools.partial(fun, **params), in_axes=tuple(dims))(*args), 0
 
-    def jvp(primals: Any, tangents: Any, **params: Any) -> Any:
-        return jax.jvp(functools.partial(fun, **params), primals, tuple(map(ad.instantiate_zeros, tangents)))
+_CHECKIFY_COUNTS = "ctx" in inspect.signature(_checkify.checkify_jaxpr).parameters
 
-    batching.primitive_batchers[primitive] = batch
-    ad.primitive_jvps[primitive] = jvp
+
+def register_checkify(primitive: Any, body: Callable[..., Any]) -> None:
+    """What `checkify` sees in an equation's place: the jaxpr `body(*inputs, **params)`; itself where that is None."""
+
+    def rule(*given: Any, **params: Any) -> Any:
+        *counts, error, enabled = given[: 2 + _CHECKIFY_COUNTS]
+        args = given[2 + _CHECKIFY_COUNTS :]
+        closed = body(*args, **params)
+        if closed is None:
+            return error, primitive.bind(*args, **params)
+        return _checkify.checkify_jaxpr(*counts, closed, enabled, error, *args)
+
+    _checkify.error_checks[primitive] = rule

@@ -19,6 +19,7 @@ import numpy as np
 from jhop import _compat, _state, backends
 from jhop._asked import Asked
 from jhop._cut import CannotRunOnHost, on_host, refusal_of, refuse_under_vmap, sharing
+from jhop._discharge import discharge, looking
 from jhop._errors import AHEAD, FULLGRAPH, JhopError, Unsupported, advising, let_go_of_frames
 from jhop._explain import Explains, graph_report, hooks_of
 from jhop._graph import GraphModule, hooks_in
@@ -222,7 +223,7 @@ class CompiledGraph(Explains):
             fits = Fits(types, asked := Asked(), [given.name for given in self.gm.inputs])
             try:
                 with asked.noting():
-                    gm = inline(self.gm, avals=types.avals, shapes=types.places)
+                    gm = discharge(inline(self.gm, avals=types.avals, shapes=types.places))
                 fits.check([jax.numpy.shape(value) for value in flat])
                 return gm, fits
             except Exception as error:  # some code needs sizes as numbers: trace with numbers, whatever the reason was
@@ -230,7 +231,7 @@ class CompiledGraph(Explains):
                     self._numbers_only = fits.in_words(first_line(error))
         gm = self.gm.with_numbers(flat)
         gm.check(flat)
-        return inline(gm), None
+        return discharge(inline(gm)), None
 
     def _symbolic(self, flat: list[Any]) -> Symbolic | None:
         """The types to trace with, if there are symbols among their sizes."""
@@ -245,6 +246,8 @@ class CompiledGraph(Explains):
     def _run(self, entry: _Entry, flat: list[Any], state: list[Any]) -> list[Any]:
         lifted = entry.gm.lifted
         outs = self._checked(entry, entry.run(*flat, *state))
+        if entry.gm.checks is not None:
+            entry.gm.checks.look(outs)
         if lifted is None:
             return outs
         if lifted.writes:
@@ -288,7 +291,7 @@ class CompiledGraph(Explains):
                 gm = self.gm.with_numbers(flat)
                 gm.check(flat)
                 with advising(FULLGRAPH):
-                    gm, error = inline(gm, on_host=there), None
+                    gm, error = discharge(inline(gm, on_host=there)), None
             except CannotRunOnHost as another:
                 raise another from refused
             except Unsupported as another:
@@ -304,7 +307,7 @@ class CompiledGraph(Explains):
                             f"and nothing is fused across it. It cannot be traced: {why}"
                         )
                 hooks = [found[i] for i in reasons]
-                run = on_host(self._placed(gm, Program(gm, transform)), hooks, gm.callbacks)
+                run = on_host(looking(gm, self._placed(gm, Program(gm, transform))), hooks, gm.callbacks)
                 return _Entry(gm, run, _shapes_of(flat), self._note(gm, reason), self._static, refused)
         return None
 
@@ -318,7 +321,7 @@ class CompiledGraph(Explains):
         gm = self.gm.with_numbers(flat)
         jaxpr, _ = _compat.open_jaxpr(gm.jaxpr)
         found = [(hook, eqn) for hook, eqn in hooks_in(jaxpr) if eqn.primitive is trace_wrapped_p]
-        if any(eqn not in jaxpr.eqns for _, eqn in found):
+        if not found or any(eqn not in jaxpr.eqns for _, eqn in found):
             raise error  # hooks inside loops and other inner functions: only tracing gets there
         for hook, _ in found:
             refuse_under_vmap(hook)

@@ -127,7 +127,7 @@ def leave(eqn: Any, values: list[Any], top: Any, callbacks: list[Callback]) -> l
     if _compat.staging() is top:
         with inlining(None):
             return _compat.bind_eqn(eqn, values)
-    if _compat.in_shard_map():
+    if jax.sharding.get_abstract_mesh().manual_axes:
         raise CannotRunOnHost(
             f"{describe_hook(hook.base)} cannot be traced, and inside shard_map it cannot run on the host: each device "
             "would call it. Hook a value outside of shard_map, or change the hook."

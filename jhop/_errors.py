@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 
 class JhopError(Exception):
@@ -54,6 +55,43 @@ def let_go_of_frames(error: BaseException | None) -> None:
     while error is not None and error.__traceback__ is not None:
         error.__traceback__ = None
         error = error.__cause__ or error.__context__
+
+
+class CheckError(JhopError):
+    """A `jhop.check` did not hold. Nothing was written.
+
+    Attributes:
+        values: what the check was given for its message: Python numbers, and NumPy arrays.
+
+    Example:
+        >>> import jhop
+        >>> try:
+        ...     jhop.check(2 < 1, "{n} is not below 1", n=2)
+        ... except jhop.CheckError as error:
+        ...     print(error.values, str(error).endswith("2 is not below 1"))
+        {'n': 2} True
+    """
+
+    def __init__(self, text: str, values: dict[str, Any] | None = None):
+        super().__init__(text)
+        self.values = {} if values is None else values
+
+    def __reduce__(self) -> Any:
+        return type(self), (str(self), self.values)
+
+
+class NanError(CheckError):
+    """`jhop.nan_guard` found the operation that made the first NaN. Nothing was written.
+
+    Attributes:
+        primitive: of the operation; None where an argument had NaN in it.
+        phase: "forward" or "backward"; None as above.
+        values: how many values of its result are not finite (`count`), (smallest, largest, how many not finite) of each
+            operand (`operands`), and the iterations of the loops around it (`turns`).
+    """
+
+    primitive: str | None = None
+    phase: str | None = None
 
 
 FULLGRAPH = "pass `fullgraph=False`, which runs this hook on the host each time"

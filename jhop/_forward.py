@@ -21,6 +21,7 @@ from jhop._attempt import Call, trace_call
 from jhop._bound import BoundHook
 from jhop._compile import MAX_ENTRIES, CompiledGraph
 from jhop._compiled import Compiled, CompiledNode
+from jhop._discharge import discharge, looking
 from jhop._errors import JhopError
 from jhop._explain import StandsForFunction, graph_report, hooks_of
 from jhop._graph import GraphModule
@@ -179,6 +180,10 @@ class CompiledFunction(StandsForFunction):
         )
 
     def _callable(self, gm: GraphModule, example: list[Any]) -> Callable[..., list[Any]]:
+        gm = discharge(gm)
+        return looking(gm, self._compiled(gm, example))
+
+    def _compiled(self, gm: GraphModule, example: list[Any]) -> Callable[..., list[Any]]:
         if self._backend is backends.xla:
             return backends.xla_program(gm)  # the function took its number when it was traced
         if self._backend is backends.aot_eager:

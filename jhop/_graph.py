@@ -100,6 +100,7 @@ class GraphModule:
         backward: what is known of the backward pass that this is, if it is one (`jhop._capture.Backward`).
         lifted: the Python state that is lifted, if any (`jhop._inline.Lifted`).
         callbacks: hooks that the graph calls back inside loops, as they cannot be traced (`jhop._cut.Callback`).
+        checks: what there is to look at after each run, if checks are among the outputs (`jhop._discharge.Checks`).
         shapes: symbols of symbolic dimensions, as (symbol, input index, axis); found in the jaxpr where not given.
 
     Example:
@@ -119,6 +120,7 @@ class GraphModule:
     backward: Any = None
     lifted: Any = None
     callbacks: tuple[Any, ...] = ()
+    checks: Any = None
     shapes: tuple[tuple[str, int, int], ...] = ()
 
     def __post_init__(self) -> None:

@@ -78,11 +78,11 @@ def inline(
     if not isinstance(gm, GraphModule):
         raise JhopError(f"jhop.inline: expected a GraphModule, such as jhop.make_fx gives, got {type(gm).__name__}.")
     with _state.LOCK, advising(TO_JIT):
-        return _Inliner(gm, shapes, on_host).run(avals)
+        return _Inliner(gm, shapes, on_host, Walk(hook_roots(gm, on_host))).run(avals)
 
 
 class _Inliner:
-    def __init__(self, gm: GraphModule, shapes: Any, on_host: Sequence[Any]):
+    def __init__(self, gm: GraphModule, shapes: Any, on_host: Sequence[Any], walk: Walk):
         self._gm = gm
         self._on_host = on_host
         self._callbacks: list[Callback] = []
@@ -90,7 +90,7 @@ class _Inliner:
         self._jaxpr, _ = _compat.open_jaxpr(gm.jaxpr)
         self._recorder = Recorder()
         self._session = Session(self._recorder)
-        self._walk = Walk(hook_roots(gm, on_host))
+        self._walk = walk
         lift_tuples(self._walk)
         self._repeats = Repeats([(hook, eqn) for hook, eqn in gm.hooks if eqn.primitive is trace_wrapped_p])
         self._session.asks_identity = functools.cache(lambda: asks_identity(self._walk))

@@ -16,6 +16,7 @@ import jax
 
 from jhop import _aot, _compat, _state
 from jhop._capture import parameter_names
+from jhop._check import capturing
 from jhop._close import closes_over_tracer
 from jhop._compile import MAX_ENTRIES, CompiledGraph
 from jhop._errors import JhopError
@@ -232,7 +233,7 @@ class Jitted(StandsForFunction):
     def _capture(self, args: Any, kwargs: Any, signature: Signature, reason: str) -> _Version:
         static = _named_statics(self._options.split(args, kwargs)[0])
         lookups = Lookups([(hook_name(self._fn), self._fn), *static])
-        with lookups.tracing():
+        with lookups.tracing(), capturing():
             # As another function object, whose trace JAX does not know yet.
             traced = jax.jit(_another(self._fn), **self._options.given).trace(*args, **kwargs)
         signature.out_tree = jax.tree.structure(traced.out_info)

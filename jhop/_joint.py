@@ -20,6 +20,7 @@ import numpy as np
 from jhop import _compat
 from jhop._capture import Recorder, trace
 from jhop._close import closed_over_tracers, substituted
+from jhop._discharge import without_checks
 from jhop._errors import JhopError
 from jhop._graph import GraphModule, Info, Input, hooks_in
 from jhop._hook import RemovableHandle, is_tensor_point
@@ -48,8 +49,8 @@ class Joint:
         handles: per handle among the results, its place there and which of `registered` it is of.
         held: handles that outlive the trace (weak references), and which of `registered` each is of.
         reached: per differentiated input, whether an output that carries a gradient depends on it.
-        primal: what the function does: flat inputs -> outputs, values that hooks on intermediates close over, those
-            that hooks on inputs do, hooked intermediates.
+        primal: what the function does, less its checks: flat inputs -> outputs, values that hooks on intermediates
+            close over, those that hooks on inputs do, hooked intermediates.
         points: per hooked intermediate, its hooks.
     """
 
@@ -298,7 +299,7 @@ class Tracing:
             forward=forward, backward=backward, residuals=residuals, out_tree=self._out_tree,
             out_moving=self._out_moving, registered=tuple(self._registered),
             handles=tuple(self._handles), held=tuple(self._held),
-            reached=self._reached(primal), primal=primal, points=tuple(self._points),
+            reached=self._reached(primal), primal=without_checks(primal), points=tuple(self._points),
         )  # fmt: skip
 
     def _reached(self, primal: Any) -> tuple[bool, ...]:

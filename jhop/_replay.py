@@ -40,6 +40,7 @@ from jhop._scalar import (
     largest_int,
     need_of,
     on_device,
+    register_transforms,
     step,
     weak_aval,
 )
@@ -112,7 +113,7 @@ def _part_on_device(expr: Expr, args: Sequence[Any], known: dict[Any, Any]) -> A
 replay_p.def_impl(_replay_impl)
 replay_p.def_abstract_eval(_replay_abstract_eval)
 _compat.register_lowering(replay_p, _replay_impl, multiple_results=False)
-_compat.register_transforms(replay_p, _replay_impl)
+register_transforms(replay_p, _replay_impl)
 
 
 def number_of(session: Any, expr: Expr) -> Any:

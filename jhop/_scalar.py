@@ -14,6 +14,7 @@ Each arithmetic step is also one `scalar` equation, so that the traced graph sho
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ import jax
 import jax.extend.core as jex_core
 import jax.numpy as jnp
 import numpy as np
+from jax.interpreters import ad, batching
 
 from jhop import _compat
 from jhop._errors import Unsupported
@@ -108,10 +110,23 @@ def weak_aval(kind: type) -> Any:
     return jax.typeof(kind(0))
 
 
+def register_transforms(primitive: Any, fun: Callable[..., Any]) -> None:
+    """Batches and differentiates a primitive with one result as `fun`, which computes the same with JAX."""
+
+    def batch(args: Any, dims: Any, **params: Any) -> Any:
+        return jax.vmap(functools.partial(fun, **params), in_axes=tuple(dims))(*args), 0
+
+    def jvp(primals: Any, tangents: Any, **params: Any) -> Any:
+        return jax.jvp(functools.partial(fun, **params), primals, tuple(map(ad.instantiate_zeros, tangents)))
+
+    batching.primitive_batchers[primitive] = batch
+    ad.primitive_jvps[primitive] = jvp
+
+
 scalar_p.def_impl(_scalar_impl)
 scalar_p.def_abstract_eval(_scalar_abstract_eval)
 _compat.register_lowering(scalar_p, _scalar_impl, multiple_results=False)
-_compat.register_transforms(scalar_p, _scalar_impl)
+register_transforms(scalar_p, _scalar_impl)
 
 
 # -- Scalar: what the hook holds ---------------------------------------------------------------------------------------

@@ -140,10 +140,16 @@ def expand(jaxpr: Any) -> tuple[Any, list[Any], list[tuple[dict[Any, Any], list[
             invars = [atom if isinstance(atom, jex_core.Literal) else new.get(atom, atom) for atom in old.invars]
             source = old.source_info
             if section.names is not None:
-                source = _compat.moved(source, section.names, eqn.source_info.name_stack)
+                source = _moved(source, section.names, eqn.source_info.name_stack)
             outvars = [new.get(variable, variable) for variable in old.outvars]
             eqns.append(old.replace(invars=invars, outvars=outvars, source_info=source))
     return jaxpr.replace(eqns=eqns), kept, repeated
+
+
+def _moved(source: Any, before: Any, now: Any) -> Any:
+    """An equation's source, for one like it in another place: `now` instead of `before` in front of its name stack."""
+    names, n = source.name_stack, len(before)
+    return source.replace(name_stack=now + names[n:]) if names.stack[:n] == before.stack else source
 
 
 def retrace(

@@ -80,7 +80,7 @@ class Step:
         jitted: the `jax.jit`. Of a graph without state it takes and returns what the user's function does; else it
             takes a list of arrays first (constants, state) and returns (results, state).
         stateful: whether it does.
-        has_state: whether there is Python state, and not only constants.
+        has_state: whether there is Python state, and not only constants; checks count as such.
         writes: whether any of it is written.
     """
 
@@ -93,8 +93,9 @@ class Step:
         self._n_outs = self._lifted.n_outs
         self._n_consts = len(consts)
         self._avals = [v.aval for v in jaxpr.invars[: self._n_given]]
-        self.has_state = bool(self._lifted.slots or self._lifted.writes)
-        self.writes = bool(self._lifted.writes)
+        self._checks: Any = gm.checks
+        self.has_state = bool(self._lifted.slots or self._lifted.writes or self._checks)
+        self.writes = bool(self._lifted.writes or self._checks)
         self.stateful = bool(consts) or self.has_state
         self._program = Program(gm, self._jit)
         self.jitted = self._program.device
@@ -149,6 +150,8 @@ class Step:
         if not self.stateful:
             return self.jitted(*args, **kwargs)
         results, changed = self.call(args, kwargs, self._lifted.read(), jitted)
+        if self._checks is not None:
+            self._checks.look(changed)
         if self._lifted.writes:
             self._lifted.commit(changed)
         return results
@@ -156,7 +159,8 @@ class Step:
     def state_paths(self) -> list[str]:
         """Where its Python state is."""
         written = (write.container.path_of(write.key) for write in self._lifted.writes)
-        return list(dict.fromkeys([*(slot.path for slot in self._lifted.slots), *written]))
+        checks = [] if self._checks is None else [placed.site.title for placed in self._checks.sites]
+        return list(dict.fromkeys([*(slot.path for slot in self._lifted.slots), *written, *checks]))
 
     def trace(self, args: Any, kwargs: Any) -> Any:
         """JAX's first stage ahead of time. Constants are a part of such a program, as they are in `jax.jit`'s."""

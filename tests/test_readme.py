@@ -24,10 +24,10 @@ def printed(code, folder):
 
 
 def test_there_are_blocks():
-    assert len(BLOCKS) == 7
+    assert len(BLOCKS) == 8
 
 
-@pytest.mark.parametrize("index", [*range(4), 6])
+@pytest.mark.parametrize("index", [*range(5), 7])
 def test_block_prints_what_readme_shows(index, tmp_path):
     code, shown = BLOCKS[index]
     # Later JAX has an equation of its own for what tanh's derivative takes; README shows the newest JAX.

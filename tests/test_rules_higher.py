@@ -360,6 +360,13 @@ def test_rule_107_a_hook_that_makes_a_nan_is_named_and_others_run_as_ever(mode, 
             second.backward()
 
 
+@pytest.mark.parametrize("wrap", [lambda fn: fn, jhop.jit], ids=["itself", "jit"])
+def test_rule_107_in_jax_code_nan_guard_names_it(wrap):
+    guarded = wrap(jhop.nan_guard(jax.grad(lambda x: jnp.sqrt(x * 0.0) * 5.0 + x)))
+    with pytest.raises(jhop.NanError, match=r"`mul` \(test_rules_higher.py:\d+: .*\) made 1 .* in the backward pass"):
+        guarded(2.0)
+
+
 @each_mode
 def test_rule_108_two_hooks_bracket_where_a_nan_is_born(mode, seen):
     def fn(x):

@@ -256,6 +256,30 @@ def test_rule_036_an_assertion_about_values_runs_where_there_are_values(mode, ho
     assert (None if x.grad is None else x.grad.tolist()) == ([30.0, 30.0] if holds else None)
 
 
+@each_mode
+@pytest.mark.parametrize("holds", [True, False])
+def test_rule_036_a_check_is_part_of_what_is_compiled(mode, holds):
+    seen = []
+
+    def small(grad):
+        seen.append(grad.sum())
+        jhop.check(grad.max() < (3.0 if holds else 1.0), "gradient {grad}", grad=grad)
+        return grad * 5.0
+
+    def fn(x):
+        y = x * 3.0
+        y.register_hook(small)
+        return (y * 2.0).sum()
+
+    x = leaf(1.0, 5.0)
+    y = mode.compile(fn, fullgraph=True)(x)
+    expected = nullcontext() if holds else pytest.raises(jhop.CheckError, match=r"`small` .*: gradient \[2\. 2\.\]")
+    with expected, mode.captured():
+        y.backward()
+    assert (None if x.grad is None else x.grad.tolist()) == ([30.0, 30.0] if holds else None)
+    assert len(seen) == (1 if holds or mode.name == "eager" else 0)
+
+
 @pytest.mark.parametrize("mode", MODES[1:], ids=lambda mode: mode.name)
 def test_rule_036_in_one_graph_it_is_refused_with_the_remedy(mode):
     def positive(grad):
