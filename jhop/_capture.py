@@ -9,6 +9,7 @@ that stands for it, and that equation is cut off again.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -57,6 +58,7 @@ class _Reference(NamedTuple):
     place: int
 
 
+_reference = functools.partial(tuple.__new__, _Reference)  # as `_Reference`, with no Python code of its own
 Known = Callable[[], dict[Any, Info]]
 _BY_HOOK = Info(stage="hook")
 
@@ -102,6 +104,9 @@ class Recorder:
         references: list[Any] = []
         for operand in operands:
             index = self._index.get(id(operand))
+            if index is None and type(operand) in _NUMBERS:
+                references.append(operand)
+                continue
             if index is None and isinstance(operand, _compat.Tracer):
                 index = self.add(operand)
             # For one of an inner trace (`ct > 0` on a JVP's ct), no variable stands. What holds others (the index of
@@ -109,7 +114,7 @@ class Recorder:
             if index is None and _holds_tracer(operand):
                 references = []
                 break
-            references.append(operand if index is None else _Reference(index))
+            references.append(operand if index is None else _reference((index,)))
         index = self.add(value)
         if index is not None and index not in self._info:
             self._info[index] = _BY_HOOK
@@ -152,6 +157,9 @@ class Recorder:
                 info = Info(name=info.name, origin=origin_of(*place), operator=operator, aot=info.aot, stage=info.stage)
             result.setdefault(variable, info)
         return result
+
+
+_NUMBERS = (int, float, bool)
 
 
 def _holds_tracer(operand: Any) -> bool:

@@ -33,6 +33,7 @@ class Unsupported(JhopError):
 
     Attributes:
         hook: the callable, where it is known which one it is.
+        hooks: otherwise those that share in it, where that is known: they write state in one loop or branch.
 
     Example:
         >>> import jax, jhop
@@ -45,6 +46,7 @@ class Unsupported(JhopError):
     """
 
     hook: object = None
+    hooks: tuple[object, ...] = ()
 
 
 def let_go_of_frames(error: BaseException | None) -> None:

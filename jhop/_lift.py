@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +18,8 @@ from jhop import _compat
 from jhop._contract import is_inexact
 from jhop._errors import JhopError
 from jhop._hook import HookList, tensor_point
-from jhop._node import ARRAY, Edge, OpNode, grad_enabled, inside, mode
+from jhop._node import ARRAY, Edge, OpNode, edge_of, grad_enabled, inside, mode
+from jhop._numbers import on_device, reset_numbers
 from jhop._op import CACHE_SIZE, DYNAMIC, Op, carries, make_op
 from jhop._static import Static
 from jhop._tensor import Tensor
@@ -94,19 +95,34 @@ def _apply(fn: Callable[..., Any], args: Any, kwargs: Any, dynamic_ints: bool) -
     return _wrap(fn, op, out, dynamic, [leaf._edge("lift") for leaf in tensors if recording and leaf._requires_grad])
 
 
-# By id of the function and kinds of arguments; it keeps the function, so that the id stays its own. To hash a function
-# may take long (`jnp.ufunc`).
-_flat_cache: dict[Any, tuple[Op, Any]] = {}
+class _Flat:
+    """What is known of calls with one kind of arguments.
+
+    Attributes:
+        fn: the function, which is kept, so that the id in the key stays its own.
+        avals: that of the last result with a gradient, alone: the results of one program have one, and the same.
+    """
+
+    __slots__ = ("avals", "fn", "forward", "op")
+
+    def __init__(self, fn: Any, op: Op):
+        self.fn = fn
+        self.op = op
+        self.forward = op.forward
+        self.avals: tuple[Any, ...] = (None,)
+
+
+# By id of the function and kinds of arguments. To hash a function may take long (`jnp.ufunc`).
+_flat_cache: dict[Any, _Flat] = {}
 
 
 def _apply_flat(fn: Any, args: tuple[Any, ...], dynamic_ints: bool) -> Any:
     """`apply` for the common case, at a fraction of its cost: only Tensors, arrays and numbers. None: not that case."""
-    recording = mode.recording
-    if not recording or mode.inside is not None:
+    if not mode.recording or mode.inside is not None:
         return None
     key: list[Any] = [id(fn)]
     dynamic: list[Any] = []
-    edges: list[Edge] = []
+    edges: tuple[Edge, ...] = ()
     has_number = False
     for arg in args:
         cls = type(arg)
@@ -114,10 +130,12 @@ def _apply_flat(fn: Any, args: tuple[Any, ...], dynamic_ints: bool) -> Any:
             if arg._trace is not None:
                 return None
             dynamic.append(arg._value)
-            key.append(arg._requires_grad)
             if arg._requires_grad:
+                key.append(True)
                 node = arg._node
-                edges.append(Edge(node, arg._slot) if node is not None else arg._edge("lift"))
+                edges += (edge_of((node, arg._slot)) if node is not None else arg._edge("lift"),)
+            else:
+                key.append(False)
         elif cls is float or cls is ARRAY or (cls is int and dynamic_ints):
             has_number |= cls is float
             key.append(cls)
@@ -126,24 +144,25 @@ def _apply_flat(fn: Any, args: tuple[Any, ...], dynamic_ints: bool) -> Any:
             return None
     if not edges:
         return None
-    found = _flat_cache.get(tuple(key))
-    op = _flat_op(fn, tuple(key)) if found is None else found[0]
-    value = op.forward(*dynamic)
+    found = _flat_cache.get(tuple(key)) or _flat(fn, tuple(key))
+    value = found.forward(*(on_device(dynamic) if has_number else dynamic))
     if type(value) is ARRAY:
-        aval = value.aval
-        if is_inexact(aval.dtype):
-            return Tensor(value, requires_grad=True, node=OpNode(edges, (aval,), op, dynamic, fn, has_number))
-    return _wrap(fn, op, value, dynamic, edges)
+        aval, avals = value.aval, found.avals
+        if avals[0] is not aval and is_inexact(aval.dtype):
+            avals = found.avals = (aval,)
+        if avals[0] is aval:
+            return Tensor(value, True, OpNode(edges, avals, found.op, dynamic, fn, has_number))
+    return _wrap(fn, found.op, value, dynamic, edges)
 
 
-def _flat_op(fn: Any, key: tuple[Any, ...]) -> Op:
-    """The `Op` of a key of `_flat_cache` that is not in there."""
+def _flat(fn: Any, key: tuple[Any, ...]) -> _Flat:
+    """What is to be known of a key that is not in `_flat_cache`."""
     tree = jax.tree.structure((tuple(0 for _ in key[1:]), {}))
     op = _op_for(fn, tree, (DYNAMIC,) * (len(key) - 1), tuple(i for i, moves in enumerate(key[1:]) if moves is True))
     if len(_flat_cache) >= CACHE_SIZE:
         _flat_cache.clear()
-    _flat_cache[key] = op, fn
-    return op
+    found = _flat_cache[key] = _Flat(fn, op)
+    return found
 
 
 def _is_dynamic(leaf: Any) -> bool:
@@ -152,14 +171,14 @@ def _is_dynamic(leaf: Any) -> bool:
     return isinstance(leaf, _ARRAYS) or type(leaf) in (float, complex)
 
 
-def _wrap(fn: Any, op: Op, out: Any, dynamic: list[Any], edges: list[Edge]) -> Any:
+def _wrap(fn: Any, op: Op, out: Any, dynamic: list[Any], edges: Sequence[Edge]) -> Any:
     outs, out_tree = (([out], None) if isinstance(out, jax.Array) else jax.tree.flatten(out))
     moving = [i for i, value in enumerate(outs) if carries(value)] if edges else []
     results = [Tensor(value) if isinstance(value, jax.Array) else value for value in outs]
     if moving:
-        avals = [jax.typeof(outs[i]) for i in moving]
+        avals = tuple(jax.typeof(outs[i]) for i in moving)
         has_number = any(type(value) is float for value in dynamic)
-        node = OpNode(edges, avals, op, dynamic, fn, has_number)
+        node = OpNode(tuple(edges), avals, op, dynamic, fn, has_number)
         for slot, i in enumerate(moving):
             results[i] = Tensor(outs[i], requires_grad=True, node=node, slot=slot)
     return results[0] if out_tree is None else jax.tree.unflatten(out_tree, results)
@@ -207,9 +226,10 @@ def _op_for(fn: Any, tree: Any, static: tuple[Static, ...], diff: tuple[int, ...
 
 
 def reset_ops() -> None:
-    """Forgets the compiled forwards and pullbacks."""
+    """Forgets the compiled forwards and pullbacks, and numbers on the device."""
     _cache.clear()
     _flat_cache.clear()
+    reset_numbers()
 
 
 # -- operators and methods ---------------------------------------------------------------------------------------------

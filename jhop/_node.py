@@ -6,6 +6,7 @@ made by `jax.vjp`; this file has no derivative rules.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import threading
 import weakref
@@ -38,6 +39,9 @@ class Edge(NamedTuple):
 
     node: Node
     slot: int
+
+
+edge_of = functools.partial(tuple.__new__, Edge)  # of a pair, as `Edge` of two arguments: in half the time
 
 
 def grad_enabled() -> bool:
@@ -233,8 +237,16 @@ class OpNode(Node):
 
     __slots__ = ("_fn", "_saved", "has_number", "op")
 
-    def __init__(self, edges: Any, avals: Any, op: Any, saved: list[Any], fn: Any, has_number: bool):
-        Node.__init__(self, edges, avals)
+    def __init__(
+        self, edges: tuple[Edge, ...], avals: tuple[Any, ...], op: Any, saved: list[Any], fn: Any, has_number: bool
+    ):  # fmt: skip
+        # As `Node.__init__`, in one function: this is made at each operation.
+        self.edges: tuple[Edge, ...] = edges
+        self.avals: tuple[Any, ...] = avals
+        self.sequence = next(_sequence)
+        self.hooks = self.retain = ()
+        self.pre_hooks = self.post_hooks = None
+        self._metadata = None
         self.op = op
         hooks = context.hooks
         self._saved: list[Any] | Kept | None = saved if hooks is None else Kept(hooks, saved)

@@ -76,9 +76,9 @@ class Op:
             return [Tensor(value) for value in pull(*values)]
         kept = [values[i] for i in found.needed]
         outs = found.op.forward(*kept)
-        avals = [jax.typeof(out) for out in outs]
+        avals = tuple(map(jax.typeof, outs))
         numbers = any(type(value) is float for value in kept)
-        node = OpNode([sources[i] for i in found.moving], avals, found.op, kept, found.op.fn, numbers)
+        node = OpNode(tuple(sources[i] for i in found.moving), avals, found.op, kept, found.op.fn, numbers)
         return [
             Tensor(out, requires_grad=True, node=node, slot=slot) if found.op.depends[slot] else Tensor(out)
             for slot, out in enumerate(outs)

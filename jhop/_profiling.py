@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from jhop import _banned, _mentions, _reads
 from jhop._source import file_kind
 from jhop._watched import (
+    JHOP,
     OPERATOR_CODE,
     STDLIB,
     USER,
@@ -49,30 +50,38 @@ def profiling() -> Iterator[None]:
             sys.setprofile(outer or old)
 
 
-# Files of libraries. JAX's own code makes nearly all calls and returns, and what it calls is its business; but code of
-# JAX's is entered where it is about to raise that a value was read.
-_LIBRARIES: set[str] = set()
+# Files in which there is nothing to see while a library runs: JAX's own code makes nearly all calls and returns, and
+# what it calls is its business. But code of JAX's is looked at where it is about to raise that a value was read.
+_PASSED: set[str] = set()
 
 
 def _profiler(before: Callable[..., Any] | None) -> Callable[..., None]:
     """Makes the profile function. It runs at each call and return of all code, so it does little for most of them."""
-    c_names, operator_code, text_code = _banned_c_names(), OPERATOR_CODE, _reads.TEXT_CODE
-    libraries = _LIBRARIES
+    c_names, text_code, nothing = _banned_c_names(), _reads.TEXT_CODE, frozenset[str]()
     reads: list[_Read] = []
+    quiet = False  # in a library, until that returns or calls a function of the user's
+    passed: set[str] | frozenset[str] = nothing  # files that are not looked at now
+    top: types.FrameType | None = None  # the frame at whose return there is something to do
+    outer: list[tuple[types.FrameType | None, bool]] = []  # `top` and `quiet` as they are from then on
 
     def profile(frame: types.FrameType, event: str, arg: Any) -> None:
+        nonlocal quiet, passed, top
         if event == "call":
-            if frame.f_code.co_filename not in libraries:
-                _enter(frame, reads)
-        elif event == "return":
             code = frame.f_code
-            if code is operator_code and arg is not None:
+            if code.co_filename in passed and code is not text_code:  # nearly always
+                return
+            within = _enter(frame, quiet, reads)
+            if not quiet or not within:
+                outer.append((top, quiet))
+                top, quiet, passed = frame, within, _PASSED if within else nothing
+        elif frame is top and event == "return":
+            top, quiet = outer.pop()
+            passed = _PASSED if quiet else nothing
+            if arg is not None and frame.f_code is OPERATOR_CODE:
                 record_operator(frame, arg)
-            elif code is text_code:
-                refuse_text(frame.f_back)
             if reads and frame is reads[-1].entry:
                 _leave(reads, arg)
-        elif event == "c_call" and frame.f_code.co_filename not in libraries:
+        elif not quiet and event == "c_call":
             if arg.__name__ in c_names and (label := _banned.label_of(arg)) is not None:
                 refuse(label, frame)
 
@@ -99,10 +108,20 @@ def _leave(reads: list[_Read], result: Any) -> None:
         seen.caught = error
 
 
-def _enter(frame: types.FrameType, reads: list[_Read]) -> None:
-    """Looks at a function that has just been entered; notes its file if there is never anything to see in it."""
-    kind = file_kind(frame.f_code.co_filename)
-    if id(frame.f_code) in _reads.ERROR_CODES:
+def _enter(frame: types.FrameType, quiet: bool, reads: list[_Read]) -> bool:
+    """Looks at a function that has just been entered.
+
+    Args:
+        quiet: whether a library has called it, maybe through the standard library.
+
+    Returns:
+        The same for what it calls itself.
+    """
+    code = frame.f_code
+    kind = file_kind(code.co_filename)
+    if code is _reads.TEXT_CODE:
+        refuse_text(frame.f_back)
+    if id(code) in _reads.ERROR_CODES:
         entry = frame
         while entry.f_back is not None and file_kind(entry.f_back.f_code.co_filename) is not USER:
             entry = entry.f_back
@@ -112,11 +131,12 @@ def _enter(frame: types.FrameType, reads: list[_Read]) -> None:
         if (seen := thread.current) is not None:
             seen.nested = seen.nested or _banned.is_staged_within(frame, seen.staging)
         _step_if_needed(frame)
-    elif kind is STDLIB:
-        if frame.f_back is not None and frame.f_back.f_code.co_filename not in _LIBRARIES:
-            check_python_call(frame)
-    elif frame.f_code.co_filename not in _reads.ERROR_FILES:
-        _LIBRARIES.add(frame.f_code.co_filename)
+        return False
+    if code.co_filename not in _reads.ERROR_FILES:
+        _PASSED.add(code.co_filename)
+    if kind is STDLIB and not quiet:
+        check_python_call(frame)
+    return quiet or (kind is not STDLIB and kind is not JHOP)
 
 
 @functools.cache

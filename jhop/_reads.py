@@ -26,6 +26,7 @@ VALUE_ERRORS = (
     jax.errors.NonConcreteBooleanIndexError,
 )
 _PLAIN = (TypeError, ValueError, IndexError, AttributeError)  # JAX says only in their text what is wrong
+_OTHERS = (KeyError, StopIteration)  # Python's own, which JAX raises and catches all the time
 
 
 def _code_of(cls: type, name: str) -> types.CodeType | None:
@@ -40,6 +41,8 @@ TEXT_CODE = _code_of(_compat.Tracer, "__repr__")
 
 def is_read(error: BaseException) -> bool:
     """Whether an error says that a traced array has no value."""
+    if type(error) in _OTHERS:
+        return False
     if isinstance(error, VALUE_ERRORS):
         return True
     text = error.args[0] if type(error) in _PLAIN and error.args else None

@@ -108,28 +108,32 @@ class Sight:
         number_of, place_of, ends = number.get, self._index.get, () if grows else self.plan.ends
         flat: list[Any] = []
         more: list[Any] = []
-        write, keep = flat.append, self._saved.append
-        inputs, avals, index = self.inputs, self._avals, self._index
+        kept, inputs, avals, index = self._saved, self.inputs, self._avals, self._index
         for node in nodes:  # it may become longer
             saved = [] if ends and node in ends else node.saved()
-            keep(saved)
-            write(node.op if type(node) is OpNode else _kind(node))
-            write(len(saved))
+            kept.append(saved)
+            if type(node) is OpNode:  # it says how many edges and saved values there are
+                flat.append(node.op)
+                plain = not (node.hooks or node.retain or node.pre_hooks or node.post_hooks)
+            else:
+                flat.append(_kind(node))
+                flat.append(len(saved))
+                plain = False
             for child, slot in node.edges:
                 at = number_of(child)
                 if at is None and grows:
                     at = number[child] = len(nodes)
                     nodes.append(child)
-                write(at)
-                write(slot)
+                flat.append(at)
+                flat.append(slot)
             for array in saved:
                 place = place_of(id(array))
                 if place is None:
                     place = index[id(array)] = len(inputs)
                     inputs.append(array)
                     avals.append(array.aval if type(array) is ARRAY else _aval_key(array))
-                write(place)
-            if node.hooks or node.retain or node.pre_hooks or node.post_hooks or type(node) is not OpNode:
+                flat.append(place)
+            if not plain:
                 more.append(self._hooks(node))
         return tuple(flat), tuple(more)
 
@@ -347,7 +351,7 @@ def _aval_key(value: Any) -> Any:
 
 
 class Types(tuple[Any, ...]):
-    """The avals of a tape's inputs, hashed by their shapes: to hash an aval takes long.
+    """The avals of a tape's inputs, hashed by the shapes of a few: to hash an aval takes long.
 
     To compare them does not: what one compiled operation returns at each call has one aval, and the same one.
     """
@@ -355,4 +359,4 @@ class Types(tuple[Any, ...]):
     __slots__ = ()
 
     def __hash__(self) -> int:
-        return hash(tuple([getattr(aval, "shape", aval) for aval in self]))
+        return hash(tuple([getattr(aval, "shape", aval) for aval in self[:8]]))

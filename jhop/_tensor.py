@@ -51,7 +51,7 @@ class Tensor(Values):
     )  # fmt: skip
     __array_priority__ = 1000  # NumPy leaves binary operators to us
 
-    def __init__(self, value: Any, *, requires_grad: bool = False, node: Node | None = None, slot: int = 0):
+    def __init__(self, value: Any, requires_grad: bool = False, node: Node | None = None, slot: int = 0):
         self._value = value
         self._requires_grad = requires_grad
         self._node = node

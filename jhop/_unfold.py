@@ -159,8 +159,9 @@ class Unfolded:
         node = None
         if moving and slots:
             has_number = any(type(value) is float for value in values)
-            avals = [jax.typeof(outs[i]) for i in slots]
-            node = SegmentNode([edge for edge in edges if edge is not None], avals, op, values, op.fn, has_number)
+            avals = tuple(jax.typeof(outs[i]) for i in slots)
+            ends = tuple(edge for edge in edges if edge is not None)
+            node = SegmentNode(ends, avals, op, values, op.fn, has_number)
         variables = [*(points[i] for i in segment.points), *segment.outputs[len(segment.points) :]]
         self._values.update(zip(variables, outs, strict=True))
         if node is not None:

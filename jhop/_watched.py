@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import threading
 import types
@@ -28,6 +29,9 @@ class OperatorRecord(NamedTuple):
     result: Any
     code: types.CodeType  # the user's code and
     lasti: int  # the byte offset in it of the operator's instruction
+
+
+_record = functools.partial(tuple.__new__, OperatorRecord)  # with no Python code of its own, which would be watched
 
 
 class Watch:
@@ -137,7 +141,7 @@ def record_operator(frame: types.FrameType, result: Any) -> None:
         if kind is USER:
             local = frame.f_locals
             operands = (local["self"], *local["args"])
-            seen.operators.append(OperatorRecord(local["name"], operands, result, caller.f_code, caller.f_lasti))
+            seen.operators.append(_record((local["name"], operands, result, caller.f_code, caller.f_lasti)))
             return
         if kind is not STDLIB and kind is not JHOP:
             return

@@ -68,6 +68,7 @@ class _Cache:
 
     def __init__(self) -> None:
         self._entries: collections.OrderedDict[Any, _Entry] = collections.OrderedDict()
+        self._latest: _Entry | None = None  # what was used last: it takes a while to compare the key of a long tape
         self._lock = threading.Lock()
 
     def find(self, key: Any) -> _Entry | None:
@@ -75,13 +76,15 @@ class _Cache:
             found = self._entries.get(key)
             if found is None or not found.fits():
                 return None
-            self._entries.move_to_end(key)
+            if found is not self._latest:
+                self._entries.move_to_end(key)
+                self._latest = found
             return found
 
     def add(self, key: Any, entry: _Entry) -> _Entry:
         with self._lock:
             self._entries.pop(key, None)
-            self._entries[key] = entry
+            self._entries[key] = self._latest = entry
             while len(self._entries) > _CACHE_SIZE:
                 self._entries.popitem(last=False)
         return entry
@@ -95,6 +98,7 @@ class _Cache:
     def clear(self) -> None:
         with self._lock:
             self._entries.clear()
+            self._latest = None
 
 
 _captured, _seen = _Cache(), _Cache()  # hooks that are new at each pass fill the second one only
