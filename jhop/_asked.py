@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from jhop import _compat
+from jhop._errors import Unsupported
 
 
 class Asked:
@@ -24,7 +25,7 @@ class Asked:
 
     Attributes:
         differ: pairs (dimension, dimension or number) that were said to differ.
-        told: dimensions that were hashed or printed.
+        told: dimensions that were hashed or printed, or stored in Python state.
     """
 
     def __init__(self) -> None:
@@ -51,7 +52,7 @@ class Asked:
                 symbols = _compat.dim_symbols(left) | _compat.dim_symbols(right)
                 found.setdefault(symbols, f"code asks whether {left} is {right}")
         for dim in self.told:
-            found.setdefault(_compat.dim_symbols(dim), f"code hashes or prints {dim}")
+            found.setdefault(_compat.dim_symbols(dim), f"code hashes, prints or stores {dim}")
         return frozenset().union(*found), "; ".join(found.values())
 
 
@@ -75,6 +76,21 @@ def _change_class(by: int) -> None:
             for name in _NOTING:
                 own = _own.get(name)
                 delattr(_compat.DimExpr, name) if own is None else setattr(_compat.DimExpr, name, own)
+
+
+def stored(dim: Any, where: str) -> None:
+    """To be called of a dimension that a hook left in Python state at `where`: a number belongs there.
+
+    Raises:
+        Unsupported: nobody notes it.
+    """
+    asked: Asked | None = getattr(_notes, "asked", None)
+    if asked is None:
+        raise Unsupported(
+            f"a hook stored the size {_own['__str__'](dim)} in `{where}`: it is a symbol here, and no number. Store it "
+            "where sizes are numbers, or not at all."
+        )
+    asked.told.append(dim)
 
 
 def _asker() -> Asked | None:

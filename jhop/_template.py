@@ -27,6 +27,7 @@ import numpy as np
 
 from jhop import _compat
 from jhop._append import AppendList
+from jhop._asked import stored
 from jhop._classes import is_opaque, keeps_all_in_attributes
 from jhop._errors import Unsupported, last_resort
 from jhop._late import at_place, is_late
@@ -82,6 +83,9 @@ class Templates:
             return ("choice", self._note(value._number, where), list(value._table))
         if isinstance(value, _compat.Tracer):
             return ("array", self._note(value, where))
+        if _compat.is_dim_expr(value):
+            stored(value, where)
+            return ("const", value)
         if isinstance(value, AppendList):
             self.shared.append(value.original)
             return ("const", value if self._inside else value.original)
@@ -162,7 +166,7 @@ class Templates:
         work, itself = [value], False
         while work and len(seen) < MAX_CONTAINERS:
             item = work.pop()
-            if is_scalar(item) or is_late(item) or isinstance(item, _compat.Tracer):
+            if is_scalar(item) or is_late(item) or isinstance(item, (_compat.Tracer, _compat.DimExpr)):
                 return _Inside(True, itself, known)
             itself = itself or (item is value and bool(seen))
             if id(item) in seen or isinstance(item, (type, types.ModuleType, str, bytes, int, float, np.dtype)):

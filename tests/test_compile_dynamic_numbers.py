@@ -261,3 +261,63 @@ def test_backward_over_a_part_of_the_results():
             expected = [[2.0 / n] * n, [3.0 / n] * n]
             assert grads[used] == pytest.approx(expected[used]) and grads[1 - used] is None
     assert traces(compiled) == ["first call"]
+
+
+# What hooks store.
+
+
+class Box:
+    def __init__(self):
+        self.kept, self.items, self.total = None, [], 0
+
+
+STORED = {
+    "size": lambda box, grad: setattr(box, "kept", grad.shape[0]),
+    "shape": lambda box, grad: setattr(box, "kept", {"shape": [grad.shape]}),
+    "arithmetic": lambda box, grad: setattr(box, "kept", grad.shape[0] * 2 + 1),
+    "appended": lambda box, grad: box.items.append(grad.shape[0]),
+    "count": lambda box, grad: setattr(box, "total", box.total + grad.shape[0]),
+    "slice": lambda box, grad: setattr(box, "kept", slice(0, grad.shape[0])),
+}
+
+
+@pytest.mark.parametrize("dynamic", [True, None])
+@pytest.mark.parametrize("store", STORED.values(), ids=list(STORED))
+def test_sizes_that_hooks_store_are_numbers(store, dynamic):
+    def run(compiled):
+        box = Box()
+
+        def hook(grad):
+            store(box, grad)
+            return grad * 3.0
+
+        def program(x):
+            y = x * 2.0
+            y.register_hook(hook)
+            return y.sum()
+
+        fn = jhop.compile(program, dynamic=dynamic) if compiled else program
+        found = []
+        for size in (3, 5, 4, 2):
+            (x,) = leaves((size,))
+            fn(x).backward()
+            found.append((repr(vars(box)), type(box.kept), x.grad.tolist()))
+        return found
+
+    assert run(compiled=True) == run(compiled=False)
+
+
+def test_size_that_a_hook_stores_where_all_sizes_are_symbols():
+    box = Box()
+
+    def hook(ct):
+        box.kept = ct.shape[0]
+        return ct
+
+    step = jhop.jit(jax.grad(lambda x: jhop.hook(x * 2.0, hook).sum()))
+    (n,) = jax.export.symbolic_shape("n")
+    with pytest.raises(jhop.Unsupported, match=r"stored the size n in `.*kept`: it is a symbol here"):
+        step.trace(jax.ShapeDtypeStruct((n,), jnp.float32))
+    assert box.kept is None
+    step(jnp.ones(3))
+    assert box.kept == 3
