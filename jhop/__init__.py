@@ -25,10 +25,10 @@ from jhop._forward import compile as compile
 from jhop._functionalize import functionalize as functionalize
 from jhop._graph import GraphModule as GraphModule
 from jhop._hook import RemovableHandle as RemovableHandle
-from jhop._hook import hook as hook
 from jhop._inline import inline as inline
 from jhop._jit import jit as jit
 from jhop._lift import lift as lift
+from jhop._point import hook as hook
 from jhop._reset import reset as reset
 from jhop._tensor import Tensor as Tensor
 from jhop._tensor import tensor as tensor
