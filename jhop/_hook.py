@@ -19,6 +19,7 @@ from typing import Any
 import jax
 
 from jhop._errors import HookError, JhopError
+from jhop._hook_options import takes_none
 from jhop._trace_wrapped import trace_wrapped
 
 _ids = itertools.count()
@@ -35,13 +36,15 @@ class HookList:
 
     Attributes:
         groups: hooks that it shares with other values (`_gates.Group`), by the ids of their handles; None before.
+        of_several: whether the value is one of several results of an operation inside a function that is traced.
     """
 
-    __slots__ = ("__weakref__", "_hooks", "groups")
+    __slots__ = ("__weakref__", "_hooks", "groups", "of_several")
 
     def __init__(self) -> None:
         self._hooks: dict[int, Callable[..., Any]] = {}
         self.groups: dict[int, Any] | None = None
+        self.of_several = False
 
     def add(self, fn: Callable[..., Any], where: str = "register_hook") -> RemovableHandle:
         """Registers a hook; the same function may be registered twice and then runs twice.
@@ -67,6 +70,10 @@ class HookList:
     def snapshot(self) -> tuple[Callable[..., Any], ...]:
         """The hooks as of now: one removed or added by a running hook counts from the next backward on."""
         return tuple(self._hooks.values())
+
+    def of_none(self) -> list[Callable[..., Any]]:
+        """Those that are called with None where nothing reaches the value but its node runs."""
+        return [fn for fn in self._hooks.values() if takes_none(fn)]
 
     def split(self, handle_id: int) -> tuple[HookList, HookList]:
         """Those that were registered before and those that were after a handle was made."""

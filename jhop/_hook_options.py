@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jhop._append import class_name
 from jhop._errors import HookError
 from jhop._leaves import declare_state
+from jhop._source import describe_hook
 
 
 class HookOptions(NamedTuple):
@@ -50,13 +52,25 @@ def checked_options(where: str, choices: tuple[str, ...] = (), **given: Any) -> 
     return HookOptions(**given)
 
 
-class Adapted:
+class MayTakeNone:
+    """A hook of jhop's own that may be there also for values without gradient."""
+
+    __slots__ = ()
+    takes_none: bool
+
+
+def takes_none(fn: Any) -> bool:
+    """Whether a hook is called with None where nothing reaches its Tensor but its node runs."""
+    return isinstance(fn, MayTakeNone) and fn.takes_none
+
+
+class Adapted(MayTakeNone):
     """A hook that was written for PyTorch, as one of JAX's convention.
 
     Args:
         fn: the hook: on gradients, or on tuples or other pytrees of them.
         torch_complex: whether gradients are conjugated for it, and what it returns is conjugated back.
-        takes_none: whether it is called with None where nothing reaches its Tensor but its node runs.
+        takes_none: see `takes_none`.
     """
 
     __slots__ = ("__wrapped__", "takes_none", "torch_complex")
@@ -73,6 +87,32 @@ class Adapted:
 
 
 declare_state(Adapted, "__wrapped__")
+
+
+def adapted(where: str, fn: Any, zeros: str, torch_complex: bool) -> Any:
+    """A Tensor's hook with options.
+
+    Raises:
+        HookError: the hook is not callable, or an option is something else; `where` says whose.
+    """
+    checked_options(where, ("skip", "none"), zeros=zeros, torch_complex=torch_complex)
+    if not callable(fn):
+        raise HookError(f"{where}: expected a callable hook, got {type(fn).__name__} ({fn!r}).")
+    return Adapted(fn, torch_complex=torch_complex, takes_none=zeros == "none")
+
+
+def call_with_none(fn: Any) -> None:
+    """Calls a Tensor's hook where nothing reaches the Tensor.
+
+    Raises:
+        HookError: it returned something.
+    """
+    returned = fn(None)
+    if returned is not None:
+        raise HookError(
+            f"{describe_hook(fn)} returned a {class_name(returned)} where it was given None: nothing flows there. "
+            "Return None."
+        )
 
 
 def _conjugate(leaf: Any) -> Any:

@@ -19,6 +19,7 @@ from jhop import _compat, _engine, _plan
 from jhop._append import class_name
 from jhop._errors import HookError, JhopError
 from jhop._hook import HookList, RemovableHandle
+from jhop._hook_options import adapted, takes_none
 from jhop._leaves import declare_state
 from jhop._node import AccumulateGrad, Edge, Node, inside
 from jhop._source import warn
@@ -140,17 +141,25 @@ class Tensor(Values):
                 "jhop.tensor(..., requires_grad=True), or call requires_grad_() first."
             )
 
-    def register_hook(self, fn: Callable[[Any], Any]) -> RemovableHandle:
+    def register_hook(
+        self, fn: Callable[[Any], Any], *, zeros: str = "skip", torch_complex: bool = False
+    ) -> RemovableHandle:
         """Registers `fn(grad) -> grad | None`, run once per backward on the summed gradient of this Tensor.
 
         Args:
             fn: gets an array of this Tensor's shape and dtype and returns another, or None to keep it.
+            zeros: what happens in a pass that reaches another result of the operation which made this Tensor, but not
+                this one: with "skip" nothing, with "none" `fn(None)` is called, as in PyTorch, and must return None.
+            torch_complex: whether `fn` gets and returns complex gradients in PyTorch's convention, in which the
+                gradient is the direction of steepest ascent: the conjugate of JAX's.
 
         Returns:
             A handle whose `remove()` removes the hook.
 
         Raises:
-            HookError: `fn` is not callable, or the Tensor does not require grad.
+            HookError: `fn` is not callable, the Tensor does not require grad, or an option is none of those above; or
+                it is `zeros="none"` for one of several results of an operation inside a function that `jhop.compile`
+                traces. During the pass: what `fn` returned does not fit.
 
         Example:
             >>> import jhop
@@ -163,9 +172,18 @@ class Tensor(Values):
         The counterpart in PyTorch is `torch.Tensor.register_hook`.
         """
         self._need_grad("Tensor.register_hook")
+        if torch_complex or zeros != "skip":
+            fn = adapted("Tensor.register_hook", fn, zeros, torch_complex)
         if self._trace is None and inside() is not None:
             return inside().enter(self).register_hook(fn)
-        handle = self._hook_list().add(fn, "Tensor.register_hook")
+        hooks = self._hook_list()
+        if takes_none(fn) and hooks.of_several:
+            raise HookError(
+                "Tensor.register_hook: zeros='none' on one of several results of an operation inside a function that "
+                "jhop.compile traces: which of them a pass reaches is not known there. Return the Tensor and register "
+                "the hook on what the compiled function returns, or leave out zeros."
+            )
+        handle = hooks.add(fn, "Tensor.register_hook")
         if self._trace is not None:
             self._trace.handles.append(weakref.ref(handle))
         return handle

@@ -61,7 +61,7 @@ def test_torch_complex_keeps_the_contract_and_none():
         return jax.grad(lambda z: jnp.abs(jhop.hook(z, fn, torch_complex=True) ** 2))(jnp.complex64(1 + 2j))
 
     assert np.allclose(gradient(lambda ct: None), 2 - 4j)
-    with pytest.raises(jhop.HookError, match=r"hook `<lambda>` \(.*\) must return an array of type complex64\[\].*float"):
+    with pytest.raises(jhop.HookError, match=r"hook `<lambda>` \(.*\) must return .* complex64\[\].*float"):
         gradient(lambda ct: 3.0)
     with pytest.raises(jhop.HookError, match="but returned float32"):
         gradient(lambda ct: ct.real)
@@ -166,7 +166,8 @@ def test_stop_under_vmap_scan_and_checkpoint():
         assert jax.vmap(jax.grad(wrap(stopped)))(xs).tolist() == [54.0, 150.0]
         assert jax.vmap(jax.grad(jax.grad(wrap(stopped))))(xs).tolist() == [0.0, 0.0]
         assert jax.vmap(jax.grad(jax.grad(wrap(kept))))(xs).tolist() == [18.0, 30.0]
-        assert jax.grad(lambda xs: jax.vmap(jax.grad(wrap(kept)))(xs).sum())(xs).tolist() == [18.0, 30.0]
+        each = jax.vmap(jax.grad(wrap(kept)))
+        assert jax.grad(lambda xs, each=each: each(xs).sum())(xs).tolist() == [18.0, 30.0]
         assert second(scanned(wrap(stopped)))(xs).tolist() == [0.0, 0.0]
         assert jhop.jit(second(scanned(wrap(kept))), fullgraph=True)(xs).tolist() == [18.0, 30.0]
 
