@@ -17,6 +17,7 @@ from jhop import numpy as numpy
 from jhop import testing as testing
 from jhop._backward_graph import backward_graph as backward_graph
 from jhop._capture import make_fx as make_fx
+from jhop._edges import edge as edge
 from jhop._errors import HookError as HookError
 from jhop._errors import JhopError as JhopError
 from jhop._errors import Unsupported as Unsupported

@@ -15,15 +15,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jhop import _compat, _engine, _plan
-from jhop._append import class_name
+from jhop import _compat, _engine
+from jhop._edges import request_for, seed_of
 from jhop._errors import HookError, JhopError
 from jhop._hook import HookList, RemovableHandle
 from jhop._hook_options import adapted, takes_none
 from jhop._leaves import declare_state
 from jhop._node import AccumulateGrad, Edge, Node, inside
 from jhop._source import warn
-from jhop._values import Values, check_floating
+from jhop._values import Values, array_of, check_floating, check_like
 
 
 class Tensor(Values):
@@ -76,8 +76,8 @@ class Tensor(Values):
         self._outside("Assigning to .value")
         if not self.is_leaf:
             raise JhopError("Tensor.value: only a leaf can get another value; this Tensor is the result of others.")
-        array = self._array_of(value, "Tensor.value: expected an array or a Tensor")
-        self._check_like(array, "Tensor.value")
+        array = array_of(value, "Tensor.value: expected an array or a Tensor")
+        check_like(array, self, "Tensor.value")
         self._value = jnp.asarray(array)
 
     @property
@@ -105,24 +105,11 @@ class Tensor(Values):
         if not isinstance(getattr(grad, "value", grad), _compat.Tracer):
             self._outside("Assigning to .grad")
         if grad is not None:
-            array = self._array_of(grad, "Tensor.grad: expected an array or None")
+            array = array_of(grad, "Tensor.grad: expected an array or None")
             if not isinstance(array, _compat.Tracer):  # a hook that is being traced: its result is checked as a whole
-                self._check_like(array, "Tensor.grad")
+                check_like(array, self, "Tensor.grad")
             grad = grad if isinstance(grad, Tensor) else jnp.asarray(array)
         self._grad = grad
-
-    def _array_of(self, given: Any, expected: str) -> Any:
-        array = given.value if isinstance(given, Tensor) else given
-        if not isinstance(array, (jax.Array, np.ndarray)):
-            raise JhopError(f"{expected}, got {class_name(given)}.")
-        return array
-
-    def _check_like(self, array: Any, where: str) -> None:
-        if array.shape != self.shape or array.dtype != self.dtype:
-            raise JhopError(
-                f"{where}: expected shape {self.shape} and dtype {self.dtype}, as the Tensor has, "
-                f"got shape {array.shape} and dtype {array.dtype}."
-            )
 
     # -- hooks ---------------------------------------------------------------------------------------------------------
 
@@ -249,7 +236,8 @@ class Tensor(Values):
             create_graph: record the pass itself: hooks get and may return Tensors, `.grad` becomes a Tensor, and both
                 can be differentiated again.
             inputs: a Tensor or a sequence of Tensors: only the nodes on paths to them run, and only they accumulate.
-                A Tensor among them that is no leaf retains its gradient from then on.
+                A Tensor among them that is no leaf retains its gradient from then on. There may be edges (`jhop.edge`)
+                among them, of which only those of leaves accumulate.
 
         Raises:
             JhopError: no gradient was given for a non-scalar, it has another shape or dtype, the Tensor or one of
@@ -265,23 +253,8 @@ class Tensor(Values):
             (27.0, 18.0)
         """
         self._outside("Tensor.backward")
-        seeds = [(self._edge("backward"), self._seed(gradient, create_graph))]
+        seeds = [(self._edge("backward"), seed_of(self, gradient, create_graph))]
         _engine.backward(request_for(seeds, retain_graph, create_graph, inputs))
-
-    def _seed(self, gradient: Any, create_graph: bool = False) -> Any:
-        """The cotangent to start with: an array, or with `create_graph` a Tensor if one was given."""
-        if gradient is None:
-            if self.size != 1:
-                raise JhopError(
-                    f"backward: a gradient can be left out only for a scalar, this Tensor has shape {self.shape}. "
-                    "Pass backward(gradient) with an array of this shape, or reduce first, e.g. with .sum()."
-                )
-            return jnp.ones(self.shape, self.dtype)
-        array = self._array_of(gradient, "backward: expected the gradient as an array or a Tensor")
-        self._check_like(array, "backward(gradient)")
-        if create_graph and isinstance(gradient, Tensor):
-            return gradient
-        return array if isinstance(array, jax.Array) else jnp.asarray(array)
 
     def _edge(self, where: str) -> Edge:
         """Where this Tensor's cotangent goes."""
@@ -349,32 +322,6 @@ class Tensor(Values):
 
 
 declare_state(Tensor, "_value")
-
-
-def request_for(seeds: Any, retain_graph: bool | None, create_graph: bool, inputs: Any) -> _plan.Request:
-    """A backward pass that accumulates into `.grad`, with the arguments of `Tensor.backward`."""
-    edges = None
-    if inputs is not None:
-        tensors = given_tensors(inputs, "backward(inputs)")
-        edges = tuple(tensor._edge(f"backward: inputs[{i}]") for i, tensor in enumerate(tensors))
-        for tensor in tensors:
-            tensor.retain_grad()  # of those that are no leaves
-    keep = create_graph if retain_graph is None else retain_graph
-    return _plan.Request(seeds=seeds, keep_graph=keep, create_graph=create_graph, inputs=edges)
-
-
-def given_tensors(given: Any, where: str) -> list[Tensor]:
-    """One Tensor or a sequence of them as a list.
-
-    Raises:
-        JhopError: it is something else, or empty.
-    """
-    tensors = [given] if isinstance(given, Tensor) else given
-    if not isinstance(tensors, (list, tuple)) or not all(isinstance(tensor, Tensor) for tensor in tensors):
-        raise JhopError(f"{where}: expected Tensors (one, or a list of them), got {given!r}.")
-    if not tensors:
-        raise JhopError(f"{where}: expected at least one Tensor, got none.")
-    return list(tensors)
 
 
 def tensor(data: Any, *, dtype: Any = None, requires_grad: bool = False) -> Tensor:

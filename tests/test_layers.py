@@ -105,6 +105,7 @@ LAYERS = (
     "_engine",
     "_batched",
     "_values",
+    "_edges",
     "_tensor",
     "_op",
     "_lift",
