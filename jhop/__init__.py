@@ -26,6 +26,7 @@ from jhop._forward import compile as compile
 from jhop._functionalize import functionalize as functionalize
 from jhop._graph import GraphModule as GraphModule
 from jhop._hook import RemovableHandle as RemovableHandle
+from jhop._hook_fn import hook_fn as hook_fn
 from jhop._inline import inline as inline
 from jhop._jit import jit as jit
 from jhop._lift import lift as lift

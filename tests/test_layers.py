@@ -51,6 +51,7 @@ LAYERS = (
     "_point",
     "_boundary",
     "_interp",
+    "_hook_fn",
     "_splice",
     "_rebuild",
     "_graph",
