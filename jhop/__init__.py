@@ -32,6 +32,7 @@ from jhop._jit import jit as jit
 from jhop._lift import lift as lift
 from jhop._point import hook as hook
 from jhop._reset import reset as reset
+from jhop._strict import strict as strict
 from jhop._tensor import Tensor as Tensor
 from jhop._tensor import tensor as tensor
 from jhop._trace_wrapped import trace_wrapped as trace_wrapped

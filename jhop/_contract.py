@@ -261,7 +261,7 @@ def flat_hook(
         with husk.filled(as_arrays(flat[n:])) as filled:
             return make_call(filled)(*flat[:n])
 
-    return HookFn(husk, with_operands, f"closed[{name}]", ("closed", object()), kind, options), operands
+    return HookFn(husk, with_operands, f"closed[{name}]", ("closed", object(), key[0]), kind, options), operands
 
 
 class _Identity:

@@ -52,6 +52,7 @@ LAYERS = (
     "_boundary",
     "_interp",
     "_hook_fn",
+    "_strict",
     "_splice",
     "_rebuild",
     "_graph",
