@@ -29,8 +29,8 @@ def strict(fn: Callable[..., Any]) -> Callable[..., Any]:
     """Returns a function like `fn` that refuses to use a value past the hook on it.
 
     Only uses of what `jhop.hook` returns are hooked. A later use of the value that it was given is mostly a mistake;
-    here it is an error. Uses before the hook, in the order of the program, are none; nor are those that no gradient comes
-    back from (`x > 0.0`, `jax.lax.stop_gradient(x)`).
+    here it is an error. Uses before the hook, in the order of the program, are none; nor are those that no gradient
+    comes back from (`x > 0.0`, `jax.lax.stop_gradient(x)`).
 
     Args:
         fn: a function of JAX that `jax.jit` could trace, to be differentiated: `jax.grad(jhop.strict(loss))`, and not

@@ -192,6 +192,12 @@ def test_in_and_around_loops_and_branches():
 
     refused(branch, 1.0, use="# branch")
 
+    def chosen(x):
+        y = jhop.hook(x, clip)
+        return jax.lax.cond(x > 0.0, lambda: y, lambda: x)  # chosen
+
+    refused(chosen, 1.0, use="# chosen")
+
     def looped(x):
         y = jhop.hook(x, clip)
         return jax.lax.fori_loop(0, 3, lambda i, c: c * jnp.sin(x), y)  # loop
