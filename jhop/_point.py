@@ -7,6 +7,8 @@ passes through it.
 from __future__ import annotations
 
 import functools
+import logging
+import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,13 +16,15 @@ import jax
 import jax.extend.core as jex_core
 import jax.numpy as jnp
 import numpy as np
+from jax.extend import source_info_util
 from jax.interpreters import ad, batching
 
 from jhop import _compat
 from jhop._contract import HookFn, flat_caller, flat_hook, identity_key, is_inexact
 from jhop._errors import HookError
 from jhop._hook_options import PLAIN, HookOptions, checked_options
-from jhop._source import describe_hook
+from jhop._logs import INERT, inert
+from jhop._source import describe_hook, origin_of, user_frame
 from jhop._trace_wrapped import bind_hook
 
 hook_p = jex_core.Primitive("hook")
@@ -94,6 +98,8 @@ def hook(
             "Hook the floating value that is computed from this one."
         )
     if not any(isinstance(leaves[i], _compat.Tracer) for i in moving):
+        if INERT.level:  # as it is once somebody set it
+            inert(describe_hook(fn))
         return x  # nothing is being differentiated or traced here
     still = {i: np.zeros(jnp.shape(leaf), jax.dtypes.float0) for i, leaf in enumerate(leaves) if i not in moving}
     return jax.tree.unflatten(tree, put_point(leaves, tree, fn, still, options, name or ""))
@@ -141,6 +147,15 @@ def _carries_gradient(leaf: Any) -> bool:
 
 
 def _hook_impl(*args: Any, fn: HookFn, n: int) -> list[Any]:
+    return list(args[:n])
+
+
+def _hook_lowered(*args: Any, fn: HookFn, n: int) -> list[Any]:
+    # One that is still here runs in no backward of this program: its transpose is another equation.
+    if INERT.isEnabledFor(logging.INFO):
+        frame = user_frame(types.SimpleNamespace(source_info=source_info_util.current()))
+        origin = None if frame is None else origin_of(*frame)
+        inert(describe_hook(fn.base), None if origin is None else (origin.file, origin.line))
     return list(args[:n])
 
 
@@ -244,4 +259,4 @@ ad.primitive_jvps[hook_p] = _hook_jvp
 ad.primitive_transposes[hook_p] = _hook_transpose
 _compat.def_linearize(hook_p, _hook_linearize)
 batching.fancy_primitive_batchers[hook_p] = _hook_batch
-_compat.register_lowering(hook_p, _hook_impl, multiple_results=True)
+_compat.register_lowering(hook_p, _hook_lowered, multiple_results=True)

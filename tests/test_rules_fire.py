@@ -1,6 +1,8 @@
 """PyTorch's rules 1 to 20 (docs/RULES.md): when a hook on a value runs, and on which gradient."""
 
 import contextlib
+import logging
+import re
 
 import jax
 import jax.numpy as jnp
@@ -200,6 +202,17 @@ def test_rule_008_what_was_cut_off_refuses_a_hook(mode, cut):
 
     with pytest.raises(jhop.HookError, match="does not require grad"):
         mode.compile(fn)(scalar(1.0))
+
+
+@pytest.mark.parametrize("compile", [lambda fn: fn, jax.jit, jhop.jit], ids=["eager", "jax.jit", "jhop.jit"])
+def test_rule_007_a_log_names_a_hook_on_what_nobody_differentiates(compile, caplog):
+    caplog.set_level(logging.INFO, "jhop.inert")
+    jhop.reset()
+    compile(lambda x: jhop.hook(x, times(2.0)) * 3.0)(jnp.ones(2))
+    (record,) = caplog.records
+    assert re.fullmatch(
+        r"hook `.*` \(tape_modes.py:\d+\) does not run: no backward pass .*/test_rules_fire.py:\d+", record.getMessage()
+    )
 
 
 @each_mode
