@@ -120,7 +120,7 @@ class CapturePass(_engine.Pass):
         for eqn in _compat.open_jaxpr(gm.jaxpr)[0].eqns:
             if eqn.primitive is trace_wrapped_p:
                 self._hook_place()
-        return compiled.joint.only_reached(evaluate(gm.jaxpr, values, gm.rule_for(values), note=note))
+        return compiled.joint.sent(evaluate(gm.jaxpr, values, gm.rule_for(values), note=note))
 
     def _hook_place(self) -> None:
         self.hook_places.append(self.n_hooks)

@@ -140,6 +140,8 @@ class Pass:
                 self._results[place] = cts[slot]
             if node in self._plan.ends:
                 return [None] * len(node.edges)
+        if node.keeps:
+            return []
         if node.pre_hooks or node.post_hooks:
             return self._hooked_node(node, cts)
         return self.node(node, cts) if leaf is None else self._leaf(leaf, cts)

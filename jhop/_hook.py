@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.extend.core as jex_core
 
 from jhop._errors import HookError, JhopError
 from jhop._hook_options import takes_none
@@ -37,14 +38,16 @@ class HookList:
     Attributes:
         groups: hooks that it shares with other values (`_gates.Group`), by the ids of their handles; None before.
         of_several: whether the value is one of several results of an operation inside a function that is traced.
+        retained: which of the gradients that such a function retains is that of the value, after all hooks.
     """
 
-    __slots__ = ("__weakref__", "_hooks", "groups", "of_several")
+    __slots__ = ("__weakref__", "_hooks", "groups", "of_several", "retained")
 
     def __init__(self) -> None:
         self._hooks: dict[int, Callable[..., Any]] = {}
         self.groups: dict[int, Any] | None = None
         self.of_several = False
+        self.retained: int | None = None
 
     def add(self, fn: Callable[..., Any], where: str = "register_hook") -> RemovableHandle:
         """Registers a hook; the same function may be registered twice and then runs twice.
@@ -160,9 +163,14 @@ def _tensor_point_fwd(hooks: HookList, x: Any) -> tuple[Any, None]:
 
 def _tensor_point_bwd(hooks: HookList, _: None, ct: Any) -> tuple[Any]:
     # Runs when the backward is traced, which is after the whole forward function has run.
-    return (run_hooks(ct, hooks),)
+    ct = run_hooks(ct, hooks)
+    return (ct if hooks.retained is None else retained_p.bind(ct, place=hooks.retained),)
 
 
+# A mark in the backward of a function that is being traced, at a gradient that it retains. It is taken out again.
+retained_p = jex_core.Primitive("retained")
+retained_p.def_impl(lambda ct, *, place: ct)
+retained_p.def_abstract_eval(lambda ct, *, place: ct)
 tensor_point.defvjp(_tensor_point_fwd, _tensor_point_bwd)
 
 

@@ -215,9 +215,34 @@ class Tensor(Values):
         return self._post_hooks.add(fn, "Tensor.register_post_accumulate_grad_hook")
 
     def retain_grad(self) -> None:
-        """Makes a later backward store this Tensor's gradient in `.grad`, after its hooks. Nothing new for leaves."""
-        self._outside("Tensor.retain_grad")
+        """Makes a later backward store this Tensor's gradient in `.grad`, after its hooks. Nothing new for leaves.
+
+        Inside a function that `jhop.compile` traces it is for Tensors that the function returns, whose results at each
+        call then retain theirs, and for its arguments.
+
+        Raises:
+            HookError: the Tensor does not require grad; or a function that `jhop.compile` traces called it on a value
+                which it did not return.
+
+        Example:
+            >>> import jhop
+            >>> @jhop.compile
+            ... def fn(x):
+            ...     y = x * 3.0
+            ...     y.retain_grad()
+            ...     return y, y * y
+            >>> y, z = fn(jhop.tensor(2.0, requires_grad=True))
+            >>> z.backward()
+            >>> float(y.grad)
+            12.0
+
+        The counterpart in PyTorch is `torch.Tensor.retain_grad`.
+        """
         self._need_grad("Tensor.retain_grad")
+        trace = inside() or self._trace
+        if trace is not None:
+            trace.retain(self if self._trace is not None else trace.enter(self))
+            return
         if self._node is not None and not self._retains:
             self._node.retain_at(self._slot, self)
             self._retains = True

@@ -115,6 +115,7 @@ LAYERS = (
     "numpy",
     "autograd",
     "_inside",
+    "_retained",
     "_joint",
     "_bound",
     "_unfold",
