@@ -50,7 +50,7 @@ class CheckedPass(_engine.Pass):
                 raise _error(f"{what(eqn)} in `{gm.name}`{place}", value)
 
         outs = evaluate(gm.jaxpr, [*node.saved(), *full_cts(node, cts)], note=note)
-        return node.compiled.joint.only_reached(outs)
+        return node.compiled.joint.sent(outs)
 
 
 def _is_nan(value: Any) -> bool:

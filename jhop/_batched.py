@@ -56,6 +56,10 @@ class _BatchedPass(_engine.Pass):
                 ct = trace_wrapped(ct, fn=fn, kind="tensor_pre_hook")
         return ct
 
+    def none_hook(self, fn: Any, cts: list[Any]) -> None:
+        with _lifted(fn):
+            super().none_hook(fn, cts)
+
     def tuple_hook(self, fn: Any, cts: list[Any], *others: list[Any]) -> list[Any]:
         with _lifted(fn):
             return super().tuple_hook(fn, cts, *others)

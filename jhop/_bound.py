@@ -8,12 +8,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jhop._close import substituted
+from jhop._hook_options import MayTakeNone, takes_none
 from jhop._leaves import Leaf, declare_state
 from jhop._node import Edge
 from jhop._tensor import Tensor
 
 
-class BoundHook:
+class BoundHook(MayTakeNone):
     """A hook that closes over values of the forward that registered it.
 
     Args:
@@ -29,6 +30,10 @@ class BoundHook:
         self.slots = slots
         self.values = values
         self._history: list[Any] = [None] * len(slots)
+
+    @property
+    def takes_none(self) -> bool:  # type: ignore[override]
+        return takes_none(self.__wrapped__)
 
     def remember(self, edges: Sequence[Edge | None]) -> None:
         """Says where on the tape the values came from, for hooks that are differentiated; keeps no graph alive."""

@@ -11,6 +11,7 @@ from jhop._boundary import accumulate_grad, aot_prologue, validate_outputs
 from jhop._capture import Recorder
 from jhop._compiled import CompiledNode
 from jhop._graph import Info
+from jhop._hook_options import call_with_none
 from jhop._interp import evaluate
 from jhop._leaves import declare_state
 from jhop._node import Node, full_cts
@@ -119,7 +120,7 @@ class CapturePass(_engine.Pass):
         for eqn in _compat.open_jaxpr(gm.jaxpr)[0].eqns:
             if eqn.primitive is trace_wrapped_p:
                 self._hook_place()
-        return compiled.joint.only_reached(evaluate(gm.jaxpr, values, gm.rule_for(values), note=note))
+        return compiled.joint.sent(evaluate(gm.jaxpr, values, gm.rule_for(values), note=note))
 
     def _hook_place(self) -> None:
         self.hook_places.append(self.n_hooks)
@@ -136,6 +137,13 @@ class CapturePass(_engine.Pass):
             ct = trace_wrapped(ct, fn=self._tape.stand_in(fn), kind="tensor_pre_hook")
         self._note([ct])
         return ct
+
+    def none_hook(self, fn: Any, cts: list[Any]) -> None:
+        # There is no cotangent of its own to call it on, so it is tied to one that reaches the node.
+        self._hook_place()
+        slot = next(i for i, ct in enumerate(cts) if ct is not None)
+        cts[slot] = trace_wrapped(cts[slot], fn=NoneHook(self._tape.stand_in(fn)), kind="tensor_pre_hook")
+        self._note([cts[slot]])
 
     def accumulate(self, tensor: Any, ct: Any) -> None:
         place_of = self._tape.place_of
@@ -213,6 +221,19 @@ class EndHook:
         _engine.checked_tuple(self.__wrapped__, self.__wrapped__((), (ct,)), ())
 
 
+class NoneHook:
+    """The hook of a value that nothing reaches, as a function of another one's cotangent, which it does not see."""
+
+    __slots__ = ("__wrapped__",)
+
+    def __init__(self, fn: Callable[..., Any]):
+        self.__wrapped__ = fn
+
+    def __call__(self, ct: Any) -> None:
+        call_with_none(self.__wrapped__)
+
+
+declare_state(NoneHook, "__wrapped__")
 declare_state(TupleHook, "__wrapped__")
 declare_state(EndHook, "__wrapped__")
 declare_state(PostAccumulate, "__wrapped__", "_leaf", "_before", "freed")

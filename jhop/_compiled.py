@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -89,7 +89,10 @@ class Compiled:
             found = evaluate(jaxpr, list(values))
             return [found[i] for i in moving]
 
-        return edges_of(derivatives_of(outs, avals, self.diff), self.joint.only_reached(self.diff))
+        flows = edges_of(derivatives_of(outs, avals, self.diff), self.joint.only_reached(self.diff))
+        n = sum(self.joint.reached)
+        kept = [frozenset(n + k for k in self.joint.retained_by(i)) for i in moving]
+        return tuple(inputs | retained for inputs, retained in zip(flows, kept, strict=True))
 
     def backward_for(self, cts: Sequence[Any], wanted: Sequence[bool] | None) -> CompiledGraph:
         """The backward of a pass to which these cotangents came; `wanted` is as for `Node.apply`."""
@@ -97,8 +100,8 @@ class Compiled:
         if wanted is None and all(ct is not None for ct in cts):
             return self.backward
         came = tuple(ct is not None for ct in cts)
-        asked = iter(wanted or [True] * sum(self.joint.reached))
-        results = tuple(used and next(asked) for used in self.joint.reached)
+        asked = iter(wanted or [True] * (sum(self.joint.reached) + len(self.joint.retained)))
+        results = (*[used and next(asked) for used in self.joint.reached], *asked)
         found = self.narrowed.get((came, results))
         if found is None:
             gm = narrowed(self.backward.gm, came, results)
@@ -152,7 +155,7 @@ class CompiledNode(Node):
         full = full_cts(self, cts)
         if self.passes is not None:
             return [full[slot] for slot in self.passes]
-        return self.compiled.joint.only_reached(self.compiled.backward_for(cts, wanted)(*saved, *full))
+        return self.compiled.joint.sent(self.compiled.backward_for(cts, wanted)(*saved, *full))
 
     def record(self, cts: list[Any]) -> list[Any]:
         return self.apply(cts, self.saved())
@@ -166,6 +169,11 @@ class CompiledNode(Node):
     def flows(self) -> tuple[frozenset[int], ...] | None:
         return self.depends or self.compiled.flows
 
+    def keeps_for(self, edge: int, leads: Sequence[bool], slots: Collection[int]) -> bool:
+        joint = self.compiled.joint
+        kept = joint.retained[edge - sum(joint.reached)]
+        return kept.slot in slots or any(leads[i] for i in kept.edges)
+
     def unfold(self) -> bool:
         if self.passes is not None:
             return False
@@ -175,6 +183,11 @@ class CompiledNode(Node):
         joint, segments = self.compiled.segments(values)
         bound = [hook for ref in self._bound if (hook := ref()) is not None]
         laid = Unfolded(joint, segments, values, moving, self.sequence, bound)
+        for kept, (sink, _) in zip(joint.retained, self.edges[sum(joint.reached) :], strict=True):
+            # One that does not move with the inputs is all that comes from outside.
+            node, slot = laid.edges[kept.result] or Edge(self, kept.slot)
+            for _, tensor in sink.retained():
+                node.retain_at(slot, tensor)
         edges = [edge for edge, moves in zip(laid.edges, joint.out_moving, strict=True) if moves]
         self.passes = tuple(slot for slot, edge in enumerate(edges) if edge is not None)
         self.edges = tuple(edge for edge in edges if edge is not None)

@@ -15,6 +15,7 @@ from jhop import _compat
 from jhop._append import class_name
 from jhop._close import Husk
 from jhop._errors import HookError
+from jhop._hook_options import PLAIN, Adapted, HookOptions
 from jhop._source import describe_hook, hook_name
 
 
@@ -26,16 +27,22 @@ class HookFn:
         call: runs it on flat inputs.
         name: shown in jaxprs and messages, e.g. `jvp[clip]`.
         kind: which of PyTorch's hook kinds it is, for the printed text.
+        options: what was asked of it. Of one with `stop`, `call` returns the results, then for each of them an array of
+            ones if it is the cotangent itself, which keeps its history, and of zeros if not.
     """
 
-    __slots__ = ("_base", "call", "key", "kind", "name")
+    __slots__ = ("_base", "call", "key", "kind", "name", "options")
 
-    def __init__(self, base: Any, call: Callable[..., Any], name: str, key: tuple[Any, ...], kind: str = "hook"):
+    def __init__(
+        self, base: Any, call: Callable[..., Any], name: str, key: tuple[Any, ...], kind: str = "hook",
+        options: HookOptions = PLAIN,
+    ):  # fmt: skip
         self._base = base
         self.call = call
         self.name = name
         self.key = key
         self.kind = kind
+        self.options = options
 
     @property
     def base(self) -> Any:
@@ -48,7 +55,7 @@ class HookFn:
 
     def derive(self, rule: str, call: Callable[..., Any], *key: Any) -> HookFn:
         """A function derived from this one by a transformation; its state stays that of the same hook."""
-        return HookFn(self._base, call, f"{rule}[{self.name}]", (rule, self.key, *key), self.kind)
+        return HookFn(self._base, call, f"{rule}[{self.name}]", (rule, self.key, *key), self.kind, self.options)
 
     def batched(self, in_axes: tuple[int | None, ...], kwargs: dict[str, Any]) -> HookFn:
         """The function over a batch. `kwargs` are for `jax.vmap`."""
@@ -58,10 +65,20 @@ class HookFn:
 
         return self.derive("vmap", call, in_axes, str(kwargs))
 
+    def reached(self, missing: tuple[int, ...], n: int) -> HookFn:
+        """The function of those of its `n` values that have a gradient; the hook is given None for the `missing`."""
+
+        def call(*flat: Any) -> list[Any]:
+            rest = iter(flat)
+            outs = self.call(*(None if i in missing else next(rest) for i in range(n)), *rest)
+            return [out for i, out in enumerate(outs) if i % n not in missing]
+
+        return self.derive("reached", call, missing)
+
     def rules(self) -> set[str]:
         """The transformations that it was derived by."""
         found, key = set[str](), self.key
-        while key[0] in ("jvp", "transpose", "vmap"):
+        while key[0] in ("jvp", "transpose", "vmap", "reached"):
             found.add(key[0])
             key = key[1]
         return found
@@ -129,18 +146,21 @@ def check_contract(fn: Any, out: Any, aval: Any) -> Any:
 
 
 def flat_caller(
-    fn: Any, tree: Any, *, still: dict[int, Any] | None = None, extra_tree: Any = None
+    fn: Any, tree: Any, *, still: dict[int, Any] | None = None, extra_tree: Any = None, options: HookOptions = PLAIN
 ) -> Callable[..., list[Any]]:
     """`fn` as a function of flat inputs and outputs, with the contract checked.
 
     Args:
         fn: takes a pytree of cotangents, then what `extra_tree` is made of.
         tree: the pytree's structure.
-        still: leaves, by index, that carry no gradient: `fn` gets these zeros and what it returns there is ignored.
+        still: leaves, by index, that carry no gradient, and what `fn` gets for them: zeros, where what it returns is
+            ignored, or None.
         extra_tree: the structure of the tuple of further arguments; by default, there are none.
+        options: what was asked of the hook. A cotangent that is None among the inputs is None for `fn`, too.
     """
     zeros = still or {}
     moving = [i for i in range(tree.num_leaves) if i not in zeros]
+    run = Adapted(fn, torch_complex=True) if options.torch_complex else fn
 
     def call(*flat: Any) -> list[Any]:
         arrays = as_arrays(flat)
@@ -149,29 +169,59 @@ def flat_caller(
         for i, ct in zip(moving, cts, strict=True):
             given[i] = ct
         value = jax.tree.unflatten(tree, given)
-        out = fn(value, *(jax.tree.unflatten(extra_tree, rest) if extra_tree is not None else ()))
+        out = run(value, *(jax.tree.unflatten(extra_tree, rest) if extra_tree is not None else ()))
         if out is None:
             return cts
-        # None for a leaf keeps it; None in the cotangent itself is structure.
-        own, own_tree = jax.tree.flatten(value, is_leaf=_is_none)
-        leaves, out_tree = jax.tree.flatten(out, is_leaf=_is_none)
-        if out_tree != own_tree:
-            if tree != jax.tree.structure(0):
+        leaves = _leaves_of(fn, out, tree, given)
+        for leaf, ct in zip(leaves, given, strict=True):
+            if ct is None and leaf is not None:
                 raise HookError(
-                    f"{describe_hook(fn)} must return a pytree like its cotangent, {tree}, but returned {out_tree}. "
-                    "Return None to leave the cotangent as it is."
+                    f"{describe_hook(fn)} returned a {_type_of(leaf)} where it was given None: nothing flows there. "
+                    "Return None in its place."
                 )
-            leaves = [out]  # one array was expected: report what came as it is
-        leaves = [leaf for leaf, mine in zip(leaves, own, strict=True) if mine is not None]
         pairs = zip((leaves[i] for i in moving), cts, strict=True)
         return [ct if leaf is None else check_contract(fn, leaf, jax.typeof(ct)) for leaf, ct in pairs]
 
-    return call
+    return _stopped(call, len(moving)) if options.stop else call
+
+
+def _leaves_of(fn: Any, out: Any, tree: Any, given: list[Any]) -> list[Any]:
+    """What a hook returned, one item per leaf of the `tree` of cotangents that it was given; None keeps one."""
+    # None for a leaf keeps it; None in the tree itself is structure.
+    whole = jax.tree.unflatten(tree, [0 if ct is None else ct for ct in given])
+    own, own_tree = jax.tree.flatten(whole, is_leaf=_is_none)
+    leaves, out_tree = jax.tree.flatten(out, is_leaf=_is_none)
+    if out_tree == own_tree:
+        return [leaf for leaf, mine in zip(leaves, own, strict=True) if mine is not None]
+    if tree != jax.tree.structure(0):
+        raise HookError(
+            f"{describe_hook(fn)} must return a pytree like its cotangent, {tree}, but returned {out_tree}. "
+            "Return None to leave the cotangent as it is."
+        )
+    return [out]  # one array was expected: who checks it reports what came as it is
+
+
+def _stopped(call: Callable[..., list[Any]], n: int) -> Callable[..., list[Any]]:
+    """A hook's function with `stop`: what it makes has no history, and is told from what it keeps. See `HookFn`."""
+
+    def run(*flat: Any) -> list[Any]:
+        cts = as_arrays(flat[:n])
+        outs = call(*cts, *flat[n:])
+        kept = [out is ct for out, ct in zip(outs, cts, strict=True)]
+        outs = [out if keeps else jax.lax.stop_gradient(out) for out, keeps in zip(outs, kept, strict=True)]
+        pairs = zip(cts, kept, strict=True)
+        marks = [ct if ct is None else check_contract(call, jnp.full_like(ct, k), jax.typeof(ct)) for ct, k in pairs]
+        return outs + marks
+
+    return run
 
 
 def as_arrays(values: Sequence[Any]) -> list[Any]:
     """Inputs of a hook as JAX's arrays: literals and constants of jaxprs have no `.at`, and no tracer for an index."""
-    return [value if isinstance(value, jax.Array) or _is_float0(value) else jnp.asarray(value) for value in values]
+    return [
+        value if isinstance(value, jax.Array) or value is None or _is_float0(value) else jnp.asarray(value)
+        for value in values
+    ]
 
 
 def _is_float0(value: Any) -> bool:
@@ -188,9 +238,9 @@ def _is_none(value: Any) -> bool:
     return value is None
 
 
-def hook_fn(
+def flat_hook(
     fn: Any, make_call: Callable[[Any], Callable[..., list[Any]]], n: int, key: tuple[Any, ...], *, name: str = "",
-    kind: str = "hook",
+    kind: str = "hook", options: HookOptions = PLAIN,
 ) -> tuple[HookFn, list[Any]]:
     """How JAX sees a hook: (it, the tracers that it closes over, which it takes as operands after its `n` inputs).
 
@@ -200,18 +250,18 @@ def hook_fn(
         n: how many inputs it has.
         key: hooks with equal keys share what JAX traced of them; one that closes over tracers is equal to no other.
         name: by default, the hook's own.
-        kind: see `HookFn`.
+        kind, options: see `HookFn`.
     """
     name = name or hook_name(fn)
     husk, operands = Husk.of(fn)
     if husk is None:
-        return HookFn(fn, make_call(fn), name, key, kind), []
+        return HookFn(fn, make_call(fn), name, key, kind, options), []
 
     def with_operands(*flat: Any) -> list[Any]:
         with husk.filled(as_arrays(flat[n:])) as filled:
             return make_call(filled)(*flat[:n])
 
-    return HookFn(husk, with_operands, f"closed[{name}]", ("closed", object()), kind), operands
+    return HookFn(husk, with_operands, f"closed[{name}]", ("closed", object(), key[0]), kind, options), operands
 
 
 class _Identity:

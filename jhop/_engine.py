@@ -19,6 +19,7 @@ from jhop._contract import check_contract
 from jhop._errors import HookError
 from jhop._gates import Group, GroupHook, Stop
 from jhop._hook import run_hooks
+from jhop._hook_options import call_with_none
 from jhop._node import AccumulateGrad, Edge, Node, OpNode, set_grad_enabled
 from jhop._plan import Plan, Request, plan
 from jhop._source import describe_hook
@@ -123,6 +124,9 @@ class Pass:
                 hooks = rest.get((node, slot), hooks)
             if hooks and cts[slot] is not None:
                 cts[slot] = self.tensor_hooks(cts[slot], hooks)
+            elif hooks and node not in self._plan.ends and Edge(node, slot) not in self._plan.idle:
+                for fn in hooks.of_none():
+                    self.none_hook(fn, cts)
         for slot, tensor in node.retained() if node.retain else ():
             if cts[slot] is not None:
                 self.accumulate(tensor, cts[slot])
@@ -136,6 +140,8 @@ class Pass:
                 self._results[place] = cts[slot]
             if node in self._plan.ends:
                 return [None] * len(node.edges)
+        if node.keeps:
+            return []
         if node.pre_hooks or node.post_hooks:
             return self._hooked_node(node, cts)
         return self.node(node, cts) if leaf is None else self._leaf(leaf, cts)
@@ -213,6 +219,10 @@ class Pass:
             if returned is not None:
                 ct = self.contract(fn, returned, ct)
         return ct
+
+    def none_hook(self, fn: Any, cts: list[Any]) -> None:
+        """Calls a hook of a value that nothing reaches; `cts` are those that reach others of the same node."""
+        call_with_none(fn)
 
     def accumulate(self, tensor: Any, ct: Any) -> None:
         """Adds to a Tensor's `.grad`."""

@@ -27,7 +27,7 @@ from jhop._explain import StandsForFunction, graph_report, hooks_of
 from jhop._graph import GraphModule
 from jhop._history import OTHER_SETTINGS, History
 from jhop._inside import is_dynamic, value_of
-from jhop._node import grad_enabled
+from jhop._node import Edge, RetainedGrad, grad_enabled
 from jhop._report import Report
 from jhop._sizes import Dynamic
 from jhop._source import hook_location, hook_name
@@ -146,10 +146,17 @@ class CompiledFunction(StandsForFunction):
             moving = [i for i, moves in enumerate(joint.out_moving) if moves]
             avals = [jax.typeof(outs[i]) for i in moving]
             reached = [edges[i] for i in joint.only_reached(compiled.diff)]
+            sinks = [RetainedGrad(jax.typeof(outs[kept.result])) for kept in joint.retained]
             closing = [hook for _, hook in hooks if isinstance(hook, BoundHook)]
+            reached += [Edge(sink, 0) for sink in sinks]
             node = CompiledNode(reached, avals, compiled, saved, values, edges, closing)
             for slot, i in enumerate(moving):
                 results[i] = Tensor(outs[i], requires_grad=True, node=node, slot=slot)
+            for sink, kept in zip(sinks, joint.retained, strict=True):
+                sink.retain_at(0, results[kept.result])
+                results[kept.result]._retains = True
+        for i in joint.retaining:
+            dynamic[i].retain_grad()
         return joint.result(results, handles)
 
     def _trace(self, call: Call, dynamic: Dynamic, reason: str) -> Compiled:

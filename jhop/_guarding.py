@@ -19,8 +19,8 @@ from jhop import _compat
 from jhop._blame import is_floating, what, where
 from jhop._check import bind_check
 from jhop._errors import NanError
-from jhop._hook import hook_p
 from jhop._interp import ClosesOverTracer, evaluate, rewrite
+from jhop._point import hook_p
 from jhop._rebuild import RUNS_ONCE, rebuild
 from jhop._source import origin_of, user_frame
 from jhop._trace_wrapped import trace_wrapped_p

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jhop._errors import JhopError
+from jhop._errors import HookError, JhopError
 from jhop._hook import HookList
 from jhop._lift import traced_result
 from jhop._node import grad_enabled
@@ -25,6 +25,7 @@ class Inside:
         self.results: list[Any] = []  # weak references to the Tensors made in here
         self.captured: dict[int, Tensor] = {}  # by id of the Tensor outside
         self.handles: list[Any] = []  # weak references to those of hooks that were registered in here
+        self.retaining: list[Tensor] = []  # those in here on which `retain_grad` was called
         self._name = name
 
     def enter(self, outside: Tensor) -> Tensor:
@@ -57,6 +58,36 @@ class Inside:
         if isinstance(result, Tensor) and result._hooks is not None:
             self.points.append((result._hooks, result._value))
         return result
+
+    def retain(self, tensor: Tensor) -> None:
+        """Notes that a Tensor in here retains its gradient."""
+        tensor._retains = True
+        if not any(tensor is other for other in self.retaining):
+            self.retaining.append(tensor)
+
+    def retained(self, outs: list[Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Which results, and which inputs, retain their gradients.
+
+        Raises:
+            HookError: so does a Tensor that is neither.
+        """
+        results: list[int] = []
+        inputs: list[int] = []
+        for tensor in self.retaining:
+            index = next((i for i, other in self.inputs if other is tensor), None)
+            place = next((i for i, out in enumerate(outs) if out is tensor), None)
+            if index is not None:
+                inputs.append(index)
+            elif place is not None and tensor._hooks is not None:
+                tensor._hooks.retained = len(results)
+                results.append(place)
+            else:
+                raise HookError(
+                    f"Tensor.retain_grad: `{self._name}`, which jhop.compile traces, calls it on a value of shape "
+                    f"{tensor.shape} that it does not return, so nobody could look at its .grad. Return the Tensor, or "
+                    "register a hook on it that keeps the gradient in a list."
+                )
+        return tuple(results), tuple(inputs)
 
     def registered(self) -> list[tuple[int, Any]]:
         return [(i, fn) for i, tensor in self.inputs for fn in (tensor._hooks or HookList()).snapshot()]
@@ -91,6 +122,7 @@ class Inside:
             if tensor is not None:
                 tensor._value = None
         self.points.clear()
+        self.retaining.clear()
 
 
 def is_dynamic(leaf: Any) -> bool:

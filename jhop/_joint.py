@@ -28,6 +28,7 @@ from jhop._inside import Inside, is_dynamic, value_of
 from jhop._interp import evaluate, inner_jaxprs, inputs_for_sizes
 from jhop._leaves import Leaf
 from jhop._node import set_inside
+from jhop._retained import Retained, behind, with_retained
 from jhop._source import hook_name, origin_of, user_frames
 from jhop._tensor import Tensor
 from jhop._text._aten import joint_names
@@ -48,6 +49,8 @@ class Joint:
             are places in the hook for values of the forward, which are its last outputs.
         handles: per handle among the results, its place there and which of `registered` it is of.
         held: handles that outlive the trace (weak references), and which of `registered` each is of.
+        retained: results that retain their gradients, which are the backward's last outputs.
+        retaining: inputs that retain theirs.
         reached: per differentiated input, whether an output that carries a gradient depends on it.
         primal: what the function does, less its checks: flat inputs -> outputs, values that hooks on intermediates
             close over, those that hooks on inputs do, hooked intermediates.
@@ -62,6 +65,8 @@ class Joint:
     registered: tuple[tuple[int, Any, tuple[Leaf, ...]], ...]
     handles: tuple[tuple[int, int], ...]
     held: tuple[tuple[Any, int], ...]
+    retained: tuple[Retained, ...]
+    retaining: tuple[int, ...]
     reached: tuple[bool, ...]
     primal: Any
     points: tuple[Point, ...]
@@ -121,6 +126,17 @@ class Joint:
         """Of one item per differentiated input, such as its cotangent, those of the inputs that gradients reach."""
         return [ct for ct, used in zip(cts, self.reached, strict=True) if used]
 
+    def sent(self, outs: list[Any]) -> list[Any]:
+        """Of what a backward returns, what goes to the edges of its node."""
+        n = len(self.reached)
+        return [*self.only_reached(outs[:n]), *outs[n:]]
+
+    def retained_by(self, result: int) -> frozenset[int]:
+        """Which of the retained gradients that of a result is a part of."""
+        jaxpr, _ = _compat.open_jaxpr(self.primal)
+        found = behind(jaxpr, [jaxpr.outvars[result]])
+        return frozenset(k for k, kept in enumerate(self.retained) if jaxpr.outvars[kept.result] in found)
+
 
 def _has_rule(eqn: Any) -> bool:
     if eqn.primitive.name == "custom_vjp_call":
@@ -155,6 +171,7 @@ class Tracing:
         self._points: list[Point] = []
         self._registered: list[tuple[int, Any, tuple[Leaf, ...]]] = []
         self._handles: list[tuple[int, int]] = []
+        self._retained: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
         self._held: list[tuple[Any, int]] = []
         self._out_tree: Any = None
         self._out_moving: tuple[bool, ...] = ()
@@ -188,6 +205,7 @@ class Tracing:
         outs = self._take_handles(outs)
         outs = [self._inside.enter(o) if isinstance(o, Tensor) and o._trace is None else o for o in outs]
         self._check_results(outs)
+        self._retained = self._inside.retained(outs)
         self._out_moving = tuple(isinstance(o, Tensor) and o.requires_grad for o in outs)
         return [jnp.asarray(value_of(o)) for o in outs]
 
@@ -224,7 +242,7 @@ class Tracing:
                 slot.container.put(slot.key, None)  # the tracer that is there is about to be dead
 
     def _with_points(self, outs: list[Any]) -> list[Any]:
-        points = [(hooks, value) for hooks, value in self._inside.points if hooks]
+        points = [(hooks, value) for hooks, value in self._inside.points if hooks or hooks.retained is not None]
         closed: list[Any] = []
 
         def slots_of(fn: Any) -> tuple[Leaf, ...]:
@@ -292,27 +310,34 @@ class Tracing:
             name=f"{name}_forward",
         )
         backward = None
+        reached, retained = self._reached(primal), self._kept(primal)
         if any(self._out_moving):
             pull = self._pullback(wanted, {v: i for i, v in enumerate(order)})
-            backward = _backward_graph(pull, jaxpr, order, residuals, cts, f"{name}_backward")
+            slots = [kept.slot for kept in retained]
+            backward = _backward_graph(pull, jaxpr, order, residuals, cts, f"{name}_backward", slots)
         return Joint(
             forward=forward, backward=backward, residuals=residuals, out_tree=self._out_tree,
             out_moving=self._out_moving, registered=tuple(self._registered),
-            handles=tuple(self._handles), held=tuple(self._held),
-            reached=self._reached(primal), primal=without_checks(primal), points=tuple(self._points),
+            handles=tuple(self._handles), held=tuple(self._held), retained=retained,
+            retaining=self._retained[1], reached=reached, primal=without_checks(primal), points=tuple(self._points),
         )  # fmt: skip
 
     def _reached(self, primal: Any) -> tuple[bool, ...]:
         """Which differentiated inputs the outputs with gradients depend on, past what is detached."""
         jaxpr, _ = _compat.open_jaxpr(primal)
-        needed = {
-            v for v, moves in zip(jaxpr.outvars, self._out_moving, strict=False)
-            if moves and not isinstance(v, jex_core.Literal)
-        }  # fmt: skip
-        for eqn in reversed(jaxpr.eqns):
-            if needed.intersection(eqn.outvars) and eqn.primitive.name != "stop_gradient":
-                needed.update(v for v in eqn.invars if not isinstance(v, jex_core.Literal))
+        needed = behind(jaxpr, [v for v, moves in zip(jaxpr.outvars, self._out_moving, strict=False) if moves])
         return tuple(jaxpr.invars[i] in needed for i in self._diff)
+
+    def _kept(self, primal: Any) -> tuple[Retained, ...]:
+        """The results that retain their gradients."""
+        jaxpr, _ = _compat.open_jaxpr(primal)
+        inputs = [i for i, used in zip(self._diff, self._reached(primal), strict=True) if used]
+        found = []
+        for result in self._retained[0]:
+            needed = behind(jaxpr, [jaxpr.outvars[result]])
+            edges = frozenset(edge for edge, i in enumerate(inputs) if jaxpr.invars[i] in needed)
+            found.append(Retained(result, sum(self._out_moving[:result]), edges))
+        return tuple(found)
 
     def _pullback(self, wanted: list[Any], place: dict[Any, int]) -> Callable[..., list[Any]]:
         """The backward as a function of residuals, then cotangents.
@@ -333,11 +358,15 @@ class Tracing:
 
 
 def _backward_graph(
-    pull: Any, forward: Any, saved: list[Any], residuals: Any, cts: list[Any], name: str
+    pull: Any, forward: Any, saved: list[Any], residuals: Any, cts: list[Any], name: str, slots: list[int]
 ) -> GraphModule:
-    """The graph of the backward: residuals, then cotangents, named as in PyTorch's joint graph."""
+    """The graph of the backward: residuals, then cotangents, named as in PyTorch's joint graph.
+
+    Its outputs are the inputs' cotangents, then the gradients that results retain, whose cotangents are at `slots`.
+    """
     closed, known = trace(pull, [*(v.aval for v in saved), *cts], Recorder())
     info = known()
+    closed = with_retained(closed, slots, len(cts)) if slots else closed
     jaxpr, _ = _compat.open_jaxpr(closed)
     frames = {variable: user_frames(eqn) for eqn in jaxpr.eqns for variable in eqn.outvars}
     for variable, given in joint_names(forward, jaxpr, list(residuals), saved).items():

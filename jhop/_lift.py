@@ -192,7 +192,12 @@ def _apply_traced(fn: Any, leaves: list[Any], tree: Any) -> Any:
     values = [leaf._value if isinstance(leaf, Tensor) else leaf for leaf in leaves]
     moving = grad_enabled() and any(isinstance(leaf, Tensor) and leaf._requires_grad for leaf in leaves)
     args, kwargs = jax.tree.unflatten(tree, values)
-    return jax.tree.map(lambda value: trace.result(value, moving), fn(*args, **kwargs))
+    outs, out_tree = jax.tree.flatten(fn(*args, **kwargs))
+    results = [trace.result(value, moving) for value in outs]
+    for hooks in (result._hooks for result in results if isinstance(result, Tensor) and len(outs) > 1):
+        if hooks is not None:
+            hooks.of_several = True
+    return jax.tree.unflatten(out_tree, results)
 
 
 def traced_result(trace: Any, value: Any, moving: bool) -> Any:

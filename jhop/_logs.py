@@ -1,6 +1,9 @@
-"""What jhop logs, with `logging`: `JHOP_LOGS=recompiles` in the environment shows each new trace with its reason.
+"""What jhop logs, with `logging`, if it is asked to by the environment, as with `JHOP_LOGS=recompiles,inert`.
 
-In a program, `logging.getLogger("jhop.recompiles").setLevel(logging.INFO)` turns it on and `logging.WARNING` off.
+- `recompiles`: each new trace with its reason.
+- `inert`: each hook, once, on a value that nobody differentiates, where the value is computed or compiled.
+
+In a program, `logging.getLogger("jhop.recompiles").setLevel(logging.INFO)` turns one on and `logging.WARNING` off.
 """
 
 from __future__ import annotations
@@ -11,12 +14,15 @@ import os
 import sys
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 from jhop._errors import JhopError
 from jhop._source import is_user_file
 
 _recompiles = logging.getLogger("jhop.recompiles")
-_KNOWN = {"recompiles": _recompiles}
+INERT = logging.getLogger("jhop.inert")
+_KNOWN = {"recompiles": _recompiles, "inert": INERT}
+_told: set[Any] = set()  # what was logged of hooks without effect
 _mode = threading.local()
 
 
@@ -70,6 +76,27 @@ def recompiling(what: str, place: tuple[str, int] | None, reason: str) -> None:
     message = f"Recompiling {what} in {file}:{line}\n    triggered by:{causes}"
     # Not `info`, which would ask for the level of now.
     _recompiles.handle(_recompiles.makeRecord(_recompiles.name, logging.INFO, file, line, message, (), None))
+
+
+def inert(hook: str, place: tuple[str, int] | None = None) -> None:
+    """Logs that a hook has no effect, once for each hook and place.
+
+    Args:
+        hook: in words.
+        place: where it was put on a value; by default, where the user's code is that leads here.
+    """
+    if not INERT.isEnabledFor(logging.INFO):
+        return
+    file, line = place or _caller()
+    if (hook, file, line) not in _told:
+        _told.add((hook, file, line))
+        message = f"{hook} does not run: no backward pass goes through the value that it is on, in {file}:{line}"
+        INERT.handle(INERT.makeRecord(INERT.name, logging.INFO, file, line, message, (), None))
+
+
+def forget() -> None:
+    """What was logged once is logged once more."""
+    _told.clear()
 
 
 def _caller() -> tuple[str, int]:

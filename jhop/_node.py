@@ -10,7 +10,7 @@ import functools
 import itertools
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -79,6 +79,7 @@ class Node:
     __slots__ = ("__weakref__", "_metadata", "avals", "edges", "hooks", "post_hooks", "pre_hooks", "retain", "sequence")
 
     many = False  # whether it stands for many operations, of which a pass may need those for some outputs only
+    keeps = False  # whether it only keeps a gradient, as a side effect of the nodes that lead to it
 
     def __init__(self, edges: Sequence[Edge], avals: Sequence[Any]):
         self.edges = tuple(edges)
@@ -215,6 +216,16 @@ class Node:
         """As `depends`, found out where it takes a while; None if it is all edges for each output."""
         return self.depends
 
+    def keeps_for(self, edge: int, leads: Sequence[bool], slots: Collection[int]) -> bool:
+        """Whether the gradient at an edge to a node that keeps it is part of a pass.
+
+        Args:
+            edge: which of `edges`.
+            leads: per edge, whether the pass asks for what it leads to.
+            slots: outputs whose own cotangents the pass asks for.
+        """
+        return True
+
     def unfold(self) -> bool:
         """Makes nodes that can be recorded of one that cannot; says whether the node has other edges now."""
         return False
@@ -287,6 +298,16 @@ class OpNode(Node):
 
     def release(self) -> None:
         self._saved = None
+
+
+class RetainedGrad(Node):
+    """The end of a path to a result of a compiled function that retains its gradient: see `retain_at`."""
+
+    __slots__ = ()
+    keeps = True
+
+    def __init__(self, aval: Any):
+        super().__init__((), (aval,))
 
 
 class AccumulateGrad(Node):

@@ -136,6 +136,12 @@ def plan(request: Request, *, stack: bool = False) -> Plan:
         if any(leads):
             running.add(node)
             wanted.add(node)
+        if node.many and node in running:
+            slots = {edge.slot for edge in request.inputs if edge.node is node}
+            for i, (end, _) in enumerate(node.edges):
+                if end.keeps and node.keeps_for(i, leads, slots):
+                    wanted.add(end)
+                    leads[i] = True
         flows = node.flows() if node.many and node in wanted else None
         for slot, edges in enumerate(flows or ()):
             if Edge(node, slot) not in request.inputs and not any(leads[i] for i in edges):

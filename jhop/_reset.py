@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jhop import compiled_autograd
+from jhop import _logs, compiled_autograd
 from jhop._compile import reset_compiled
 from jhop._forward import reset_functions
 from jhop._jit import reset_jitted
@@ -21,3 +21,4 @@ def reset() -> None:
     reset_functions()
     reset_jitted()
     reset_ops()
+    _logs.forget()

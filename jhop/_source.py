@@ -191,7 +191,10 @@ class Origin:
 
 
 def raw_frames(eqn: Any) -> list[Frame]:
-    """Returns every frame recorded for `eqn`, innermost first; empty where JAX recorded none."""
+    """Returns every frame recorded for `eqn`, innermost first; empty where JAX recorded none.
+
+    It may be anything with the `source_info` of an equation.
+    """
     traceback = eqn.source_info.traceback
     if traceback is None:
         return []

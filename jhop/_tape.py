@@ -342,6 +342,8 @@ def _kind(node: Node) -> Any:
         return node.op
     if isinstance(node, AccumulateGrad):
         return ("accumulate", node.leaf._grad is None)
+    if node.keeps:
+        return "retained"
     return ("node", node)
 
 

@@ -15,14 +15,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jhop import _compat, _engine, _gradients, _plan
-from jhop._append import class_name
+from jhop import _compat, _engine, _gradients
+from jhop._edges import request_for, seed_of
 from jhop._errors import HookError, JhopError
 from jhop._hook import HookList, RemovableHandle
+from jhop._hook_options import adapted, takes_none
 from jhop._leaves import declare_state
 from jhop._node import AccumulateGrad, Edge, Node, inside
 from jhop._source import warn
-from jhop._values import Values, check_floating
+from jhop._values import Values, array_of, check_floating, check_like
 
 
 class Tensor(Values):
@@ -75,8 +76,8 @@ class Tensor(Values):
         self._outside("Assigning to .value")
         if not self.is_leaf:
             raise JhopError("Tensor.value: only a leaf can get another value; this Tensor is the result of others.")
-        array = self._array_of(value, "Tensor.value: expected an array or a Tensor")
-        self._check_like(array, "Tensor.value")
+        array = array_of(value, "Tensor.value: expected an array or a Tensor")
+        check_like(array, self, "Tensor.value")
         self._value = jnp.asarray(array)
 
     @property
@@ -106,24 +107,11 @@ class Tensor(Values):
             self._outside("Assigning to .grad")
         _gradients.use(self, "writes")
         if grad is not None:
-            array = self._array_of(grad, "Tensor.grad: expected an array or None")
+            array = array_of(grad, "Tensor.grad: expected an array or None")
             if not isinstance(array, _compat.Tracer):  # a hook that is being traced: its result is checked as a whole
-                self._check_like(array, "Tensor.grad")
+                check_like(array, self, "Tensor.grad")
             grad = grad if isinstance(grad, Tensor) else jnp.asarray(array)
         self._grad = grad
-
-    def _array_of(self, given: Any, expected: str) -> Any:
-        array = given.value if isinstance(given, Tensor) else given
-        if not isinstance(array, (jax.Array, np.ndarray)):
-            raise JhopError(f"{expected}, got {class_name(given)}.")
-        return array
-
-    def _check_like(self, array: Any, where: str) -> None:
-        if array.shape != self.shape or array.dtype != self.dtype:
-            raise JhopError(
-                f"{where}: expected shape {self.shape} and dtype {self.dtype}, as the Tensor has, "
-                f"got shape {array.shape} and dtype {array.dtype}."
-            )
 
     # -- hooks ---------------------------------------------------------------------------------------------------------
 
@@ -142,17 +130,25 @@ class Tensor(Values):
                 "jhop.tensor(..., requires_grad=True), or call requires_grad_() first."
             )
 
-    def register_hook(self, fn: Callable[[Any], Any]) -> RemovableHandle:
+    def register_hook(
+        self, fn: Callable[[Any], Any], *, zeros: str = "skip", torch_complex: bool = False
+    ) -> RemovableHandle:
         """Registers `fn(grad) -> grad | None`, run once per backward on the summed gradient of this Tensor.
 
         Args:
             fn: gets an array of this Tensor's shape and dtype and returns another, or None to keep it.
+            zeros: what happens in a pass that reaches another result of the operation which made this Tensor, but not
+                this one: with "skip" nothing, with "none" `fn(None)` is called, as in PyTorch, and must return None.
+            torch_complex: whether `fn` gets and returns complex gradients in PyTorch's convention, in which the
+                gradient is the direction of steepest ascent: the conjugate of JAX's.
 
         Returns:
             A handle whose `remove()` removes the hook.
 
         Raises:
-            HookError: `fn` is not callable, or the Tensor does not require grad.
+            HookError: `fn` is not callable, the Tensor does not require grad, or an option is none of those above; or
+                it is `zeros="none"` for one of several results of an operation inside a function that `jhop.compile`
+                traces. During the pass: what `fn` returned does not fit.
 
         Example:
             >>> import jhop
@@ -165,9 +161,18 @@ class Tensor(Values):
         The counterpart in PyTorch is `torch.Tensor.register_hook`.
         """
         self._need_grad("Tensor.register_hook")
+        if torch_complex or zeros != "skip":
+            fn = adapted("Tensor.register_hook", fn, zeros, torch_complex)
         if self._trace is None and inside() is not None:
             return inside().enter(self).register_hook(fn)
-        handle = self._hook_list().add(fn, "Tensor.register_hook")
+        hooks = self._hook_list()
+        if takes_none(fn) and hooks.of_several:
+            raise HookError(
+                "Tensor.register_hook: zeros='none' on one of several results of an operation inside a function that "
+                "jhop.compile traces: which of them a pass reaches is not known there. Return the Tensor and register "
+                "the hook on what the compiled function returns, or leave out zeros."
+            )
+        handle = hooks.add(fn, "Tensor.register_hook")
         if self._trace is not None:
             self._trace.handles.append(weakref.ref(handle))
         return handle
@@ -212,9 +217,34 @@ class Tensor(Values):
         return self._post_hooks.add(fn, "Tensor.register_post_accumulate_grad_hook")
 
     def retain_grad(self) -> None:
-        """Makes a later backward store this Tensor's gradient in `.grad`, after its hooks. Nothing new for leaves."""
-        self._outside("Tensor.retain_grad")
+        """Makes a later backward store this Tensor's gradient in `.grad`, after its hooks. Nothing new for leaves.
+
+        Inside a function that `jhop.compile` traces it is for Tensors that the function returns, whose results at each
+        call then retain theirs, and for its arguments.
+
+        Raises:
+            HookError: the Tensor does not require grad; or a function that `jhop.compile` traces called it on a value
+                which it did not return.
+
+        Example:
+            >>> import jhop
+            >>> @jhop.compile
+            ... def fn(x):
+            ...     y = x * 3.0
+            ...     y.retain_grad()
+            ...     return y, y * y
+            >>> y, z = fn(jhop.tensor(2.0, requires_grad=True))
+            >>> z.backward()
+            >>> float(y.grad)
+            12.0
+
+        The counterpart in PyTorch is `torch.Tensor.retain_grad`.
+        """
         self._need_grad("Tensor.retain_grad")
+        trace = inside() or self._trace
+        if trace is not None:
+            trace.retain(self if self._trace is not None else trace.enter(self))
+            return
         if self._node is not None and not self._retains:
             self._node.retain_at(self._slot, self)
             self._retains = True
@@ -233,7 +263,8 @@ class Tensor(Values):
             create_graph: record the pass itself: hooks get and may return Tensors, `.grad` becomes a Tensor, and both
                 can be differentiated again.
             inputs: a Tensor or a sequence of Tensors: only the nodes on paths to them run, and only they accumulate.
-                A Tensor among them that is no leaf retains its gradient from then on.
+                A Tensor among them that is no leaf retains its gradient from then on. There may be edges (`jhop.edge`)
+                among them, of which only those of leaves accumulate.
 
         Raises:
             JhopError: no gradient was given for a non-scalar, it has another shape or dtype, the Tensor or one of
@@ -249,23 +280,8 @@ class Tensor(Values):
             (27.0, 18.0)
         """
         self._outside("Tensor.backward")
-        seeds = [(self._edge("backward"), self._seed(gradient, create_graph))]
+        seeds = [(self._edge("backward"), seed_of(self, gradient, create_graph))]
         _engine.backward(request_for(seeds, retain_graph, create_graph, inputs))
-
-    def _seed(self, gradient: Any, create_graph: bool = False) -> Any:
-        """The cotangent to start with: an array, or with `create_graph` a Tensor if one was given."""
-        if gradient is None:
-            if self.size != 1:
-                raise JhopError(
-                    f"backward: a gradient can be left out only for a scalar, this Tensor has shape {self.shape}. "
-                    "Pass backward(gradient) with an array of this shape, or reduce first, e.g. with .sum()."
-                )
-            return jnp.ones(self.shape, self.dtype)
-        array = self._array_of(gradient, "backward: expected the gradient as an array or a Tensor")
-        self._check_like(array, "backward(gradient)")
-        if create_graph and isinstance(gradient, Tensor):
-            return gradient
-        return array if isinstance(array, jax.Array) else jnp.asarray(array)
 
     def _edge(self, where: str) -> Edge:
         """Where this Tensor's cotangent goes."""
@@ -333,32 +349,6 @@ class Tensor(Values):
 
 
 declare_state(Tensor, "_value", "_grad")
-
-
-def request_for(seeds: Any, retain_graph: bool | None, create_graph: bool, inputs: Any) -> _plan.Request:
-    """A backward pass that accumulates into `.grad`, with the arguments of `Tensor.backward`."""
-    edges = None
-    if inputs is not None:
-        tensors = given_tensors(inputs, "backward(inputs)")
-        edges = tuple(tensor._edge(f"backward: inputs[{i}]") for i, tensor in enumerate(tensors))
-        for tensor in tensors:
-            tensor.retain_grad()  # of those that are no leaves
-    keep = create_graph if retain_graph is None else retain_graph
-    return _plan.Request(seeds=seeds, keep_graph=keep, create_graph=create_graph, inputs=edges)
-
-
-def given_tensors(given: Any, where: str) -> list[Tensor]:
-    """One Tensor or a sequence of them as a list.
-
-    Raises:
-        JhopError: it is something else, or empty.
-    """
-    tensors = [given] if isinstance(given, Tensor) else given
-    if not isinstance(tensors, (list, tuple)) or not all(isinstance(tensor, Tensor) for tensor in tensors):
-        raise JhopError(f"{where}: expected Tensors (one, or a list of them), got {given!r}.")
-    if not tensors:
-        raise JhopError(f"{where}: expected at least one Tensor, got none.")
-    return list(tensors)
 
 
 def tensor(data: Any, *, dtype: Any = None, requires_grad: bool = False) -> Tensor:

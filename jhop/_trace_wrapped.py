@@ -26,11 +26,12 @@ from typing import Any
 
 import jax
 import jax.extend.core as jex_core
+import jax.numpy as jnp
 import numpy as np
 from jax.interpreters import ad, batching
 
 from jhop import _compat, _state
-from jhop._contract import HookFn, flat_caller, hook_fn, identity_key
+from jhop._contract import HookFn, flat_caller, flat_hook, identity_key
 from jhop._effects import watch
 from jhop._errors import TO_JIT, HookError, Unsupported, advising
 from jhop._reads import explain, is_read
@@ -112,14 +113,14 @@ def trace_wrapped(*args: Any, fn: Callable[..., Any], kind: str = "hook", **kwar
     if run is not None or not staged:
         call = make_call(fn)
         return jax.tree.unflatten(tree, call(*flat) if run is None else run(call, flat))
-    hook, operands = hook_fn(fn, make_call, len(flat), ("hook", identity_key(fn), tree, extra_tree), kind=kind)
+    hook, operands = flat_hook(fn, make_call, len(flat), ("hook", identity_key(fn), tree, extra_tree), kind=kind)
     return jax.tree.unflatten(tree, bind_hook(hook, [*flat, *operands], len(cts)))
 
 
 def bind_hook(hook: HookFn, flat: list[Any], n_cts: int) -> list[Any]:
     """Binds one equation on `n_cts` cotangents and further operands."""
     avals = tuple(jax.typeof(ct) for ct in flat[:n_cts])
-    return trace_wrapped_p.bind(*flat, fn=hook, out_avals=avals)
+    return trace_wrapped_p.bind(*flat, fn=hook, out_avals=avals * (2 if hook.options.stop else 1))[:n_cts]
 
 
 # -- rules -------------------------------------------------------------------------------------------------------------
@@ -140,6 +141,10 @@ def _trace_wrapped_jvp(primals: Any, tangents: Any, *, fn: HookFn, out_avals: An
     tangent_avals = tuple(aval.to_tangent_aval() for aval in out_avals)
     if not moving:
         return outs, [ad.Zero(aval) for aval in tangent_avals]
+    if fn.options.stop:  # what it kept moves as its cotangent does, all else stands still: it need not run again
+        half = len(outs) // 2
+        dots = [_where_kept(mark, dot) for mark, dot in zip(outs[half:], tangents, strict=False)]
+        return outs, [*dots, *(ad.Zero(aval) for aval in tangent_avals[half:])]
     n = len(primals)
 
     def jvp_call(*args: Any) -> list[Any]:
@@ -155,6 +160,11 @@ def _trace_wrapped_jvp(primals: Any, tangents: Any, *, fn: HookFn, out_avals: An
     derived = fn.derive("jvp", jvp_call, moving)
     dots = [tangents[i] for i in moving]
     return outs, trace_wrapped_p.bind(*primals, *dots, fn=derived, out_avals=tangent_avals)
+
+
+def _where_kept(mark: Any, dot: Any) -> Any:
+    """The tangent of a result of a hook that has `stop`, by its mark (see `HookFn`)."""
+    return dot if type(dot) is ad.Zero else jnp.where(mark != 0, dot, jnp.zeros_like(dot))
 
 
 def _trace_wrapped_transpose(cts: Any, *args: Any, fn: HookFn, out_avals: Any) -> list[Any]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jhop import _compat
+from jhop._append import class_name
 from jhop._errors import JhopError
 
 
@@ -84,6 +86,27 @@ class Values:
 
     def __len__(self) -> int:
         return len(self._value)
+
+
+def array_of(given: Any, expected: str) -> Any:
+    """The array that was given, or that of a Tensor.
+
+    Raises:
+        JhopError: it is something else; `expected` says what was.
+    """
+    array = given.value if isinstance(given, Values) else given  # type: ignore[attr-defined]
+    if not isinstance(array, (jax.Array, np.ndarray)):
+        raise JhopError(f"{expected}, got {class_name(given)}.")
+    return array
+
+
+def check_like(array: Any, like: Any, where: str) -> None:
+    """Raises JhopError for an array of another shape or dtype than a Tensor has."""
+    if array.shape != like.shape or array.dtype != like.dtype:
+        raise JhopError(
+            f"{where}: expected shape {like.shape} and dtype {like.dtype}, as the Tensor has, "
+            f"got shape {array.shape} and dtype {array.dtype}."
+        )
 
 
 def check_floating(dtype: Any, where: str) -> None:

@@ -11,13 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from jhop import _batched, _compat, _engine, _plan
+from jhop._edges import GradientEdge as GradientEdge
+from jhop._edges import edge, edge_of, given_tensors, request_for, seeds_of
 from jhop._errors import HookError, JhopError, Unsupported
 from jhop._gates import Group
 from jhop._hook import RemovableHandle
 from jhop._kept import Hooks, keeping
 from jhop._lift import lift
 from jhop._node import inside, set_grad_enabled
-from jhop._tensor import Tensor, given_tensors, request_for
+from jhop._tensor import Tensor
+
+get_gradient_edge = edge  # PyTorch's name
 
 
 @contextlib.contextmanager
@@ -151,8 +155,8 @@ def backward(
     """Runs one backward pass from several Tensors; a Tensor that is given twice counts twice.
 
     Args:
-        tensors: where to start.
-        gradients: per Tensor, its cotangent (same shape and dtype), or None for scalars.
+        tensors: where to start: Tensors, or edges (`jhop.edge`).
+        gradients: per Tensor or edge, its cotangent (same shape and dtype), or None for scalars.
         retain_graph, create_graph, inputs: as for `Tensor.backward`.
 
     Raises:
@@ -167,7 +171,7 @@ def backward(
 
     The counterpart in PyTorch is `torch.autograd.backward`.
     """
-    seeds = _seeds(tensors, gradients, "autograd.backward", create_graph)
+    seeds = seeds_of(tensors, gradients, "autograd.backward", create_graph)
     _engine.backward(request_for(seeds, retain_graph, create_graph, inputs))
 
 
@@ -188,8 +192,9 @@ def grad(
     node that made it do not; nor do post-accumulate hooks.
 
     Args:
-        outputs: the Tensors to differentiate; several are summed, one that is given twice counts twice.
-        inputs: the Tensors to differentiate by: leaves or not, each as often as you like.
+        outputs: the Tensors, or edges (`jhop.edge`), to differentiate; several are summed, one that is given twice
+            counts twice.
+        inputs: the Tensors or edges to differentiate by: leaves or not, each as often as you like.
         grad_outputs: per output its cotangent (an array or a Tensor of its shape and dtype), or None for a scalar.
         retain_graph: keep what was saved, so that another pass can run; by default, as `create_graph`.
         create_graph: record the pass, so that its results can be differentiated, also by `grad_outputs`. Hooks then get
@@ -224,19 +229,19 @@ def grad(
             "autograd.grad: expected no allow_unused=False with materialize_grads=True, which gives zeros for unused "
             "inputs. Leave out one of the two."
         )
-    by = given_tensors(inputs, "autograd.grad(inputs)")
+    by = given_tensors(inputs, "autograd.grad(inputs)", edges=True)
     for i, tensor in enumerate(by):
-        if not tensor.requires_grad:
+        if isinstance(tensor, Tensor) and not tensor.requires_grad:
             raise JhopError(
                 f"autograd.grad: inputs[{i}], of shape {tensor.shape}, does not require grad. Make it with "
                 "jhop.tensor(..., requires_grad=True), or leave it out."
             )
-    edges = tuple(tensor._edge("autograd.grad") for tensor in by)
+    edges = tuple(edge_of(item, "autograd.grad") for item in by)
     keep = create_graph if retain_graph is None else retain_graph
 
     def request(gradients: Any, keep_graph: bool) -> _plan.Request:
         return _plan.Request(
-            seeds=_seeds(outputs, gradients, "autograd.grad", create_graph), keep_graph=keep_graph,
+            seeds=seeds_of(outputs, gradients, "autograd.grad", create_graph), keep_graph=keep_graph,
             create_graph=create_graph, inputs=edges, returned=True,
         )  # fmt: skip
 
@@ -359,7 +364,8 @@ def _result(i: int, tensor: Tensor, value: Any, create_graph: bool, allow_unused
 
 def _examples(outputs: Any, gradients: Any) -> list[Any]:
     """Checked cotangents with one more axis, which is as long in all of them."""
-    given = [gradients] if isinstance(outputs, Tensor) and not isinstance(gradients, (list, tuple)) else gradients
+    single = isinstance(outputs, (Tensor, GradientEdge)) and not isinstance(gradients, (list, tuple))
+    given = [gradients] if single else gradients
     shapes = [np.shape(getattr(ct, "value", ct)) for ct in given or [None]]
     if given is None or any(ct is None for ct in given) or len({shape[:1] for shape in shapes} - {()}) != 1:
         raise JhopError(
@@ -383,18 +389,3 @@ def _for_each(request: Callable[[Any, bool], _plan.Request], given: list[Any], k
 
 
 _stack = lift(jnp.stack)
-
-
-def _seeds(tensors: Any, gradients: Any, where: str, create_graph: bool) -> list[tuple[Any, Any]]:
-    """Where a pass starts, with which cotangents."""
-    roots = given_tensors(tensors, where)
-    for root in roots:
-        root._outside(where)
-    given = [gradients] if isinstance(tensors, Tensor) and not isinstance(gradients, (list, tuple)) else gradients
-    given = [None] * len(roots) if given is None else given
-    if not isinstance(given, (list, tuple)) or len(given) != len(roots):
-        raise JhopError(
-            f"{where}: expected one gradient (or None) for each Tensor, got "
-            f"{len(roots)} and {len(given) if isinstance(given, (list, tuple)) else given!r}."
-        )
-    return [(root._edge(where), root._seed(ct, create_graph)) for root, ct in zip(roots, given, strict=True)]

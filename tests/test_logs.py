@@ -227,7 +227,7 @@ def test_environment(setting):
     env = {**os.environ, "JHOP_LOGS": setting, "PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run([sys.executable, "-c", PROGRAM], env=env, capture_output=True, text=True)
     if setting == "nonsense":
-        assert "JHOP_LOGS: unknown log 'nonsense'. Expected one of 'recompiles'." in done.stderr
+        assert "JHOP_LOGS: unknown log 'nonsense'. Expected one of 'recompiles', 'inert'." in done.stderr
         return
     assert done.returncode == 0
     lines = done.stderr.splitlines()

@@ -1,6 +1,8 @@
 """PyTorch's rules 1 to 20 (docs/RULES.md): when a hook on a value runs, and on which gradient."""
 
 import contextlib
+import logging
+import re
 
 import jax
 import jax.numpy as jnp
@@ -58,6 +60,16 @@ def test_rule_002_in_a_jax_function_it_is_from_here_on():
         return z + x * 2.0
 
     assert float(jhop.jit(jax.grad(loss))(7.0)) == 3.0 + 2.0 * 5.0
+
+
+def test_rule_002_strict_refuses_a_use_past_the_hook():
+    @jhop.strict
+    def loss(x):
+        hooked = jhop.hook(x, times(5.0))
+        return hooked * 3.0 + x * 2.0
+
+    with pytest.raises(jhop.HookError, match=r"`loss` uses a value past .*after it, at test_rules_fire.py:\d+"):
+        jax.grad(loss)(7.0)
 
 
 @each_mode
@@ -123,6 +135,26 @@ def test_rule_005_a_pytree_in_a_jax_function_gets_zeros(compile):
     assert compile(jax.grad(loss))(jnp.array([1.0, 2.0])).tolist() == [15.0, 11.0]
 
 
+@only_eager_and_captured
+def test_rule_005_a_hook_that_asks_for_it_gets_none(mode, seen):
+    x = leaf(1.0, 2.0)
+    a, b = parts(x)
+    b.register_hook(note(seen), zeros="none")
+    mode.backward((a * 3.0).sum())
+    assert (x.grad.tolist(), seen) == ([3.0, 0.0], [None])
+
+
+@pytest.mark.parametrize(("zeros", "expected"), [("none", [15.0, 0.0]), ("skip", [3.0, 0.0])])
+@pytest.mark.parametrize("compile", [jax.jit, jhop.jit], ids=["jax.jit", "jhop.jit"])
+def test_rule_005_a_pytree_in_a_jax_function_gets_what_it_asks_for(compile, zeros, expected):
+    def loss(x):
+        hook = lambda cts: (cts[0] * 5.0, None if cts[1] is None else cts[1] + 11.0)  # noqa: E731
+        a, _ = jhop.hook((x[0], x[1]), hook, zeros=zeros)
+        return a * 3.0
+
+    assert compile(jax.grad(loss))(jnp.array([1.0, 2.0])).tolist() == expected
+
+
 @each_mode
 def test_rule_006_what_an_earlier_backward_reached_a_later_one_need_not(mode, seen):
     def fn(x):
@@ -136,6 +168,16 @@ def test_rule_006_what_an_earlier_backward_reached_a_later_one_need_not(mode, se
     for out in outs:
         mode.backward(out, retain_graph=True)
     assert (x.grad.tolist(), values(seen)) == ([5.0, 14.0], [[1.0], [2.0]])
+
+
+@only_eager_and_captured
+def test_rule_006_a_later_backward_gives_none(mode, seen):
+    x = leaf(1.0, 2.0)
+    a, b = parts(x)
+    b.register_hook(note(seen, lambda grad: None if grad is None else grad * 7.0), zeros="none")
+    mode.backward((b * 2.0).sum(), retain_graph=True)
+    mode.backward(a.sum())
+    assert (x.grad.tolist(), values(seen)) == ([1.0, 14.0], [[2.0], None])
 
 
 @each_mode
@@ -160,6 +202,17 @@ def test_rule_008_what_was_cut_off_refuses_a_hook(mode, cut):
 
     with pytest.raises(jhop.HookError, match="does not require grad"):
         mode.compile(fn)(scalar(1.0))
+
+
+@pytest.mark.parametrize("compile", [lambda fn: fn, jax.jit, jhop.jit], ids=["eager", "jax.jit", "jhop.jit"])
+def test_rule_007_a_log_names_a_hook_on_what_nobody_differentiates(compile, caplog):
+    caplog.set_level(logging.INFO, "jhop.inert")
+    jhop.reset()
+    compile(lambda x: jhop.hook(x, times(2.0)) * 3.0)(jnp.ones(2))
+    (record,) = caplog.records
+    assert re.fullmatch(
+        r"hook `.*` \(tape_modes.py:\d+\) does not run: no backward pass .*/test_rules_fire.py:\d+", record.getMessage()
+    )
 
 
 @each_mode
@@ -233,6 +286,45 @@ def test_rule_012_complex_gradients_are_jaxs(mode, seen):
     mode.backward(mode.compile(fn)(z))
     assert jnp.allclose(jnp.array(values(seen)), jnp.array([2 - 4j]))
     assert jnp.allclose(z.grad, jnp.conj((2 + 4j) * 1j))
+
+
+@each_mode
+def test_rule_012_torch_complex_gives_pytorchs(mode, seen):
+    def fn(z):
+        z.register_hook(note(seen, lambda grad: grad * 1j), torch_complex=True)
+        return hnp.abs(z * z)
+
+    z = jhop.tensor(jnp.complex64(1 + 2j), requires_grad=True)
+    mode.backward(mode.compile(fn)(z))
+    assert jnp.allclose(jnp.array(values(seen)), jnp.array([2 + 4j]))
+    assert jnp.allclose(z.grad, jnp.conj((2 + 4j) * 1j))
+
+
+@pytest.mark.parametrize("compile", [jax.jit, jhop.jit], ids=["jax.jit", "jhop.jit"])
+def test_rule_012_in_a_jax_function_too(compile):
+    def loss(z):
+        return jnp.abs(jhop.hook(z, lambda ct: ct * 1j, torch_complex=True) ** 2)
+
+    assert jnp.allclose(compile(jax.grad(loss))(jnp.complex64(1 + 2j)), jnp.conj((2 + 4j) * 1j))
+
+
+def test_rule_012_as_in_pytorch(seen):
+    torch = pytest.importorskip("torch")
+    theirs = []
+
+    def run(z, absolute, options, note):
+        z.register_hook(lambda grad: (note(grad), grad * 1j)[1], **options)
+        y = z * (2 + 1j)
+        y.register_hook(lambda grad: (note(grad), grad + 3j)[1], **options)
+        absolute(y * y).backward()
+        return z.grad
+
+    z = torch.tensor(1 + 2j, requires_grad=True)
+    expected = run(z, torch.abs, {}, lambda grad: theirs.append(complex(grad)))
+    z = jhop.tensor(jnp.complex64(1 + 2j), requires_grad=True)
+    found = run(z, hnp.abs, {"torch_complex": True}, lambda grad: seen.append(complex(grad)))
+    assert jnp.allclose(jnp.array(seen), jnp.array(theirs))
+    assert jnp.allclose(jnp.conj(found), complex(expected))
 
 
 @each_mode

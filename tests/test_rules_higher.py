@@ -66,6 +66,16 @@ def test_rule_095_a_hook_that_returns_an_array_ends_the_history(mode):
     assert (float(grad), float(bend)) == (4.0 * 27.0 * 27.0, 4.0 * 27.0 * 18.0)
 
 
+@each_jit
+def test_rule_095_stop_ends_it_in_a_jax_function(compile):
+    def cube(x):
+        return jhop.hook(x, lambda ct: ct * 2.0, stop=True) ** 3 + x**2
+
+    assert float(compile(jax.grad(cube))(3.0)) == 54.0 + 6.0
+    assert float(compile(jax.grad(jax.grad(cube)))(3.0)) == 2.0
+    assert float(compile(lambda x: jax.jvp(jax.grad(cube), (x,), (5.0,))[1])(3.0)) == 10.0
+
+
 @each_mode
 def test_rule_096_a_second_derivative_goes_through_the_hook(mode):
     def fn(x):

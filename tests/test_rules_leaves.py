@@ -53,7 +53,21 @@ def test_rule_054_retain_grad_stores_it_and_is_nothing_new_for_a_leaf(mode):
     assert (float(y.grad), y.retains_grad, x.retains_grad, float(x.grad)) == (3.0, True, False, 6.0)
 
 
-def test_rule_054_inside_a_compiled_function_a_hook_keeps_the_gradient(seen):
+@each_mode
+def test_rule_054_inside_a_compiled_function_it_is_for_results(mode, seen):
+    def fn(x):
+        y = x * 2.0
+        y.retain_grad()
+        y.register_hook(note(seen, times(5.0)))
+        return y, y * 3.0
+
+    x = scalar(1.0)
+    y, z = mode.compile(fn)(x)
+    mode.backward(z + y)
+    assert (float(y.grad), values(seen), float(x.grad)) == (20.0, [4.0], 40.0)
+
+
+def test_rule_054_of_other_values_in_it_a_hook_keeps_the_gradient(seen):
     def fn(x, kept):
         y = x * 2.0
         if kept is None:
@@ -61,7 +75,7 @@ def test_rule_054_inside_a_compiled_function_a_hook_keeps_the_gradient(seen):
         y.register_hook(note(kept, times(5.0)))
         return y * 3.0
 
-    with pytest.raises(jhop.JhopError, match="retain_grad inside a function that jhop.compile traces"):
+    with pytest.raises(jhop.HookError, match="that it does not return, so nobody could look at its .grad"):
         jhop.compile(lambda x: fn(x, None))(scalar(1.0))
     jhop.compile(lambda x: fn(x, seen))(scalar(1.0)).backward()
     assert values(seen) == [3.0]

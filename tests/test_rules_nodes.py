@@ -117,6 +117,13 @@ def test_rule_073_in_a_jax_function_hook_takes_all_results_at_once(compile):
     assert float(compile(jax.grad(loss))(1.0)) == 2.0 * 7.0 + 5.0 * 30.0
 
 
+@pytest.mark.parametrize("compile", [jax.jit, jhop.jit], ids=["jax.jit", "jhop.jit"])
+def test_rule_073_hook_fn_has_a_hook_before_a_function(compile):
+    layer = jhop.hook_fn(lambda x, w: (x * w, x + w), pre=lambda cts: (cts[0] * 3.0, None))
+    found = compile(jax.grad(lambda x, w: layer(x, w)[0] * 2.0, argnums=(0, 1)))(5.0, 7.0)
+    assert [float(grad) for grad in found] == [42.0, 30.0]
+
+
 @each_mode
 def test_rule_074_a_prehook_returns_a_tuple(mode):
     y = mode.compile(lambda x: x * 2.0)(scalar(1.0))
@@ -196,6 +203,16 @@ def test_rule_078_hooks_around_a_module_are_hooks_of_the_node_of_its_lifted_call
     assert w.grad.tolist() == [[5.0], [10.0]]
 
 
+@pytest.mark.parametrize("compile", [jax.jit, jhop.jit], ids=["jax.jit", "jhop.jit"])
+def test_rule_078_hook_fn_has_hooks_around_a_function_or_module(compile):
+    def post(ins, out):
+        assert ins[1:] == (None, None)  # nobody differentiates by these
+        return ins[0] + out, None, None
+
+    layer = jhop.hook_fn(lambda x, w, n: x * w * n, pre=lambda ct: ct * 10.0, post=post)
+    assert float(compile(jax.grad(lambda x, w: layer(x, w, 2.0) * 3.0))(5.0, 7.0)) == 30.0 * 14.0 + 30.0
+
+
 @each_mode
 def test_rule_079_the_graph_can_be_walked_and_annotated(mode):
     x = scalar(1.0)
@@ -232,3 +249,25 @@ def test_rule_080_a_backward_can_be_split_at_a_value(mode, seen):
     assert (float(ct), x.grad) == (35.0, None)
     (grad,) = mode.grad(y, x, ct / 7.0)
     assert (float(grad), values(seen)) == (70.0, [5.0, 5.0])
+
+
+@each_mode
+def test_rule_080_an_edge_stands_for_a_past_version(mode):
+    x = scalar(2.0)
+    y = mode.compile(lambda x: x * 3.0)(x)
+    old = jhop.edge(y)
+    y *= 2.0
+    new = jhop.autograd.get_gradient_edge(y)
+    assert [float(g) for g in mode.grad(y * 5.0, [old, new])] == [10.0, 5.0]
+
+
+@each_mode
+def test_rule_080_an_edge_splits_a_backward(mode, seen):
+    x = scalar(2.0)
+    y = mode.compile(lambda x: x * 3.0)(x)
+    y.register_hook(note(seen, times(7.0)))
+    edge = jhop.edge(y)
+    (found,) = mode.grad(y * y, edge)
+    with mode.captured():
+        jhop.autograd.backward(edge, found)
+    assert (float(x.grad), values(seen)) == (12.0 * 7.0 * 7.0 * 3.0, [12.0, 84.0])
