@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-from jhop import _compat, _engine, _state
+from jhop import _compat, _engine, _gradients, _state
 from jhop._boundary import accumulate_grad, aot_prologue, validate_outputs
 from jhop._capture import Recorder
 from jhop._compiled import CompiledNode
@@ -181,7 +181,8 @@ class PostAccumulate:
             before = leaf._grad
             leaf._grad = None if self._before is not None and self._before.freed else grad
             try:
-                _engine.run_post_hook(self.__wrapped__, leaf)
+                with _gradients.there(leaf):
+                    _engine.run_post_hook(self.__wrapped__, leaf)
                 self.freed = int(leaf._grad is None)
                 return grad if leaf._grad is None else getattr(leaf._grad, "value", leaf._grad)
             finally:

@@ -133,11 +133,8 @@ def inputs_used(jaxpr: Any, outputs: list[bool]) -> list[bool]:
 
 @contextlib.contextmanager
 def in_place_of(eqn: Any, *, scope: str | None = None, source: bool = True) -> Iterator[None]:
-    """While active, new equations are where an equation is: its source, name stack, mesh and other context.
-
-    Args:
-        scope: a further name on the stack.
-        source: whether they have the equation's source, and not that of the code that makes them.
+    """While active, new equations are where an equation is: its name stack, with `scope` on it, its mesh and other
+    context and, unless they are to tell of the code that makes them, its source.
     """
     names = source_info_util.current_name_stack() + eqn.source_info.name_stack
     names = names if scope is None else names.extend(scope)
@@ -200,6 +197,13 @@ def equations_of(trace: Any, start: int | None = None) -> Any:
         jex_core.JaxprEqn([tracer.val for tracer in eqn.in_tracers], *(getattr(eqn, key) for key in rest))
         for eqn in made[start:]
     ]
+
+
+def reads_after(value: Any, result: Any) -> bool:
+    """Whether the present trace has an equation that reads a value, after the one which made a result."""
+    eqns = current_trace().frame.tracing_eqns
+    made = next((i for i, eqn in enumerate(eqns) if any(v is result.val for v in eqn.outvars)), len(eqns))
+    return any(tracer.val is value.val for eqn in eqns[made + 1 :] for tracer in eqn.in_tracers)
 
 
 def moved(source: Any, before: Any, now: Any) -> Any:

@@ -6,6 +6,7 @@ function, compiled autograd on what it captured from a tape.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import threading
 import weakref
@@ -18,11 +19,11 @@ import numpy as np
 from jhop import _compat, _state, backends
 from jhop._asked import Asked
 from jhop._cut import CannotRunOnHost, on_host, refusal_of, refuse_under_vmap, sharing
-from jhop._errors import AHEAD, FULLGRAPH, JhopError, Unsupported, advising
+from jhop._errors import AHEAD, FULLGRAPH, JhopError, Unsupported, advising, let_go_of_frames
 from jhop._explain import Explains, graph_report, hooks_of
 from jhop._graph import GraphModule, hooks_in
 from jhop._guards import Guards
-from jhop._history import History, Told, Trace
+from jhop._history import OTHER_SETTINGS, History, Told, Trace
 from jhop._hook import changes
 from jhop._inline import inline
 from jhop._program import DoesNotFit, Program
@@ -49,10 +50,19 @@ class _Entry:
     refused: Unsupported | None = None  # why it runs on the host
     fits: Fits | None = None  # which other shapes it is for; None: no others
     known: set[Any] = dataclasses.field(default_factory=set)  # shapes that it was found to fit
+    context: Any = dataclasses.field(default_factory=_compat.trace_context)
 
     def holds(self) -> bool:
-        """Whether the guards hold."""
-        return self.gm.lifted is None or self.gm.lifted.guards.hold()
+        """Whether JAX's settings are the same, and the guards hold."""
+        same = self.context == _compat.trace_context()
+        return same and (self.gm.lifted is None or self.gm.lifted.guards.hold())
+
+    def broken(self) -> str:
+        """Why it does not hold."""
+        if self.context != _compat.trace_context():
+            return OTHER_SETTINGS
+        broken = self.gm.lifted and self.gm.lifted.guards.broken()
+        return broken or "what its hooks depend on has changed"
 
     def writes(self) -> bool:
         """Whether running it changes Python state, or may find that numbers changed their type."""
@@ -138,7 +148,7 @@ class CompiledGraph(Explains):
                 if entry.holds():
                     self._last = entry
                     return entry
-                reason = reason or entry.gm.lifted.guards.broken() or "what its hooks depend on has changed"
+                reason = reason or entry.broken()
         if self._entries:
             reason = reason or self._difference(self._entries[-1], shapes)
         return self._add(flat, reason=reason, on_host=on_host)
@@ -173,6 +183,7 @@ class CompiledGraph(Explains):
             if self._fullgraph or not on_host:
                 raise
             entry = self._cut(flat, error, reason) or self._on_host(flat, error, reason)
+            let_go_of_frames(error)  # which the entry keeps
         else:
             example = [*flat, *(gm.lifted.read() if gm.lifted is not None else [])]
             run = backends.run_backend(self._backend, gm, example, self._where)
@@ -329,7 +340,7 @@ class CompiledGraph(Explains):
         with _state.LOCK, advising(AHEAD):
             entry = self._find(flat, on_host=False)
         if entry.refused is not None:
-            raise entry.refused
+            raise copy.copy(entry.refused) from entry.refused.__cause__  # what is raised gets frames
         return entry
 
     def versions(self) -> int:

@@ -204,9 +204,9 @@ def _piece(jaxpr: Any, group: list[Any], index: int, last: dict[Any, int], compi
 
 
 def refusal_of(hook: Any, error: Unsupported) -> Unsupported | None:
-    """Why a hook cannot be traced, if it is the one of an error, or if it has state that nobody can lift."""
-    if error.hook is not None:
-        return error if error.hook is hook else None
+    """Why a hook cannot be traced, if it is one of those of an error, or if it has state that nobody can lift."""
+    if error.hook is not None or error.hooks:
+        return error if any(hook is other for other in (error.hook, *error.hooks)) else None
     try:
         lift_tuples(Walk([(hook_name(hook), hook)]))
     except Unsupported as refused:

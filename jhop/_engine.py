@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from jhop import _compat
+from jhop import _compat, _gradients
 from jhop._append import class_name
 from jhop._contract import check_contract
 from jhop._errors import HookError
@@ -216,6 +216,7 @@ class Pass:
 
     def accumulate(self, tensor: Any, ct: Any) -> None:
         """Adds to a Tensor's `.grad`."""
+        _gradients.use(tensor, "runs a backward pass that writes")
         old = tensor._grad
         self._before.setdefault(id(tensor), (tensor, old))
         tensor._grad = ct if old is None else self.sum_of(old, ct)

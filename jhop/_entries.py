@@ -17,6 +17,7 @@ from jhop._leaves import Leaf, is_number
 from jhop._scalar import weak_aval
 from jhop._state import APPEND, Write
 from jhop._stored import may_change
+from jhop._template import ONE_OUTPUT
 from jhop._walk import Walk
 from jhop._wording import is_plain
 
@@ -149,7 +150,7 @@ class NewState:
                 )  # fmt: skip
             what = type(content).__name__ if kind in ("const", "copy") else kind
             raise _refusal(path, f"puts a {what} where there was none")
-        value = content if kind == "const" else outs[content] if kind in ("number", "array", "numpy") else template
+        value = content if kind == "const" else outs[content] if kind in ONE_OUTPUT else template
         if not is_number(value) and not isinstance(value, (jax.Array, np.ndarray, np.generic)):
             raise _refusal(path, f"puts a {type(value).__name__ if value is not template else kind} there")
         return _like(entry, value, self._given[place])

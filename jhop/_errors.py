@@ -33,6 +33,7 @@ class Unsupported(JhopError):
 
     Attributes:
         hook: the callable, where it is known which one it is.
+        hooks: otherwise those that share in it, where that is known: they write state in one loop or branch.
 
     Example:
         >>> import jax, jhop
@@ -45,6 +46,14 @@ class Unsupported(JhopError):
     """
 
     hook: object = None
+    hooks: tuple[object, ...] = ()
+
+
+def let_go_of_frames(error: BaseException | None) -> None:
+    """Makes an error that is kept, and those that led to it, keep no frame of a trace alive, nor the tracers in it."""
+    while error is not None and error.__traceback__ is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
 
 
 FULLGRAPH = "pass `fullgraph=False`, which runs this hook on the host each time"

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jhop import backends
+from jhop import _compat, backends
 from jhop._attempt import Call, trace_call
 from jhop._bound import BoundHook
 from jhop._compile import MAX_ENTRIES, CompiledGraph
@@ -24,7 +24,7 @@ from jhop._compiled import Compiled, CompiledNode
 from jhop._errors import JhopError
 from jhop._explain import StandsForFunction, graph_report, hooks_of
 from jhop._graph import GraphModule
-from jhop._history import History
+from jhop._history import OTHER_SETTINGS, History
 from jhop._inside import is_dynamic, value_of
 from jhop._node import grad_enabled
 from jhop._report import Report
@@ -72,7 +72,7 @@ class CompiledFunction(StandsForFunction):
         if any(isinstance(leaf, Tensor) and leaf._trace is not None for leaf in leaves):
             return self._fn(*args, **kwargs)  # called inside another compiled function: part of that
         recording = grad_enabled()
-        key = (tree, recording, *(_leaf_key(leaf) for leaf in leaves))
+        key = (tree, recording, _compat.trace_context(), *(_leaf_key(leaf) for leaf in leaves))
         compiled = next((c for c in reversed(self._cache.get(key, ())) if c.guards.hold()), None)
         if compiled is None:
             compiled = self._find(key, Call(args, kwargs, leaves, tree, recording))
@@ -195,7 +195,9 @@ def _difference(before: Any, now: Any) -> str:
         return "arguments of another structure"
     if before[1] != now[1]:
         return f"gradients are {'' if now[1] else 'not '}recorded"
-    pairs = enumerate(zip(before[2:], now[2:], strict=True))
+    if before[2] != now[2]:
+        return OTHER_SETTINGS
+    pairs = enumerate(zip(before[3:], now[3:], strict=True))
     index, old, new = next((index, old, new) for index, (old, new) in pairs if old != new)
     if isinstance(old, Static) and isinstance(new, Static):
         words = f"was {in_words(old.value)} and is {in_words(new.value)}"
@@ -212,8 +214,8 @@ def _type_of(is_tensor: bool, requires_grad: bool, aval: Any) -> str:
 
 def _sizeless(key: Any) -> Any:
     """The key of a kind of arguments, less their sizes."""
-    tree, recording, *leaves = key
-    return tree, recording, *(leaf if isinstance(leaf, Static) else (*leaf[:2], _kind_of(leaf[2])) for leaf in leaves)
+    outside, leaves = key[:3], key[3:]
+    return *outside, *(leaf if isinstance(leaf, Static) else (*leaf[:2], _kind_of(leaf[2])) for leaf in leaves)
 
 
 def _kind_of(aval: Any) -> Any:

@@ -13,6 +13,7 @@ from jhop._logs import recompiling
 MAX_TRACES = 100  # records that are kept of one compiled object; the oldest give way
 MAX_ARGUMENTS = 8  # of one record
 MAX_REASON = 600  # characters
+OTHER_SETTINGS = "JAX is set up in another way (x64, precision, mesh ...)"
 
 
 @dataclasses.dataclass(frozen=True)

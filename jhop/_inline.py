@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import functools
 import gc
-import types
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -31,16 +30,16 @@ from jhop._errors import TO_JIT, JhopError, Unsupported, advising, last_resort
 from jhop._expr import Expr
 from jhop._graph import GraphModule, Info, Input
 from jhop._guards import Guards
+from jhop._inplace import InPlace
 from jhop._interp import ClosesOverTracer, evaluate, inner_jaxprs, rewrite
-from jhop._late import compares_identity
 from jhop._leaves import Leaf, is_number
-from jhop._lifted import Lifted, Session, check_needs
+from jhop._lifted import Lifted, Session, asks_identity, check_needs, runs_state_from_c
 from jhop._reads import explain
 from jhop._rebuild import holds_constants, is_plain_call, is_sealed, rebuild
 from jhop._records import let_go, lift_tuples, loosen
 from jhop._repeats import Repeats
 from jhop._scalar import Scalar, device_kind, is_scalar, weak_aval
-from jhop._source import describe_hook, is_user_file, peeled
+from jhop._source import describe_hook
 from jhop._splice import Splice, expand, retrace
 from jhop._template import Templates
 from jhop._thread import Threads
@@ -94,14 +93,15 @@ class _Inliner:
         self._walk = Walk(hook_roots(gm, on_host))
         lift_tuples(self._walk)
         self._repeats = Repeats([(hook, eqn) for hook, eqn in gm.hooks if eqn.primitive is trace_wrapped_p])
-        self._session.asks_identity = functools.cache(lambda: _asks_identity(self._walk))
+        self._session.asks_identity = functools.cache(lambda: asks_identity(self._walk))
         self._session.asks_type = functools.partial(self._walk.mentions, "type")
-        self._hides_state = _runs_state_from_c(self._walk)
+        self._hides_state = runs_state_from_c(self._walk)
         self._hooked: dict[int, tuple[bool, Any]] = {}  # whether there are hooks in a jaxpr, by its id
         self._writes: list[_state.Write] = []
         self._state_outs: list[Any] = []
         self._lift: _state.Lift | None = None
         self._threads: Threads | None = None
+        self._in_place: InPlace | None = None
         self._top: Any = None  # the trace that makes the graph
         self._staging: Any = None  # that of the hook which runs
         self._unread: list[Container] = []
@@ -160,6 +160,7 @@ class _Inliner:
         self._top = self._session.top = _compat.staging()
         with _state.Lift(self._walk, symbols) as lift:
             self._lift, self._threads = lift, Threads(lift, self._session, self._evaluate)
+            self._in_place = InPlace(self._walk.leaves, lift)
             self._repeats.begin(lift, flat[n:])
             reached = [container.obj for container in [*self._walk.containers, *self._walk.records]]
             with inlining(self._run_inner_hook), kept_apart(reached), many_watches():
@@ -168,7 +169,7 @@ class _Inliner:
             check_needs(self._session)
             self._unread = lift.untouched()
             self._repeats.end()
-            self._lift = self._threads = self._top = None
+            self._lift = self._threads = self._in_place = self._top = None
         outs, self._state_outs = [*outs, *self._state_outs], []
         self._session.close()
         return outs
@@ -222,7 +223,8 @@ class _Inliner:
             if value is not MISSING:
                 value = templates.make(value, where)
             self._writes.append(write._replace(key=templates.key(write.key, where), value=value))
-        self._writes = stay_numpy(self._writes, lift.held())
+        assert self._in_place is not None
+        self._writes = self._in_place.filled(stay_numpy(self._writes, lift.held()))
         self._shared = templates.shared
 
     def _rule(self, eqn: Any, values: list[Any]) -> list[Any] | None:
@@ -295,8 +297,9 @@ class _Inliner:
         return outs
 
     def _run_hook(self, hook: HookFn, values: list[Any]) -> list[Any]:
+        assert self._in_place is not None
         answers, clean, staging = len(self._session.answers), False, self._staging
-        self._staging = _compat.staging()
+        self._staging, held = _compat.staging(), self._in_place.held()
         self._session.hook = describe_hook(hook.base)
         try:
             with (
@@ -311,6 +314,7 @@ class _Inliner:
                     f"{describe_hook(hook.base)} asks for the value of a number that hooks in a branch or loop "
                     "wrote, which is known only once the graph ran. Keep it as an array, and use jnp.where on it."
                 )
+            self._in_place.note(held, seen.operators, always=self._staging is self._top)
         except Unsupported as error:
             error.hook = hook.base
             raise
@@ -370,29 +374,6 @@ def hook_roots(gm: GraphModule, on_host: Sequence[Any] = ()) -> list[tuple[str, 
     places = gm.backward.hook_index if gm.backward is not None else range(len(hooks))
     found = [(f"L['hooks'][{place}]", hook.base) for place, hook in zip(places, hooks, strict=True)]
     return [(path, base) for path, base in found if not any(base is hook for hook in on_host)]
-
-
-def _runs_state_from_c(walk: Walk) -> bool:
-    """Whether JAX could trace a callable with state in it, such as a partial, while no code of the user's runs."""
-
-    def from_c(fn: Any) -> bool:
-        fn = peeled(fn)
-        return not (isinstance(fn, types.FunctionType) and is_user_file(fn.__code__.co_filename))
-
-    def has_owner(fn: Any) -> bool:
-        return fn.__self__ is not None and not isinstance(fn.__self__, types.ModuleType)
-
-    return bool(
-        walk.instances(functools.partial, from_c)
-        or walk.instances(types.BuiltinMethodType, has_owner)
-        or walk.instances(types.MethodWrapperType, has_owner)
-    )
-
-
-def _asks_identity(walk: Walk) -> bool:
-    """Whether hooks compare by `is`, or ask for types."""
-    functions = walk.instances(types.FunctionType, lambda fn: is_user_file(fn.__code__.co_filename))
-    return walk.mentions("type", "is_", "is_not") or compares_identity(fn.__code__ for fn in functions)
 
 
 def _leaf_aval(value: Any) -> Any:

@@ -22,7 +22,7 @@ from jhop._errors import JhopError
 from jhop._explain import StandsForFunction, hooks_of
 from jhop._graph import GraphModule, Input
 from jhop._guards import Guards, all_hold
-from jhop._history import History
+from jhop._history import OTHER_SETTINGS, History
 from jhop._lookups import Lookups
 from jhop._options import Options
 from jhop._program import DoesNotFit
@@ -349,7 +349,7 @@ def _difference(before: Any, now: Any, names: list[str]) -> str:
         ]
         return f"another static argument: {changed[0]}" if changed else "other static arguments"
     if before[3] != now[3]:
-        return "JAX is set up in another way (x64, precision, mesh ...)"
+        return OTHER_SETTINGS
     pairs = zip(names, before[4:], now[4:], strict=True)
     name, old, new = next((name, old.str_short(), new.str_short()) for name, old, new in pairs if old != new)
     how = f"was {old} and is {new}" if old != new else "is weakly typed or sharded in another way"

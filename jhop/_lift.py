@@ -34,6 +34,7 @@ def lift(fn: Callable[..., Any]) -> Callable[..., Any]:
     Args:
         fn: a function of arrays and pytrees that JAX can trace. Python ints, strings and other objects among the
             arguments are static; floats and arrays are not.
+            What it reads besides counts as it was when it was traced, as under `jax.jit`: pass what changes.
 
     Returns:
         A function of the same arguments. With no Tensor among them it is `fn` itself; otherwise the arrays in its

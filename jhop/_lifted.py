@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -14,10 +15,13 @@ from jhop._capture import Recorder
 from jhop._errors import Unsupported
 from jhop._expr import Expr, free
 from jhop._guards import Guards
+from jhop._late import compares_identity
 from jhop._leaves import Leaf
 from jhop._replay import fits_device, is_known, on_top, put_check
 from jhop._scalar import Scalar, largest_int
 from jhop._slotcode import SlotCode
+from jhop._source import is_user_file, peeled
+from jhop._walk import Walk
 from jhop._writeback import write_back
 
 
@@ -209,3 +213,26 @@ def check_needs(session: Session) -> None:
         if late:
             text = f"a hook counted in a loop or branch, and {too_large(hook)}. Nothing was written."
             put_check(session, Expr("extent", tuple(late)), text)
+
+
+def runs_state_from_c(walk: Walk) -> bool:
+    """Whether JAX could trace a callable with state in it, such as a partial, while no code of the user's runs."""
+
+    def from_c(fn: Any) -> bool:
+        fn = peeled(fn)
+        return not (isinstance(fn, types.FunctionType) and is_user_file(fn.__code__.co_filename))
+
+    def has_owner(fn: Any) -> bool:
+        return fn.__self__ is not None and not isinstance(fn.__self__, types.ModuleType)
+
+    return bool(
+        walk.instances(functools.partial, from_c)
+        or walk.instances(types.BuiltinMethodType, has_owner)
+        or walk.instances(types.MethodWrapperType, has_owner)
+    )
+
+
+def asks_identity(walk: Walk) -> bool:
+    """Whether hooks compare by `is`, or ask for types."""
+    functions = walk.instances(types.FunctionType, lambda fn: is_user_file(fn.__code__.co_filename))
+    return walk.mentions("type", "is_", "is_not") or compares_identity(fn.__code__ for fn in functions)

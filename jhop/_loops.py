@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from jhop import _compat
 from jhop._container import Container
-from jhop._errors import Unsupported
+from jhop._errors import Unsupported, last_resort
 from jhop._expr import OUT_OF_REACH, Expr, const, repeated, substitute
 from jhop._interp import evaluate
 from jhop._late import is_late
@@ -226,7 +226,7 @@ class Loops:
                 raise Unsupported(
                     f"a hook inside a `scan` of {params['length']} iterations writes Python state, and {error}: such a "
                     f"scan is unrolled, up to {MAX_UNROLL} iterations. Keep what changes in numbers and arrays of one "
-                    "shape and dtype, and use jnp.where on them."
+                    f"shape and dtype, and use jnp.where on them, or {last_resort()}."
                 ) from None
             return self._unrolled(params, consts, carry, xs)
         carried = [slot for slot in body.slots if slot.aval is not None]
@@ -281,12 +281,12 @@ class Loops:
         except DoesNotThread as error:
             raise Unsupported(
                 f"a hook inside a `while` loop writes Python state, and {error}. Keep what changes in numbers and "
-                "arrays of one shape and dtype, and use jnp.where on them."
+                f"arrays of one shape and dtype, and use jnp.where on them, or {last_resort()}."
             ) from None
         if body.appended or body.device:
             raise Unsupported(
                 "a hook inside a `while` loop appends to a list, or counts in a branch: nobody knows how often the "
-                "loop will run. Write numbers and arrays there, or use lax.scan."
+                f"loop will run. Write numbers and arrays there, use lax.scan, or {last_resort()}."
             )
         carried = [slot for slot in body.slots if slot.aval is not None]
         n_state = len(carried)

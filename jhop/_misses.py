@@ -6,7 +6,9 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from jhop import _compat
 from jhop._compiled import CompiledNode
+from jhop._history import OTHER_SETTINGS
 from jhop._node import AccumulateGrad, Node, OpNode
 from jhop._source import describe_hook
 from jhop._standins import replaceable
@@ -28,6 +30,7 @@ class Summary:
         hooks: per hook, (what tells it from others, in words).
         grads: per leaf, whether it had a gradient.
         request: what the pass was asked for, in words.
+        context: JAX's settings.
     """
 
     compiler: Any
@@ -38,6 +41,7 @@ class Summary:
     hooks: tuple[tuple[Any, str], ...]
     grads: tuple[bool, ...]
     request: tuple[str, ...]
+    context: Any
 
     @staticmethod
     def of(tape: Sight, compiler_fn: Any) -> Summary:
@@ -51,6 +55,7 @@ class Summary:
             hooks=tuple((_told_by(fn), describe_hook(fn)) for fn in tape.named),
             grads=tuple(node.leaf._grad is not None for node in order if isinstance(node, AccumulateGrad)),
             request=_request(tape),
+            context=_compat.trace_context(),
         )
 
     def differences(self, before: Summary) -> list[str]:
@@ -75,6 +80,8 @@ class Summary:
         if self.request != before.request:
             pairs = zip(before.request, self.request, strict=True)
             found += [f"{new}, and before: {old}" for old, new in pairs if old != new]
+        if self.context != before.context:
+            found.append(OTHER_SETTINGS)
         if self.compiler != before.compiler:
             found.append("compiler_fn is another function object: give enable() the same one each time")
         return found or ["an object that the pass depends on is another one, or gone"]

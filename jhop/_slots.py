@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jhop import _compat
+from jhop._append import class_name
 from jhop._container import MISSING, Container
 from jhop._errors import Unsupported
 from jhop._expr import Expr, const, free, substitute
@@ -51,7 +52,7 @@ class Slot:
         if self.table is None:
             return value
         if not may_be_late(value, lambda: False):
-            raise DoesNotThread(f"it holds a {type(value).__name__} then")
+            raise DoesNotThread(f"it holds a {class_name(value)} then")
         return place_in(self.table, value)
 
     def held(self, value: Any) -> Any:
@@ -192,7 +193,7 @@ def slot_before(container: Container, key: Any, start: list[Mark], session: Sess
     number = number_type(init)
     if number is None and not _is_array(init):
         if not may_be_late(init, session.asks_identity):
-            raise DoesNotThread(f"it holds a {type(init).__name__}{_if_identity(session)}")
+            raise DoesNotThread(f"it holds a {class_name(init)}{_if_identity(session)}")
         return Slot(container, key, init, int, weak_aval(int), session.tables.setdefault((id(container), key), []))
     if number is not None and session.asks_type():
         raise DoesNotThread("hooks ask for types by `type(...)`, not isinstance")
@@ -235,7 +236,7 @@ def fitting(slot: Slot, value: Any, session: Session) -> Slot:
     """A slot that can hold a value too which a body put there."""
     if slot.table is not None:
         if not may_be_late(value, session.asks_identity):
-            raise DoesNotThread(f"it holds a {type(value).__name__} then")
+            raise DoesNotThread(f"it holds a {class_name(value)} then")
         return slot
     number = number_type(value)
     if slot.number is not None and number is not None:
@@ -244,7 +245,7 @@ def fitting(slot: Slot, value: Any, session: Session) -> Slot:
             return dataclasses.replace(slot, number=kind, aval=weak_aval(float))
         return slot if kind is slot.number else dataclasses.replace(slot, number=kind, aval=weak_aval(kind))
     if not _is_array(value):
-        raise DoesNotThread(f"it holds a {type(value).__name__} then")
+        raise DoesNotThread(f"it holds a {class_name(value)} then")
     aval = jax.typeof(value)
     if slot.number is not None:
         if aval.shape:

@@ -5,29 +5,37 @@ stand-ins for them: functions of the same code with cells of their own, which ge
 each run. The values are inputs of the graph then, as other state of hooks is.
 
 That is done for functions which cannot be told from their stand-ins: they write to no variable outside, and close over
-plain values only. Other hooks are a part of the structure, by identity.
+plain values only, in variables that no other hook writes to. Other hooks are a part of the structure, by identity.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dis
 import functools
+import gc
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from jhop import _state
+from jhop._classes import is_user_class
+from jhop._leaves import DECLARED
 from jhop._node import ARRAY
 
 _PLAIN = frozenset({int, float, bool, complex, str, bytes, type(None), ARRAY})
+_HOLDERS = (
+    types.CellType, types.MethodType, functools.partial, tuple, list, dict, set, frozenset, collections.deque,
+    staticmethod, classmethod, property,
+)  # fmt: skip
 
 
 def replaceable(fn: Any) -> bool:
     """Whether a hook may have a stand-in."""
-    if type(fn) is not types.FunctionType or fn.__kwdefaults__ or fn.__dict__ or _writes(fn.__code__):
+    if type(fn) is not types.FunctionType or fn.__kwdefaults__ or fn.__dict__ or _written(fn.__code__):
         return False
     try:
         values = [cell.cell_contents for cell in fn.__closure__ or ()]
@@ -41,13 +49,37 @@ def _is_plain(value: Any) -> bool:
 
 
 @functools.lru_cache(maxsize=1024)
-def _writes(code: types.CodeType) -> bool:
-    """Whether code, or code in it, writes to variables of the functions around it."""
-    own = any(
-        instruction.opname in ("STORE_DEREF", "DELETE_DEREF") and instruction.argval in code.co_freevars
-        for instruction in dis.get_instructions(code)
-    )
-    return own or any(_writes(const) for const in code.co_consts if isinstance(const, types.CodeType))
+def _written(code: types.CodeType) -> frozenset[str]:
+    """The variables of the functions around it that code, or code in it, writes to."""
+    stores = ("STORE_DEREF", "DELETE_DEREF")
+    own = frozenset[str](step.argval for step in dis.get_instructions(code) if step.opname in stores)
+    inner = [_written(const) for const in code.co_consts if isinstance(const, types.CodeType)]
+    return own.union(*inner) & frozenset(code.co_freevars)
+
+
+def written_by(hooks: Iterable[Any]) -> set[int]:
+    """Ids of the cells of closures that hooks may write to, also by functions that they hold in turn."""
+    found: set[int] = set()
+    rest = list(hooks)
+    seen: dict[int, Any] = {}  # which also keeps what is made for us, such as bound methods
+    while rest:
+        obj = rest.pop()
+        if id(obj) in seen:
+            continue
+        seen[id(obj)] = obj
+        if isinstance(obj, types.FunctionType):
+            names = _written(obj.__code__)
+            cells = dict(zip(obj.__code__.co_freevars, obj.__closure__ or (), strict=True))
+            found |= {id(cell) for name, cell in cells.items() if name in names}
+            rest += [*cells.values(), obj.__defaults__, obj.__kwdefaults__, obj.__dict__]
+        elif isinstance(obj, _HOLDERS) or _of_user(obj):
+            rest += [held for held in gc.get_referents(obj) if type(held) not in _PLAIN]
+    return found
+
+
+def _of_user(obj: Any) -> bool:
+    cls = obj if isinstance(obj, type) else type(obj)
+    return is_user_class(cls) and cls not in DECLARED
 
 
 class StandIn:

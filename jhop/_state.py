@@ -24,7 +24,7 @@ from jhop._errors import Unsupported, last_resort
 from jhop._late import Late
 from jhop._names import slot_names
 from jhop._scalar import Scalar
-from jhop._template import plain
+from jhop._template import Filling, plain
 from jhop._walk import Walk
 from jhop._watched import refusing
 from jhop._wording import in_words
@@ -40,6 +40,7 @@ concatenate dumps dump fromiter pack type""".split()
 APPEND: Any = object()  # the key of a write that appends to a list
 WHOLE: Any = object()  # the key of one that gives a list, set or deque other contents; its value has them all
 
+FILL: Any = object()  # in place of the key of one that gives a NumPy array other content
 
 _PLAIN = frozenset({int, float, bool, str, type(None), Scalar, Late})
 _FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinMethodType)
@@ -216,6 +217,11 @@ class Lift:
             else:
                 list.__setitem__(mark.stand_in, slice(None), [value for _, value in mark.items])
 
+    def held_now(self, container: Container, key: Any) -> Any:
+        """What a slot holds while hooks run; MISSING where it is gone."""
+        stand_in = self._lists.get(id(container.obj)) if container.kind == "list" else None
+        return container.get(key) if stand_in is None else dict(enumerate(stand_in.raw())).get(key, MISSING)
+
     def put(self, container: Container, key: Any, value: Any) -> None:
         """Writes as a hook would what `Write` says."""
         stand_in = self._lists.get(id(container.obj)) if container.kind == "list" else None
@@ -333,7 +339,13 @@ def commit(writes: list[Write]) -> None:
                 done.append((container, WHOLE, [item for _, item in container.items()]))
                 container.replace(value)
                 continue
-            done.append((container, key, container.get(key)))
+            old = container.get(key)
+            if type(value) is Filling:
+                before = old.copy()
+                old[...] = value.content  # which may be read-only
+                done.append((container, FILL, (old, before)))
+                continue
+            done.append((container, key, old))
             if value is MISSING:
                 container.remove(key)
             else:
@@ -344,6 +356,8 @@ def commit(writes: list[Write]) -> None:
                 del container.obj[old:]
             elif key is WHOLE:
                 container.replace(old)
+            elif key is FILL:
+                old[0][...] = old[1]
             else:
                 container.put_back(key, old)
         raise

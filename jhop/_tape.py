@@ -13,14 +13,14 @@ import jax
 from jhop import _compat, _engine, _plan
 from jhop._capture import Backward, Recorder, trace
 from jhop._capture_pass import CapturePass, PostAccumulate
-from jhop._compiled import CompiledNode
+from jhop._compiled import Compiled, CompiledNode
 from jhop._errors import JhopError
 from jhop._gates import LIVE
 from jhop._graph import GraphModule, Input, hooks_in
 from jhop._interp import inner_jaxprs
 from jhop._node import ARRAY, AccumulateGrad, Node, OpNode
 from jhop._schedule import schedule
-from jhop._standins import StandIn, replaceable
+from jhop._standins import StandIn, replaceable, written_by
 from jhop._trace_wrapped import trace_wrapped_p
 
 
@@ -72,9 +72,10 @@ class Sight:
         self.functions: list[types.FunctionType] = []
         self._places: dict[int, int] = {}  # in `functions`, by id
         self.owners: list[Any] = []
+        self._compiled: list[Compiled] = []
         self._saved: list[list[Any]] = []
         seed_index = tuple([self._input(ct) for _, ct in self.seeds])
-        self.key = (seed_index, *self._structure(), *self._rest(), Types(self._avals))
+        self.key = (seed_index, *self._structure(), *self._rest(), self._shared(), Types(self._avals))
 
     @functools.cached_property
     def plan(self) -> _plan.Plan:
@@ -141,6 +142,8 @@ class Sight:
         hooks: list[Any] = [node.pre_hooks, node.post_hooks, *node.hooks]
         slots = []
         owner = None
+        if isinstance(node, CompiledNode):
+            self._compiled.append(node.compiled)
         if isinstance(node, AccumulateGrad):
             leaf = node.leaf
             hooks += [leaf._hooks, leaf._post_hooks]
@@ -174,6 +177,19 @@ class Sight:
             self.functions.append(hook)
         return id(hook.__code__), id(hook.__globals__), len(hook.__defaults__ or ()), place
 
+    def _shared(self) -> tuple[int, ...]:
+        """Names functions by identity after all, which close over variables that other hooks may write to."""
+        closing = [fn for fn in self.functions if fn.__closure__]
+        others = [fn for fn in self.named if id(fn) not in self._places] if closing else []
+        others += [fn for compiled in self._compiled for fn in compiled.joint.hooks()] if closing else []
+        if not others:
+            return ()
+        written = written_by(others)
+        shared = [fn for fn in closing if any(id(cell) in written for cell in fn.__closure__ or ())]
+        for fn in shared:
+            del self._places[id(fn)]
+        return tuple(map(self.name, shared))
+
     def place_of_function(self, hook: Any) -> int | None:
         """Which of `functions` a hook is."""
         return self._places.get(id(hook))
@@ -199,6 +215,7 @@ class Sight:
             for i, edge in stop.members
         )
         group = stop.group
+        self.named.append(group.fn)
         return self.name(group.fn), group.first, len(group.places), stop.fires, stop.replaces, members
 
     def assign(self, grads: list[Any], outputs: Outputs) -> list[Any]:

@@ -3,7 +3,7 @@
 A template is a tuple whose first item is its kind:
 
 - ("number", i, type) and ("array", i): the i-th output of the graph;
-- ("numpy", i): the same as a NumPy array, where one was before;
+- ("numpy", i): the same as a NumPy array, where one was before; ("filled", i): as the content of that one;
 - ("choice", i, table): the item of a table at the place which the i-th output says;
 - ("list" | "set" | "tuple", parts), ("deque", parts, maxlen), ("namedtuple", parts, class), ("dict", pairs, class),
   ("object", pairs, class): things that the hook made, made anew at each run;
@@ -40,7 +40,14 @@ _FROZEN = (int, float, complex, str, bytes, bool, type(None), range, enum.Enum, 
 _DICTS = (dict, OrderedDict, Counter)
 _SEQUENCES = {"list": list, "tuple": tuple, "set": set}
 NUMBER_TYPES = (bool, int, float, complex)
-_OUTPUTS = ("number", "array", "numpy", "choice")
+ONE_OUTPUT = ("number", "array", "numpy", "filled")
+_OUTPUTS = (*ONE_OUTPUT, "choice")
+
+
+class Filling(NamedTuple):
+    """What goes into the NumPy array that a slot holds."""
+
+    content: np.ndarray
 
 
 class Templates:
@@ -205,6 +212,8 @@ def rebuild(spec: Any, outs: list[Any], made: dict[Any, Any]) -> Any:
         return outs[content]
     if kind == "numpy":
         return np.array(outs[content])
+    if kind == "filled":
+        return Filling(np.asarray(outs[content]))
     if kind == "choice":
         return at_place(spec[2], outs[content])
     if id(spec) not in made:

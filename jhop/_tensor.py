@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jhop import _compat, _engine, _plan
+from jhop import _compat, _engine, _gradients, _plan
 from jhop._append import class_name
 from jhop._errors import HookError, JhopError
 from jhop._hook import HookList, RemovableHandle
@@ -97,12 +97,14 @@ class Tensor(Values):
 
     @property
     def grad(self) -> Any:
+        _gradients.use(self, "reads")
         return self._grad
 
     @grad.setter
     def grad(self, grad: Any) -> None:
         if not isinstance(getattr(grad, "value", grad), _compat.Tracer):
             self._outside("Assigning to .grad")
+        _gradients.use(self, "writes")
         if grad is not None:
             array = self._array_of(grad, "Tensor.grad: expected an array or None")
             if not isinstance(array, _compat.Tracer):  # a hook that is being traced: its result is checked as a whole
@@ -330,7 +332,7 @@ class Tensor(Values):
         return f"{text[:-1]}{end}" if self._requires_grad else text
 
 
-declare_state(Tensor, "_value")
+declare_state(Tensor, "_value", "_grad")
 
 
 def request_for(seeds: Any, retain_graph: bool | None, create_graph: bool, inputs: Any) -> _plan.Request:

@@ -16,9 +16,10 @@ import jax
 import jax.numpy as jnp
 
 from jhop import _compat
-from jhop._errors import Unsupported
+from jhop._errors import Unsupported, last_resort
 from jhop._expr import Expr, free, substitute
-from jhop._interp import evaluate
+from jhop._graph import hooks_in
+from jhop._interp import evaluate, inner_jaxprs
 from jhop._late import is_late
 from jhop._lifted import Need, Session
 from jhop._loops import Loops, Run
@@ -38,7 +39,9 @@ from jhop._slots import (
     traced_with,
     values_of,
 )
+from jhop._source import hook_name
 from jhop._state import Lift, Write, explain_leak
+from jhop._walk import Walk
 
 _RULES = frozenset({*RUNS_IN_PLACE, *RUNS_ONCE, "scan", "while", "cond"}) - {"shard_map"}
 
@@ -89,6 +92,19 @@ class Threads:
         raise refusal(eqn, changes[0][0])
 
     def _threaded(self, eqn: Any, values: list[Any]) -> list[Any]:
+        try:
+            return self._by_rule(eqn, values)
+        except Unsupported as error:
+            if error.hook is None and not error.hooks:
+                error.hooks = self._with_state(eqn)
+            raise
+
+    def _with_state(self, eqn: Any) -> tuple[Any, ...]:
+        """The hooks inside an equation that can reach Python state."""
+        bases = list({id(hook.base): hook.base for jaxpr in inner_jaxprs(eqn) for hook, _ in hooks_in(jaxpr)}.values())
+        return tuple(base for base in bases if Walk([(hook_name(base), base)], strict=False).containers)
+
+    def _by_rule(self, eqn: Any, values: list[Any]) -> list[Any]:
         name = eqn.primitive.name
         if name in RUNS_IN_PLACE:
             return rebuild(eqn, values, self._run)
@@ -121,7 +137,7 @@ class Threads:
         except DoesNotThread as error:
             raise Unsupported(
                 f"a hook inside `cond` writes Python state, and {error}. Keep what changes in numbers and arrays of "
-                "one shape and dtype."
+                f"one shape and dtype, or {last_resort()}."
             ) from None
         arrays = [slot for slot in slots if slot.number is None]
         device = [part for _, _, parts, _ in bodies for part in parts]

@@ -65,9 +65,9 @@ def _recording(enabled: bool) -> Iterator[None]:
 def detect_anomaly() -> Iterator[None]:
     """Inside the block, a backward pass of this thread that makes NaN is an error that says where.
 
-    The pass runs node by node, also inside `compiled_autograd.enable` around the block, and the backward of a compiled
-    function equation by equation, with hooks as plain Python: it is slow. Passes with `create_graph=True`, and what is
-    compiled by `jhop.jit` (use `jax.debug_nans`), are not looked at.
+    The pass runs node by node, also where this block or `compiled_autograd.enable` is in the other, and the backward of
+    a compiled function equation by equation, with hooks as plain Python: it is slow. Passes with `create_graph=True`,
+    and what is compiled by `jhop.jit` (use `jax.debug_nans`), are not looked at.
 
     Raises:
         JhopError: during the pass, an operation or a hook was given no NaN and made one. It names the operation's node,

@@ -23,7 +23,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from jhop import _engine, _plan, backends
+from jhop import _compat, _engine, _gradients, _plan, backends
 from jhop._compile import CompiledGraph
 from jhop._errors import JhopError
 from jhop._graph import GraphModule
@@ -48,6 +48,7 @@ class _Entry:
         alive: weak references to everything else that the key names by its id.
         summary: what the tape was like, if it was captured.
         stand_ins: what is in the capture in place of `Tape.functions`.
+        used: of which Tensors its hooks use the gradient.
     """
 
     captured: tuple[Callable[[list[Any]], list[Any]], Outputs] | None
@@ -55,6 +56,7 @@ class _Entry:
     alive: tuple[Any, ...]
     summary: Summary | None = None
     stand_ins: tuple[StandIn, ...] = ()
+    used: _gradients.Used = dataclasses.field(default_factory=_gradients.Used)
 
     def fits(self) -> bool:
         """Whether all ids in the key are still those of the same objects."""
@@ -116,7 +118,8 @@ def enable(compiler_fn: Callable[[GraphModule], Callable[..., Any]] | None = Non
             structure goes on node by node. A warning says so.
 
     Raises:
-        JhopError: `compiler_fn` is not callable.
+        JhopError: `compiler_fn` is not callable. During a pass, given a `compiler_fn`: a hook reads or writes the
+            `.grad` of a Tensor whose gradient the pass writes; only post-accumulate hooks of that Tensor may.
 
     Example:
         >>> import jhop
@@ -143,6 +146,8 @@ def enable(compiler_fn: Callable[[GraphModule], Callable[..., Any]] | None = Non
             set_grad_enabled(recording)
 
     before = _engine.capture_with(runner)
+    if before in _engine.CHECKED:  # passes are looked at in this thread, and so run node by node
+        _engine.capture_with(before)
     try:
         with settled():
             yield
@@ -154,9 +159,9 @@ def _run(compiler_fn: Any, request: _plan.Request) -> list[Any]:
     tape = Sight(request)
     if not tape.nodes:
         return tape.no_results()
-    key = (None if compiler_fn is None else tape.name(compiler_fn), *tape.key)
+    key = (None if compiler_fn is None else tape.name(compiler_fn), _compat.trace_context(), *tape.key)
     found = _captured.find(key)
-    if found is None:
+    if found is None or found.used.any_of(tape.owners):
         if compiler_fn is None and _seen.find(key) is None:
             results = _engine.by_node(request, tape.saved_of)
             _seen.add(key, _entry_of(tape, None))
@@ -173,8 +178,11 @@ def _run(compiler_fn: Any, request: _plan.Request) -> list[Any]:
     run, outputs = found.captured
     try:
         with standing_in(found.stand_ins, tape.functions) if found.stand_ins else contextlib.nullcontext():
-            results = run([tape.inputs[i] for i in outputs.inputs])
-    except _NotCaptured as refused:
+            with _gradients.to_come(tape.owners, found.used):
+                results = run([tape.inputs[i] for i in outputs.inputs])
+    except (_NotCaptured, _gradients.GradientTooEarly) as refused:
+        if compiler_fn is not None:
+            raise
         return _refused(refused, key, tape, request)
     results = tape.assign(results, outputs)
     if not request.keep_graph:
@@ -247,13 +255,14 @@ class _Whole(CompiledGraph):
             raise _NotCaptured(error) from error
 
 
-def _refused(refused: _NotCaptured, key: Any, tape: Sight, request: _plan.Request) -> list[Any]:
+def _refused(refused: Exception, key: Any, tape: Sight, request: _plan.Request) -> list[Any]:
     """Runs a pass that cannot be captured node by node. What is wrong in itself is an error there, too."""
+    why = refused.__cause__ if isinstance(refused, _NotCaptured) else refused
     results = _engine.by_node(request, tape.saved_of)
     _captured.add(key, _entry_of(tape, None))
     warn(
         "compiled_autograd: a backward pass runs node by node, as it does without compiled_autograd.enable, from now "
-        f"on, because it cannot be captured: {refused.__cause__}"
+        f"on, because it cannot be captured: {why}"
     )
     return results
 

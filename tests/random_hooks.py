@@ -2,11 +2,12 @@
 
 A program is the text of a module. It makes its objects, defines `HOOKS`, and a function `program(flow, point, x, up)`,
 in which `point(i, value)` puts hook i on a value and `flow` has the control flow. What a program can do is what jhop
-promises to trace; three modes say where hooks sit, which bounds what they do:
+promises to trace or to run on the host; four modes say where hooks sit, which bounds what they do:
 
 - "plain": outside, in `checkpoint` and in an inner `jit`; hooks do anything;
 - "loops": in `scan` and `fori_loop` too; as jhop unrolls such loops, hooks do anything but compute with huge ints;
-- "branches": in `cond` too, where hooks write numbers and arrays and ask for nothing.
+- "branches": in `cond` too, where hooks write numbers and arrays and ask for nothing;
+- "anywhere": in `while_loop` and long scans as well, where hooks do what they do in "loops": not all can be traced.
 """
 
 import dataclasses
@@ -52,6 +53,14 @@ def leap(o):
 
 
 HELPERS = [bump]
+
+
+def descend(flow, fn, v):
+    def body(carry):
+        i, w = carry
+        return i + 1, w - 0.1 * jax.grad(lambda w: (fn(w) ** 2).sum())(w)
+
+    return flow.while_loop(lambda carry: carry[0] < 3, body, (0, jax.lax.stop_gradient(v)))[1]
 """
 
 # Fields of objects: what each begins as, and the places in it that hold a value of a kind, where `@` is the field.
@@ -98,6 +107,7 @@ WRITES = {
     "array": ["@ = @ * 0.5 + ct", "@ = 0.5 * @ + 0.25 * $array", "@ = ct", "@ = @.at[0].set($rate)", "@ = $array",
               "@ *= 0.5", "@ = jnp.where(ct > 0, @, ct)", "@ -= 0.125 * $array"],
     "scalar": ["@ = 0.9 * @ + 0.1 * jnp.sum(ct)", "@ = jnp.max($array)", "@ = jnp.tanh(@ + $rate)"],
+    "numpy": ["@ *= np.float32(0.5)", "@ -= 0.5 * $_numpy", "@ -= 1", "@ = @ * 0.5 + 0.25 * $_numpy", "@ /= 2"],
     "npscalar": ["@ = @ * np.float32(0.5)", "@ = np.float32($rate)"],
     "list": ["@.append($int % 20)", "@[-1:] = [$int % 20, 1]", "@[0] = $int % 20", "@[-1] += 1", "@.insert(0, $small)",
              "@.reverse()", "@.sort()", "@ = @[-2:] + [$small]", "if len(@) > 1: @.pop()", "if len(@) > 2: del @[0]",
@@ -351,7 +361,6 @@ class Generator:
 
     def program(self, n: int) -> list[str]:
         lines, values = ["v0 = x * SCALE"], ["v0"]
-        where = {"plain": 3, "loops": 6, "branches": 7}[self.mode]
         for i in range(1, self.number(1, 3) + 1):
             v = self.one(values)
             kinds = [
@@ -364,8 +373,10 @@ class Generator:
                 f"flow.scan(flow.checkpoint(lambda c, s: (point(#, jnp.sin(c)) * s, c.sum())), {v}, XS[:2])[0]",
                 f"flow.cond(up, lambda v: point(#, jnp.sin(v)), lambda v: v * point(#, point(#, v)), {v})",
                 f"flow.scan(lambda c, s: (flow.cond(s > 1, lambda c: point(#, c * s), jnp.sin, c), None), {v}, XS)[0]",
+                f"descend(flow, lambda w: flow.cond(w.sum() > 0.31, lambda w: point(#, w * 2), jnp.sin, w), {v})",
+                f"flow.scan(lambda c, _: (point(#, jnp.cos(c)), None), {v}, None, length=66)[0]",
             ]
-            kinds = kinds[:4] if where == 3 else kinds[:7] if where == 6 else kinds
+            kinds = kinds[: {"plain": 4, "loops": 7, "branches": 9, "anywhere": 11}[self.mode]]
             values.append(f"v{i}")
             lines.append(f"v{i} = {self.one(kinds)}")
         used = itertools.count()  # each hook once before any is used again: what is there to no use costs traces

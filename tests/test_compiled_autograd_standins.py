@@ -1,5 +1,6 @@
 """Hooks made anew at each pass: one capture serves functions of the same code, whatever values they close over."""
 
+import functools
 import logging
 import threading
 
@@ -200,3 +201,90 @@ def test_graph_that_runs_as_it_is():
     for by in (2.0, 3.0):
         assert gradient(keep, scaled(by)) == [2.0 * by] * 2
     assert len(captured) == 1
+
+
+def counted(holder):
+    """A hook that counts in a variable, by what it holds, and one that multiplies by the variable."""
+    calls = 1.0
+
+    def count():
+        nonlocal calls
+        calls += 1.0
+
+    class Holder:
+        def __init__(self):
+            self.held = [count]
+
+        def __call__(self, grad):
+            self.held[0]()
+
+    def write(grad):
+        nonlocal calls
+        calls += 1.0
+
+    holders = {
+        "function": write,
+        "helper": lambda grad: count(),
+        "object": Holder(),
+        "method": Holder().__call__,
+        "partial": functools.partial(lambda count, grad: count(), count),
+    }
+    return holders[holder], lambda grad: grad * calls
+
+
+@pytest.mark.parametrize("holder", ["function", "helper", "object", "method", "partial"])
+@pytest.mark.parametrize("compiler_fn", [Compiler(), None])
+def test_variable_that_another_hook_writes(holder, compiler_fn):
+    first, second = counted(holder)
+    assert [gradient(compiler_fn, first, second) for _ in range(4)] == [[2.0 * n] * 2 for n in (2.0, 3.0, 4.0, 5.0)]
+
+
+@pytest.mark.parametrize("compiler_fn", [Compiler(), None])
+def test_variable_that_a_hook_of_a_compiled_function_writes(compiler_fn):
+    write, multiply = counted("function")
+
+    @jhop.compile
+    def doubled(x):
+        y = x * 2.0
+        y.register_hook(write)
+        return y
+
+    def run():
+        x = leaf(1.0, 2.0)
+        x.register_hook(multiply)
+        with jhop.compiled_autograd.enable(compiler_fn):
+            doubled(x).sum().backward()
+        return x.grad.tolist()
+
+    assert [run() for _ in range(4)] == [[2.0 * n] * 2 for n in (2.0, 3.0, 4.0, 5.0)]
+
+
+def test_variable_that_another_hook_only_reads(compiler):
+    """It closes over an object, too, and so has no stand-in itself."""
+    box = []
+
+    def pair(by):
+        return (lambda grad: grad * (by + len(box))), lambda grad: grad * by
+
+    first, _ = pair(3.0)
+    for by in (3.0, 5.0):
+        assert gradient(compiler, first, pair(by)[1]) == [6.0 * by] * 2
+    assert compiler.captured == 1
+
+
+def test_hook_that_writes_to_variables_of_its_own(compiler):
+    def made(by):
+        def hook(grad):
+            def add():
+                nonlocal total
+                total = total + grad * by
+
+            total = grad * 0.0
+            add()
+            add()
+            return total
+
+        return hook
+
+    assert [gradient(compiler, made(by)) for by in (2.0, 3.0)] == [[8.0, 8.0], [12.0, 12.0]]
+    assert compiler.captured == 1

@@ -453,6 +453,18 @@ def test_ahead_of_time_there_is_no_host():
         step.lower(X)
 
 
+def test_ahead_of_time_after_a_run_on_the_host():
+    def hook(ct):
+        return ct * float(ct.sum())
+
+    step = compiled(chain, hook)
+    step(X)
+    for _ in range(2):
+        with pytest.raises(jhop.Unsupported, match="reads the value") as caught:
+            step.step.lower(X)
+        assert isinstance(caught.value.__cause__, jax.errors.ConcretizationTypeError)
+
+
 @pytest.mark.parametrize("backend", ["xla", "eager", "aot_eager"])
 def test_compiled_functions_of_tensors(backend, capsys):
     box = types.SimpleNamespace(n=0)

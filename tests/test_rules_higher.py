@@ -331,6 +331,16 @@ def test_rule_107_what_made_the_first_nan_is_named(mode):
 
 
 @each_mode
+def test_rule_107_it_holds_for_captured_passes_in_the_block(mode):
+    x = scalar(-1.0)
+    y = hnp.sqrt(x)
+    with jhop.autograd.detect_anomaly(), pytest.raises(jhop.JhopError, match="SqrtBackward.* made NaN"):
+        mode.backward(y, retain_graph=True)
+    mode.backward(y)
+    assert np.isnan(float(x.grad))
+
+
+@each_mode
 def test_rule_107_a_hook_that_makes_a_nan_is_named_and_others_run_as_ever(mode, seen):
     def bad(grad):
         return grad / (grad - grad) * 0.0

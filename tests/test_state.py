@@ -1877,6 +1877,17 @@ def test_no_tracer_is_alive_after_an_error(make):
     assert len(tracers_alive()) <= before
 
 
+@pytest.mark.leaks
+@pytest.mark.parametrize("make", [failing_hook, branch_on_value])
+def test_no_tracer_is_alive_after_a_hook_was_left_to_the_host(make):
+    before = len(tracers_alive())
+    fn = jhop.jit(gradient(make(Box(n=1, items=[], table={}, gone=1))), fullgraph=False)
+    with warnings.catch_warnings(), contextlib.suppress(ValueError):
+        warnings.simplefilter("ignore")
+        fn(X)
+    assert len(tracers_alive()) <= before
+
+
 def test_jitted_helper_that_reads_state_can_be_used_afterwards():
     """`jax.jit` keeps what it traced: a helper of the hook must not be traced with a symbol in its closure."""
     box = Box(k=2.0)

@@ -22,7 +22,10 @@ X = jnp.array([0.5, -1.0, 0.75], jnp.float32)
 counter = itertools.count()
 
 # All that may be refused of what random programs do.
-REFUSALS = ["counts there to more than the device's ints hold"]
+REFUSALS = ["counts there to more than the device's ints hold", "in place (`+=` and the like)"]
+
+# What programs may raise: a local variable may not be there.
+ERRORS = (jhop.JhopError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError, NameError)
 
 # Two worlds run one source. The reference has no jhop in it: a `custom_vjp` calls each hook with real values, and
 # Python's own loops and branches stand for JAX's.
@@ -41,12 +44,18 @@ def reference(value, hook):
     return same(value)
 
 
+def python_while(goes_on, body, init):
+    while goes_on(init):
+        init = body(init)
+    return init
+
+
 def python_fori(lower, upper, body, init):
     return functools.reduce(lambda carry, i: body(i, carry), range(lower, upper), init)
 
 
-REFERENCE = types.SimpleNamespace(**vars(PYTHON), fori=python_fori)
-COMPILED = types.SimpleNamespace(**vars(JAX), fori=jax.lax.fori_loop)
+REFERENCE = types.SimpleNamespace(**vars(PYTHON), fori=python_fori, while_loop=python_while)
+COMPILED = types.SimpleNamespace(**vars(JAX), fori=jax.lax.fori_loop, while_loop=jax.lax.while_loop)
 
 
 # A part of the module: the function reaches by names what it uses, and not all objects, which it would be guarded for.
@@ -77,7 +86,7 @@ class World:
         """The gradient, or the class of the exception."""
         try:
             return np.asarray(self.gradient(X * (1 - 0.25 * i), jnp.bool_(i % 3 != 1)))
-        except (jhop.JhopError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
+        except ERRORS as error:
             return error
 
     def change(self, statement):
@@ -253,10 +262,10 @@ def test_traced(mode):
     run()
 
 
-@pytest.mark.parametrize("mode", ["plain", "loops", "branches"])
+@pytest.mark.parametrize("mode", ["plain", "loops", "branches", "anywhere"])
 def test_some_on_the_host(mode):
     @share(3)
-    @hypothesis.given(programs(mode, marks=True))
+    @hypothesis.given(programs(mode, marks=mode != "anywhere"))
     def run(program):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
