@@ -268,7 +268,7 @@ def all_hold(guards: Iterable[Guards]) -> Callable[[], bool]:
     """One function that says whether everything is as it was, and asks nothing twice."""
     code = SlotCode()
     terms = dict.fromkeys(term for each in guards for term in each.terms(code))
-    terms.update((f"{keys}.isdisjoint({code.name(names)})", None) for keys, names in code.absent.items())
+    terms.update(dict.fromkeys(code.lacks()))
     body = "\n            and ".join(terms) or "True"
     return code.function("hold()", ["try:", f"    return ({body})", "except Exception:", "    return False"])
 

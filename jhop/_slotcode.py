@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from jhop._container import Container
@@ -26,6 +26,7 @@ class SlotCode:
         self._found: dict[str, str] = {}  # by the source that finds an object, its name
         self._getters: dict[int, Any] = {}
         self._views: dict[tuple[str, str], Any] = {}
+        self._read: dict[str, set[Any]] = {}  # keys that are read, by the source of the table
         self.absent: dict[str, set[Any]] = {}  # keys that must not be there, by the source of all that are
 
     def name(self, value: Any) -> str:
@@ -73,6 +74,7 @@ class SlotCode:
             if kind in ("attrs", "class") and type(key) is str:
                 held = container.place is None
                 table = self.table(container.obj) if held else f"{self.holder(container)}.__dict__"
+                self._read.setdefault(table, set()).add(key)
                 return f"{table}[{key!r}]"
             if kind == "dict" and cls is dict and type(key) in (str, int):
                 return f"{self.holder(container)}[{key!r}]"
@@ -83,6 +85,15 @@ class SlotCode:
                 get = self._getters.setdefault(id(member), member.__get__)  # one object, with one name
                 return f"{self.name(get)}({self.holder(container)})"
         return f"{self.name(type(container).get)}({self.name(container)}, {self.name(key)})"
+
+    def lacks(self) -> Iterator[str]:
+        """Source of the questions whether the keys in `absent` are not there; all that is read by then must be."""
+        for keys, names in self.absent.items():
+            question, table = f"{keys}.isdisjoint({self.name(names)})", keys.removesuffix(".keys()")
+            there = self._read.get(table)
+            if there is not None and there.isdisjoint(names):  # with no more than these, there is none of the others
+                question = f"(len({table}) == {len(there)} or {question})"
+            yield question
 
     def function(self, signature: str, lines: Iterable[str]) -> Callable[..., Any]:
         """Makes a function of the lines of its body, which stand in the order in which they run."""

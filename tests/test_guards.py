@@ -1062,3 +1062,27 @@ def test_replaced_attributes_are_read_and_written():
     fn(X)
     assert (state.total, fn.versions()) == (111.0, 2)
     assert type(state.total) is float
+
+
+class Falling:
+    """A hook whose attributes may be the class's or its own."""
+
+    n, m = 3.0, 5.0
+
+    def __call__(self, ct):
+        return ct * self.n * self.m
+
+
+@pytest.mark.parametrize("own", [{"n": 7.0}, {"n": 7.0, "unread": 1}, {}, {"unread": 1}], ids=str)
+@pytest.mark.parametrize("gone", [(), ("n",), ("unread",), ("n", "unread")], ids=str)
+@pytest.mark.parametrize("new", [{"m": 11.0}, {"unread": 2, "m": 11.0}, {"unread": 2}, {"n": 13.0}], ids=str)
+def test_an_attribute_that_takes_the_place_of_the_class_s_is_seen(own, gone, new):
+    hook = Falling()
+    vars(hook).update(own)
+    step = jhop.jit(jax.grad(lambda x: jhop.hook(x, hook)), fullgraph=True)
+    assert step(1.0) == hook.n * hook.m
+    assert step(1.0) == hook.n * hook.m
+    for name in gone:
+        vars(hook).pop(name, None)
+    vars(hook).update(new)
+    assert step(1.0) == hook.n * hook.m

@@ -66,6 +66,15 @@ def test_other_settings_have_other_arrays():
     assert [float((x * 0.7).value[0]) for _ in range(3)] == [float(np.float32(3.0) * np.float32(0.7))] * 3
 
 
+def test_another_default_device_has_its_own():
+    here, there = jax.devices()[0], jax.devices()[-1]
+    for device in (here, there):
+        with jax.default_device(device):
+            x = jhop.tensor(np.full((3,), 3.0, np.float32), requires_grad=True)
+            assert {(x * 0.7).value.device for _ in range(3)} == {device}
+            assert arrays()[0.7].device == device
+
+
 def test_numbers_that_change_all_the_time_do_not_fill_the_memory():
     x = jhop.tensor(jnp.full((3,), 3.0), requires_grad=True)
     for i in range(3 * _numbers._MOST):
