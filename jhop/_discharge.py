@@ -62,7 +62,7 @@ def discharge(gm: GraphModule) -> GraphModule:
     if not has_checks(gm.jaxpr):
         return gm
     with _state.LOCK:
-        return _Discharger(gm, ()).discharged()
+        return _Discharger(gm).discharged()
 
 
 def without_checks(closed: Any) -> Any:
@@ -133,14 +133,13 @@ class _Layout:
 class _Discharger(_Inliner):
     """Inlines checks as if they were hooks that write to the record."""
 
-    def __init__(self, gm: GraphModule, axes: tuple[str, ...]):
+    def __init__(self, gm: GraphModule):
         walk = Walk([])
         self._record: dict[Any, Any] = {}  # "failed", then the values by number
         self._container = Container(self._record, "dict", "jhop.check")
         walk.containers.append(self._container)
         super().__init__(gm, gm.shapes, (), walk)
         self._layout = _Layout(gm.jaxpr)
-        self._axes = axes
 
     def discharged(self) -> GraphModule:
         gm = self._gm
@@ -169,17 +168,13 @@ class _Discharger(_Inliner):
         self._top = self._session.top = _compat.staging()
         with _state.Lift(self._walk, []) as lift:
             self._lift, self._threads = lift, Threads(lift, self._session, self._evaluate)
-            self._record["failed"] = self._zeros((), jnp.int32)
-            self._record.update((i, self._zeros(aval.shape, aval.dtype)) for i, aval in enumerate(self._layout.avals))
+            self._record["failed"] = jnp.int32(0)
+            self._record.update((i, jnp.zeros(aval.shape, aval.dtype)) for i, aval in enumerate(self._layout.avals))
             outs = Splice(self._gm.jaxpr, self._stays).evaluate(list(flat), self._rule, self._carry)
             outs += [self._record["failed"], *(self._record[i] for i in range(len(self._layout.avals)))]
             self._lift = self._threads = self._top = None
         self._session.close()
         return outs
-
-    def _zeros(self, shape: Any, dtype: Any) -> Any:
-        zeros = jnp.zeros(shape, dtype)
-        return jax.lax.pcast(zeros, self._axes, to="varying") if self._axes else zeros
 
     def _rule(self, eqn: Any, values: list[Any]) -> list[Any] | None:
         if eqn.primitive is check_p:
@@ -195,7 +190,7 @@ class _Discharger(_Inliner):
         def run(jaxpr: Any, args: list[Any]) -> list[Any]:
             axes = tuple(jax.sharding.get_abstract_mesh().manual_axes)
             gm = _graph_of(jex_core.ClosedJaxpr(*_compat.open_jaxpr(jaxpr)))
-            gm = _Discharger(gm, axes if eqn.params["check_vma"] else ()).discharged()
+            gm = _Discharger(gm).discharged()
             outs = evaluate(gm.jaxpr, args)
             n = len(outs) - gm.checks.n
             return [*outs[:n], *_of_one_device(outs[n:], axes)]
