@@ -201,3 +201,18 @@ def test_what_is_retained_outside_too_is_written_once():
     y.retain_grad()
     z.backward()
     assert float(y.grad) == 25.0
+
+
+def test_one_trace_for_all_sizes():
+    traces = []
+
+    @jhop.compile(dynamic=True)
+    def fn(x):
+        traces.append(None)
+        return both_results(x)
+
+    for n in (2, 3, 4):
+        y, z = fn(leaf(*map(float, range(1, n + 1))))
+        z.sum().backward()
+        assert y.grad.tolist() == [12.0 * i + 1.0 for i in range(1, n + 1)]
+    assert len(traces) == 1
