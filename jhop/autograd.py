@@ -21,6 +21,11 @@ from jhop._lift import lift
 from jhop._node import inside, set_grad_enabled
 from jhop._tensor import Tensor
 
+__all__ = (
+    "GradientEdge", "backward", "detect_anomaly", "enable_grad", "get_gradient_edge", "grad", "no_grad",
+    "queue_callback", "register_multi_grad_hook", "saved_tensors_hooks",
+)  # fmt: skip
+
 get_gradient_edge = edge  # PyTorch's name
 
 

@@ -18,6 +18,8 @@ from jhop._errors import JhopError
 from jhop._graph import GraphModule
 from jhop._program import Program
 
+__all__ = ("Backend", "aot_eager", "eager", "xla")
+
 Backend = Callable[[GraphModule, list[Any]], Callable[..., list[Any]]]
 
 _next_aot_id = 0

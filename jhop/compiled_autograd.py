@@ -34,6 +34,8 @@ from jhop._source import warn
 from jhop._standins import StandIn, standing_in
 from jhop._tape import Outputs, Sight, Tape
 
+__all__ = ("enable", "reset")
+
 _CACHE_SIZE = 128
 _COMPARED = 8  # captures with which a new one is compared
 

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 
 from jhop import backends
 
+__all__ = ("fresh_aot_ids", "normalize_gm")
+
 
 def normalize_gm(text: str) -> str:
     """A printed graph without what differs from run to run: comments, trailing blanks, runs of empty lines.

@@ -85,6 +85,7 @@ class Program:
         self._tensor_hooks = []
         self._values = []
         self._closed_over = frozenset()  # what values that hooks close over were computed from
+        self.several_nodes = False  # whether PyTorch makes several nodes of an operation of which jhop makes one
         self.where = {}
         rng = self._rng
         forward = self._forward(rng.randint(3, 12))
@@ -214,6 +215,7 @@ class Program:
         if not fits:
             return None
         b, shape = self._rng.choice(fits)
+        self.several_nodes |= len(a.shape) == 1 and len(b.shape) == 2  # the matrix is transposed first
         return f"{a.name} @ {b.name}", shape, [a, b]
 
     def _reduce(self, a):
@@ -258,6 +260,7 @@ class Program:
     def _pair(self, a):
         if not a.shape or a.shape[0] % 2:
             return None
+        self.several_nodes = True
         return f"halves({a.name})", (a.shape[0] // 2, *a.shape[1:]), [a]
 
     # -- hooks ---------------------------------------------------------------------------------------------------------
@@ -292,7 +295,9 @@ class Program:
         rng = self._rng
         if not value.moves:
             return
-        if rng.random() < 0.25:
+        # A leaf's hook goes on to the next run of `forward`, where the graph of what it closes over may be freed. For
+        # PyTorch that is an error only where an operation saved something.
+        if rng.random() < 0.25 and not (self._twice and value.leaf):
             fits = [v for v in self._values if broadcast(value.shape, v.shape) is not None and not v.leaf]
             if fits:
                 number = len(self.where)

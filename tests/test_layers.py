@@ -1,6 +1,7 @@
 """The layer rule: a module of jhop imports only modules that stand before it in `LAYERS`, and stays short."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -310,3 +311,14 @@ def test_length_rule_refuses():
     assert not length_faults("_hook", "def f():\n" + "    pass\n" * (MAX_FUNCTION_LINES - 1))
     assert len(length_faults("_hook", "def f():\n" + "    pass\n" * MAX_FUNCTION_LINES)) == 1
     assert len(length_faults("_hook", "pass\n" * (MAX_FILE_LINES + 1))) == 1
+
+
+@pytest.mark.parametrize("name", ["autograd", "backends", "compiled_autograd", "testing"])
+def test_public_modules_say_what_is_public(name):
+    module = importlib.import_module(f"jhop.{name}")
+    assert list(module.__all__) == sorted(module.__all__, key=lambda name: (name[0].islower(), name))
+    for public in module.__all__:
+        assert public == "Backend" or getattr(module, public).__doc__, public  # a type alias has none
+    own = {key for key, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__}
+    hidden = {"aot_ids", "find", "run_backend", "take_aot_id", "transform_of", "xla_program"}  # for jhop's own use
+    assert {key for key in own if not key.startswith("_")} - hidden <= set(module.__all__)
