@@ -29,7 +29,7 @@ _MAX_OPERANDS = 4  # of which a report tells
 # What only moves or chooses values makes no new ones.
 _MOVES = frozenset(
     """broadcast_in_dim reshape transpose squeeze slice rev copy copy_p stop_gradient neg select_n concatenate real imag
-    optimization_barrier dynamic_slice expand_dims split empty empty2 while""".split()
+    optimization_barrier dynamic_slice expand_dims split empty empty2 while pvary pcast""".split()
 )
 _NOT_SCOPES = ("", "jvp", "transpose", "vmap", "jit", "checkpoint", "rematted_computation")
 _RULED = frozenset({"custom_jvp_call", "custom_vjp_call"})
@@ -58,7 +58,7 @@ class _NanSite:
         scope = f", in the scope `{self._scope}`" if self._scope else ""
         at = f", at iteration {', '.join(map(str, turns.tolist()))}" if turns.size else ""
         lines = [
-            f"jhop.nan_guard: {self._what}{self._place} made {int(bad)} values that are not finite, in the "
+            f"jhop.nan_guard: {self._what}{self._place} made {_values(int(bad))}, in the "
             f"{self._phase} of `{self._function}`{scope}{at}."
         ]
         lines += [
@@ -72,7 +72,11 @@ class _NanSite:
 
 def _in_words(low: float, high: float, bad: float) -> str:
     span = f"from {low:.6g} to {high:.6g}" if low <= high else "none of it finite"
-    return f"{span}, {int(bad)} values not finite"
+    return f"{span}, {_values(int(bad))}"
+
+
+def _values(count: int) -> str:
+    return f"{count} non-finite value{'' if count == 1 else 's'}"
 
 
 class _ArgumentSite:
@@ -186,16 +190,20 @@ class Guarding:
         n_cond, n_body = params["cond_nconsts"], params["body_nconsts"]
         cond, consts, init = values[:n_cond], values[n_cond : n_cond + n_body], values[n_cond + n_body :]
 
-        def goes_on(carry: Any) -> Any:
-            with self._turn(carry[0]):
-                return self._run(params["cond_jaxpr"], [*cond, *carry[1]])[0]
+        # Nothing gets out of a loop's condition: it is computed before, and at the end of each turn for the next one.
+        def goes_on(turn: Any, carry: list[Any]) -> Any:
+            with self._turn(turn):
+                return self._run(params["cond_jaxpr"], [*cond, *carry])[0]
 
-        def body(carry: Any) -> Any:
-            with self._turn(carry[0]):
-                return carry[0] + 1, self._run(params["body_jaxpr"], [*consts, *carry[1]])
+        def body(state: Any) -> Any:
+            turn, _, carry = state
+            with self._turn(turn):
+                carry = self._run(params["body_jaxpr"], [*consts, *carry])
+            return turn + 1, goes_on(turn + 1, carry), carry
 
         with _compat.in_place_of(eqn):
-            return list(jax.lax.while_loop(goes_on, body, (jnp.int32(0), init))[1])
+            start = jnp.int32(0), goes_on(jnp.int32(0), init), init
+            return list(jax.lax.while_loop(lambda state: state[1], body, start)[2])
 
     @contextlib.contextmanager
     def _turn(self, turn: Any) -> Iterator[None]:
@@ -218,12 +226,14 @@ class Guarding:
         else:
             phase += " pass"
         operands = [value for value in map(jnp.asarray, values) if is_floating(value)]
-        made = self._count(outs)
-        failed = (made > 0) & (self._count(operands) == 0)
+        made, given = self._count(outs), self._count(operands)
+        if axes := _mesh_axes(eqn):
+            given = jax.lax.psum(given, axes)  # what other devices gave counts, too
+        failed = (made > 0) & (given == 0)
         shown = operands[:_MAX_OPERANDS]
         kinds = [jax.typeof(value).str_short() for value in shown]
         turns = jnp.stack(self._turns) if self._turns else jnp.zeros(0, jnp.int32)
-        stats = jax.lax.cond(failed, _stats_of, lambda shown: jnp.zeros((len(shown), 3), jnp.float32), shown)
+        stats = jax.lax.cond(failed, _stats_of, _no_stats_of, shown)
         site = _NanSite(self._function, eqn, phase, scope, kinds)
         bind_check(failed.astype(jnp.int32), [made, stats, turns], site)
         return outs
@@ -240,3 +250,15 @@ def _stats_of(values: list[Any]) -> Any:
         high = jnp.where(finite, size, -jnp.inf).max(initial=-jnp.inf)
         rows.append(jnp.stack([low, high, (~finite).sum().astype(jnp.float32)]))
     return jnp.stack(rows) if rows else jnp.zeros((0, 3), jnp.float32)
+
+
+def _no_stats_of(values: list[Any]) -> Any:
+    """Zeros in their place, which in `shard_map` vary over the same axes."""
+    zeros: Any = jnp.zeros((len(values), 3), jnp.float32)
+    return functools.reduce(_compat.as_varying_as, map(jax.typeof, values), zeros)
+
+
+def _mesh_axes(eqn: Any) -> tuple[str, ...]:
+    """The axes of a mesh, if it has any, over which an equation of a `shard_map` moves values between devices."""
+    axes = eqn.params.get("axes", eqn.params.get("axis_name", ()))
+    return tuple(axis for axis in (axes if isinstance(axes, tuple) else (axes,)) if isinstance(axis, str))

@@ -69,7 +69,8 @@ def hook_fn(
         if not callable(given) and (given is not None or word == "f"):
             wanted = "a function" if word == "f" else "a hook or None"
             raise HookError(f"jhop.hook_fn: expected {word} to be {wanted}, got {type(given).__name__} ({given!r}).")
-    options = checked_options("jhop.hook_fn", stop=stop, torch_complex=torch_complex)._replace(zeros="none")
+    options = checked_options("jhop.hook_fn", stop=stop, torch_complex=torch_complex)
+    options = options._replace(zeros="none", around=True)
     both = _Both(post) if post is not None and _needs_two(post) else None
 
     def hooked(*args: Any, **kwargs: Any) -> Any:

@@ -23,12 +23,15 @@ class HookOptions(NamedTuple):
         stop: whether what it returns has no history under a further derivative.
         torch_complex: whether it gets and returns gradients in PyTorch's convention, the conjugates of JAX's.
         extra: how many of its last values are no gradients that anybody asks for, but shown to it.
+        around: whether it is on what one function takes or returns (`jhop.hook_fn`), so that other uses of these values
+            are as meant.
     """
 
     zeros: str = "materialize"
     stop: bool = False
     torch_complex: bool = False
     extra: int = 0
+    around: bool = False
 
 
 PLAIN = HookOptions()

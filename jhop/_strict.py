@@ -30,7 +30,8 @@ def strict(fn: Callable[..., Any]) -> Callable[..., Any]:
 
     Only uses of what `jhop.hook` returns are hooked. A later use of the value that it was given is mostly a mistake;
     here it is an error. Uses before the hook, in the order of the program, are none; nor are those that no gradient
-    comes back from (`x > 0.0`, `jax.lax.stop_gradient(x)`).
+    comes back from (`x > 0.0`, `jax.lax.stop_gradient(x)`). What `jhop.hook_fn` hooks may be used elsewhere: its hooks
+    are on what one function takes and returns.
 
     Args:
         fn: a function of JAX that `jax.jit` could trace, to be differentiated: `jax.grad(jhop.strict(loss))`, and not
@@ -125,7 +126,7 @@ def _look(jaxpr: Any, name: str) -> dict[int, _Point]:
                 "after which nobody can tell what the hook is on. Wrap that function: jax.grad(jhop.strict(loss)), and "
                 "not jhop.strict(jax.grad(loss))."
             )
-        if eqn.primitive is hook_p:
+        if eqn.primitive is hook_p and not eqn.params["fn"].options.around:
             point = _Point(eqn.params["fn"], eqn)
             hooked |= dict.fromkeys(_variables(eqn.invars[: eqn.params["n"]]), point)
         for inner, places in _inner(eqn):
@@ -139,6 +140,8 @@ def _look(jaxpr: Any, name: str) -> dict[int, _Point]:
 
 
 def _is_point(hook: HookFn) -> bool:
+    if hook.options.around:
+        return False
     key = hook.key
     while isinstance(key[1], tuple) and key[0] not in ("point", "hook"):
         key = key[1]

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from jax import lax
 from jax.experimental import checkify
+from jax.sharding import PartitionSpec as P
+from under import make_mesh
 
 import jhop
 
@@ -43,7 +45,7 @@ def test_a_backward_operation():
     assert error.values["count"] == 3
     text = str(error)
     assert f"`mul` (test_nan_guard.py:{line_of('norm')}: return jnp.sqrt((x * x).sum())" in text
-    assert "made 3 values that are not finite, in the backward pass of `norm`, in the scope `layer`." in text
+    assert "made 3 non-finite values, in the backward pass of `norm`, in the scope `layer`." in text
     assert jhop.nan_guard(jax.grad(norm))(jnp.float32([3.0, 4.0])).tolist() == [np.float32(0.6), np.float32(0.8)]
 
 
@@ -52,7 +54,7 @@ def test_the_same_with_infinities():
     error = caught(jax.grad(norm), jnp.zeros(3), inf=True)
     assert (error.primitive, error.phase, error.values["count"]) == ("div", "forward", 1)
     assert error.values["operands"] == [[0.5, 0.5, 0.0], [0.0, 0.0, 0.0]]
-    assert "operand 1 (float32[]): from 0 to 0, 0 values not finite" in str(error)
+    assert "operand 1 (float32[]): from 0 to 0, 0 non-finite values" in str(error)
 
 
 def test_in_a_scan_the_iteration_is_told():
@@ -157,7 +159,7 @@ def test_mode_count():
     guarded(jnp.zeros(2))
     guarded(jnp.zeros(5))  # of other sizes
     assert guarded.count == 3
-    assert "made 5 values" in guarded.report()
+    assert "made 5 non-finite values" in guarded.report()
     assert guarded.versions() == 2
 
 
@@ -180,7 +182,7 @@ def test_hooks_and_their_state():
 
     guarded = jhop.nan_guard(jax.grad(lambda x: (jhop.hook(x, hook) ** 2).sum()), inf=True)
     assert [guarded(jnp.float32([3.0, 2.0])).tolist(), state.n] == [[1.5, 2.0], 1]
-    with pytest.raises(jhop.NanError, match=r"hook `hook` \(test_nan_guard.py:\d+\) made 1 values") as raised:
+    with pytest.raises(jhop.NanError, match=r"hook `hook` \(test_nan_guard.py:\d+\) made 1 non-finite value") as raised:
         guarded(jnp.float32([3.0, 1.0]))
     assert (raised.value.phase, raised.value.values["operands"]) == ("backward", [[2.0, 6.0, 0.0]])
     assert state.n == 1
@@ -200,7 +202,7 @@ def test_vmap_around_and_inside():
 
 def test_by_checkify():
     error, _ = checkify.checkify(jax.jit(jhop.nan_guard(jnp.log)))(-1.0)
-    assert "jhop.nan_guard: `log` made 1 values" in error.get()
+    assert "jhop.nan_guard: `log` made 1 non-finite value" in error.get()
     with pytest.raises(jhop.JhopError, match=r"(?s)jhop.nan_guard of `log` is in .*`jhop.jit`"):
         jax.jit(jhop.nan_guard(jnp.log))(-1.0)
 
@@ -229,3 +231,70 @@ def test_bad_input(args, text):
         jhop.nan_guard(*args)
     with pytest.raises(jhop.JhopError, match="a report in mode 'count' only"):
         jhop.nan_guard(jnp.log).report()
+
+
+@pytest.mark.parametrize("mode", ["raise", "count", "zero"])
+def test_the_condition_of_a_while_loop(mode):
+    def run(x, low):
+        return lax.while_loop(lambda s: jnp.sqrt(s.sum() - low) > 1.0, lambda s: s * 0.5, x)  # condition
+
+    guarded = jhop.nan_guard(run, mode)
+    x = jnp.array([4.0, 12.0])
+    assert guarded(x, 0.0).tolist() == [0.25, 0.75]
+    assert guarded(x * 0.01, 0.0).tolist() == (x * 0.01).tolist()
+    if mode != "raise":
+        assert guarded(x, 5.0).tolist() == [1.0, 3.0]
+        assert mode == "zero" or "`sqrt`" in guarded.report()
+        return
+    for scale, turn in ((1.0, 2), (0.01, 0)):
+        with pytest.raises(jhop.NanError) as raised:
+            guarded(x * scale, 5.0)
+        assert (raised.value.primitive, raised.value.values["turns"]) == ("sqrt", [turn])
+        assert f":{line_of('condition')}" in str(raised.value)
+
+    on_mesh = jax.shard_map(
+        lambda x: lax.while_loop(lambda s: jnp.log(s).max() > 0.0, lambda s: s - 2.0, x),
+        mesh=make_mesh((2,), ("i",)), in_specs=P("i"), out_specs=P("i"),
+    )  # fmt: skip
+    guarded = jhop.nan_guard(on_mesh)
+    assert guarded(jnp.array([3.0, 2.5, 0.75, 0.5])).tolist() == [1.0, 0.5, 0.75, 0.5]
+    with pytest.raises(jhop.NanError, match="`log`.*at iteration 1"):
+        guarded(jnp.array([0.5, 0.25, 4.5, 1.5]))
+
+
+def test_on_a_mesh():
+    mesh = make_mesh((2,), ("i",))
+
+    def on_mesh(fn, **specs):
+        return jax.shard_map(fn, mesh=mesh, **{"in_specs": P("i"), "out_specs": P("i"), **specs})
+
+    counter = SimpleNamespace(n=0)
+
+    def hook(ct):
+        counter.n += 1
+        return ct * jnp.where(ct > 20.0, jnp.nan, 3.0)
+
+    good, bad = jnp.array([1.0, 2.0, 3.0, 4.0]), jnp.array([1.0, 2.0, 30.0, 4.0])
+    squares = on_mesh(lambda x: jhop.hook(x, hook) ** 2)
+    for mode, found in (("raise", None), ("count", [6.0, 12.0, None, 24.0]), ("zero", [6.0, 12.0, 0.0, 24.0])):
+        counter.n = 0
+        guarded = jhop.nan_guard(jax.grad(lambda x: squares(x).sum()), mode)
+        assert guarded(good).tolist() == [6.0, 12.0, 18.0, 24.0]
+        if found is None:
+            with pytest.raises(jhop.NanError, match="hook `hook`.* made 1 non-finite value, in the backward pass"):
+                guarded(bad)
+        else:
+            assert [None if np.isnan(value) else value for value in guarded(bad).tolist()] == found
+        assert counter.n == (1 if found is None else 2)
+
+    # Only the second device makes the NaN, which the sum brings to the first one too.
+    total = on_mesh(lambda x: jax.lax.psum(jnp.log(x) * 2.0, "i"), out_specs=P())
+    guarded = jhop.nan_guard(total)
+    np.testing.assert_allclose(guarded(good), 2.0 * np.log([3.0, 8.0]), rtol=1e-5)
+    with pytest.raises(jhop.NanError) as raised:
+        guarded(-good + 2.5)
+    assert raised.value.primitive == "log"
+    # And here it is the sum that does.
+    with pytest.raises(jhop.NanError) as raised:
+        guarded(jnp.array([0.0, 1.0, jnp.inf, 1.0]))
+    assert raised.value.primitive.startswith("psum")

@@ -280,6 +280,32 @@ def test_no_new_trace_of_what_is_compiled_around_it():
     assert (count.runs, step.versions()) == (6, 2)
 
 
+def test_values_around_a_function_with_hooks_may_be_used_elsewhere():
+    layer = jhop.hook_fn(jnp.sin, pre=lambda ct: ct * 2.0, post=lambda grads: (grads[0] * 3.0,))
+    both = jhop.hook_fn(lambda x: x, pre=lambda ct: ct * 5.0, post=lambda grads, cts: (grads[0] + cts,))
+
+    def residual(x):
+        x = x + layer(x)
+        return (x + both(x)).sum()
+
+    x = jnp.array([0.5, -1.0, 2.0])
+    expected = 11.0 * (1.0 + 6.0 * jnp.cos(x))
+    for grad in (jax.grad(jhop.strict(residual)), jhop.jit(jax.grad(jhop.strict(residual)))):
+        assert jnp.allclose(grad(x), expected)
+
+    @jhop.strict
+    def with_inner_gradient(x):
+        return jax.grad(residual)(x).sum()
+
+    assert jnp.allclose(with_inner_gradient(x), expected.sum())
+
+    def past_a_hook(x):
+        hooked = jhop.hook(x, clip)
+        return (hooked + layer(x)).sum()
+
+    refused(past_a_hook, x, use="layer(x)")
+
+
 def test_errors():
     with pytest.raises(jhop.HookError, match="^jhop.strict: expected a function, got int"):
         jhop.strict(3)
