@@ -80,7 +80,7 @@ class Guards:
     ):
         skip = {id(container) for container in ignore}
         slots, free = set(ignore_slots), skip | {id(container) for container in ignore_keys}
-        self._attributes = walk.attributes
+        self._attributes = [found for found in walk.attributes if _matters(*found)]
         self._alive = [(reference, type(reference())) for reference, _ in walk.alive]
         self._abc_token = abc.get_cache_token() if walk.asks_abstract_classes else None
 
@@ -271,6 +271,11 @@ def all_hold(guards: Iterable[Guards]) -> Callable[[], bool]:
     terms.update(dict.fromkeys(code.lacks()))
     body = "\n            and ".join(terms) or "True"
     return code.function("hold()", ["try:", f"    return ({body})", "except Exception:", "    return False"])
+
+
+def _matters(obj: Any, attribute: str, value: Any) -> bool:
+    """Not defaults of parameters that a function does not have: reading them costs, most where audit hooks are set."""
+    return attribute != "__kwdefaults__" or value is not None or obj.__code__.co_kwonlyargcount > 0
 
 
 def _is_by_value(value: Any) -> bool:
