@@ -56,7 +56,6 @@ class CompiledFunction(StandsForFunction):
     def __init__(self, fn: Callable[..., Any], backend: Any, fullgraph: bool, dynamic: bool | None):
         functools.update_wrapper(self, fn, updated=())
         self._fn = fn
-        self._backend_name = backend
         self._backend = backends.find(backend, "jhop.compile")
         self._fullgraph = fullgraph
         self._dynamic = dynamic

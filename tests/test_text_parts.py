@@ -205,11 +205,6 @@ def test_fresh_symbols_are_never_shared():
     assert str(env.input_dim("L['inputs'][0].size()[0]", 3)) == "s21"
 
 
-def test_unbacked_symbols_are_counted_by_prefix():
-    env = ShapeEnv()
-    assert [str(env.unbacked(prefix)) for prefix in ("zuf", "u", "zuf")] == ["zuf0", "u0", "zuf1"]
-
-
 def env_of(**values):
     """An environment in which each symbol has the given value."""
     env = ShapeEnv()

@@ -82,7 +82,6 @@ class SymbolNames:
 
     def __init__(self) -> None:
         self._taken: set[int] = set()
-        self._counts: dict[str, int] = {}
 
     def hashed(self, source_name: str, prefix: str) -> str:
         """`prefix` and a number hashed from the Python expression that reaches the value, moved up while taken."""
@@ -90,10 +89,4 @@ class SymbolNames:
         while number in self._taken:
             number += 1
         self._taken.add(number)
-        return f"{prefix}{number}"
-
-    def counted(self, prefix: str) -> str:
-        """`prefix` and how many of that prefix came before: for values that have no source."""
-        number = self._counts.get(prefix, 0)
-        self._counts[prefix] = number + 1
         return f"{prefix}{number}"

@@ -86,7 +86,7 @@ class SymExpr:
 
     @property
     def is_float(self) -> bool:
-        """Whether it stands for a Python float, as symbols in `z` do (`zf70`, `zuf0`)."""
+        """Whether it stands for a Python float, as symbols in `z` do (`zf70`)."""
         return any(isinstance(c, float) or any(_is_float(base) for base, _ in monomial) for monomial, c in self.terms)
 
     @property
@@ -146,10 +146,6 @@ class ShapeEnv:
         if value not in self._by_size:
             self._by_size[value] = self.fresh(source_name, value, nonnegative=True)
         return self._by_size[value]
-
-    def unbacked(self, prefix: str) -> SymExpr:
-        """A symbol for a number that only the device knows: counted, `u0` for an int, `zuf0` for a float."""
-        return self._add(self._names.counted(prefix), math.inf)
 
     def resolve(self, name: str) -> SymExpr:
         """What symbol `name` stands for by now: itself, another symbol, a product of some, or a constant."""
