@@ -5,7 +5,6 @@ are found by looking at the feature, not at the version number.
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 import itertools
 import sys
@@ -66,6 +65,11 @@ def staging() -> Any:
     return trace
 
 
+def staging_rules() -> tuple[dict[Any, Any], Any]:
+    """JAX's rules for staging operations, by primitive, and the primitive of jitted functions: it may have none."""
+    return getattr(_pjit.pe, "custom_staging_rules", {}), getattr(_pjit, "jit_p", None)
+
+
 def under(trace: Any) -> Any:
     """A context in which operations are handed to a trace around the present one."""
     return _core.set_current_trace(trace)
@@ -122,9 +126,7 @@ def evaluate_dim(dim: Any, sizes: dict[str, Any]) -> Any:
 def open_jaxpr(jaxpr: Any) -> tuple[Any, list[Any]]:
     """Splits any jaxpr, closed or open, into (jaxpr, constants)."""
     consts = getattr(jaxpr, "consts", None)  # from jax 0.12 there is one class for both; before, open ones had none
-    if consts is None:
-        return jaxpr, []
-    return jaxpr.jaxpr, list(consts)
+    return (jaxpr, []) if consts is None else (jaxpr.jaxpr, list(consts))
 
 
 def inputs_used(jaxpr: Any, outputs: list[bool]) -> list[bool]:
@@ -330,12 +332,8 @@ def is_jitted(value: Any) -> bool:
 
 def jit_again(jitted: Any) -> Callable[[Any], Any]:
     """`jax.jit` with the options that `jitted` was made with, for other functions of the same parameters."""
-    # The options have no public name.
-    return functools.partial(_remake, jitted._jit_info)
-
-
-def _remake(info: Any, fun: Any) -> Any:
-    return _pjit._cpp_pjit(fun, info)
+    info = jitted._jit_info  # the options have no public name
+    return lambda fun: _pjit._cpp_pjit(fun, info)
 
 
 def with_weak_type(value: Any, weak: bool) -> Any:

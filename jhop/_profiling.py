@@ -7,11 +7,12 @@ import functools
 import importlib
 import os
 import sys
+import threading
 import types
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from jhop import _banned, _mentions, _reads
+from jhop import _banned, _compat, _mentions, _reads
 from jhop._source import file_kind
 from jhop._watched import (
     JHOP,
@@ -37,7 +38,8 @@ def profiling() -> Iterator[None]:
     thread.profiler = _profiler(None if pausable is not None else old)
     sys.setprofile(thread.profiler)
     try:
-        yield
+        with _UNSEEN:
+            yield
     finally:
         if outer is None and sys.gettrace() is _trace_nothing:  # a watch around this one still steps
             sys.settrace(None)
@@ -48,6 +50,56 @@ def profiling() -> Iterator[None]:
         else:
             # Python takes a profile function that raised away, so `sys.getprofile` does not tell what was there.
             sys.setprofile(outer or old)
+
+
+class _Unseen:
+    """While any thread watches, JAX puts in the equations of jitted functions unseen, `jnp.multiply` among them.
+
+    That is nearly half of its calls and returns, and runs nothing of the user's: the equations are there already.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._watches = 0
+        self._rule: Callable[..., Any] | None = None  # JAX's own
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._watches += 1
+            rules, jit = _compat.staging_rules()
+            if self._watches == 1 and jit in rules:
+                self._rule, rules[jit] = rules[jit], functools.partial(_stage_unseen, rules[jit])
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._watches -= 1
+            if self._watches == 0 and self._rule is not None:
+                rules, jit = _compat.staging_rules()
+                rules[jit], self._rule = self._rule, None
+
+
+_UNSEEN = _Unseen()
+
+
+def _stage_unseen(rule: Callable[..., Any], trace: Any, source: Any, *tracers: Any, **params: Any) -> Any:
+    """JAX's `rule` for calls of jitted functions, run without the profile function where that has nothing to see."""
+    profiler: Any = thread.profiler
+    # A profiler that was there before is to see all. And Python takes a profile function that raised away.
+    seen = profiler is None or profiler.before is not None or sys.getprofile() is not profiler
+    if seen or not _only_puts_in(**params):
+        return rule(trace, source, *tracers, **params)
+    try:
+        sys.setprofile(None)
+        return rule(trace, source, *tracers, **params)
+    finally:
+        sys.setprofile(profiler)
+
+
+def _only_puts_in(*, jaxpr: Any, inline: bool, **_: Any) -> bool:
+    """Whether JAX adds the equations of a jitted function as they are, and asks no object of the user's about them:
+    that may be an effect, or the type of a constant or (where the jaxpr is "high") of another value.
+    """
+    return inline and not jaxpr.effects and not jaxpr.consts and not jaxpr.is_high
 
 
 # Files in which there is nothing to see while a library runs: JAX's own code makes nearly all calls and returns, and

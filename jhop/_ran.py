@@ -58,8 +58,10 @@ def _profile(asked: dict[types.CodeType, None], ran: set[types.CodeType], stack:
     if sys.getprofile() is not None:
         return False
 
+    files = {code.co_filename for code in asked}  # code is slow to hash, and most of it is not the user's
+
     def profile(frame: types.FrameType, event: str, arg: Any) -> None:
-        if event == "call" and frame.f_code in asked:
+        if event == "call" and (code := frame.f_code).co_filename in files and code in asked:
             _note(frame, ran)
 
     stack.callback(sys.setprofile, None)
