@@ -320,23 +320,39 @@ def test_code_that_is_steered_by_a_size(program):
         check(program, shape, compiler)
 
 
+def double(leaf):
+    leaf.grad = leaf.grad * 2.0
+
+
 def test_leaves_that_a_hook_is_given_are_told_apart():
-    compiler = Compiler()
-
-    def update(leaf):
-        leaf.value = leaf.value - 0.5 * leaf.grad
-        leaf.grad = None
-
-    for shape in SIZES:
+    compiler, places = Compiler(), []
+    for shape in SIZES * 3:
         w = leaf(shape)
-        before = w.value
-        w.register_post_accumulate_grad_hook(update)
+        places.append(id(w))
+        w.register_post_accumulate_grad_hook(double)
         with jhop.compiled_autograd.enable(compiler):
             (w * w * 3.0).sum().backward()
-        np.testing.assert_allclose(w.value, before - 3.0 * before, rtol=1e-5)
-        assert w.grad is None
+        np.testing.assert_allclose(w.grad, 12.0 * w.value, rtol=1e-5)
         del w
         gc.collect()
+    assert len(set(places)) < len(places)  # or nothing was shown
+
+
+def test_hooks_in_mapped_and_transposed_functions():
+    def mapped(x):
+        return jax.vmap(lambda row: jhop.hook(row * 2.0, lambda ct: ct * ct.sum() * ct.shape[0]))(x)
+
+    def transposed(x):
+        def linear(v):
+            return jhop.hook(v * 3.0, lambda ct: ct * ct.shape[0])
+
+        return jax.linear_transpose(linear, x)(jnp.sin(x))[0]
+
+    for fn in (mapped, transposed):
+        lifted = jhop.lift(fn)
+        for shape in [*SIZES, (9, 4), (9, 9), (4, 9)]:
+            check(lambda x, lifted=lifted: hooked(lifted(x) * x), shape, compiler := Compiler())
+        assert compiler.graphs
 
 
 # Without a function of the user's.
