@@ -296,16 +296,16 @@ class Tape:
         return hook if place is None else self.stand_ins[place].fn
 
     def capture(
-        self, types: Symbolic | None = None, outputs: Mapping[Node, list[Any]] | None = None
+        self, types: Symbolic | None = None, results: Mapping[Node, list[Any]] | None = None
     ) -> tuple[GraphModule, Outputs]:
         """The whole pass as a graph with opaque hooks.
 
         Args:
             types: of the inputs, if they have symbols.
-            outputs: per node, the types of its outputs then.
+            results: per node, the types of its outputs then.
         """
         recorder = Recorder()
-        captured = CapturePass(self, recorder, outputs or {})
+        captured = CapturePass(self, recorder, results or {})
 
         def run(*flat: Any) -> list[Any]:
             return captured.trace(list(flat))

@@ -166,7 +166,9 @@ def enable(compiler_fn: Callable[[GraphModule], Callable[..., Any]] | None = Non
         compiler_fn: `compiler_fn(gm) -> callable` on the graph's flat inputs, for instance
             `lambda gm: jhop.compile(gm, fullgraph=True)`. It is called once per structure of the tape: the result is
             used again for tapes of the same operations, shapes and hooks; functions of the same code that write to no
-            variable outside and close over plain values count as the same hook. By default, the first pass of a
+            variable outside and close over plain values count as the same hook. For the second shapes of a structure
+            it is given a graph with symbols for the sizes that changed, which serves further ones, unless code of the
+            user's needs numbers. By default, the first pass of a
             structure runs node by node, as it does outside of the block, and from the second on it is compiled, as by
             `jhop.compile(gm)`. Hooks that cannot be traced run on the host then; where that will not do either, the
             structure goes on node by node. A warning says so.

@@ -1,6 +1,5 @@
 """Captured backward passes over tapes of several sizes: what one capture serves, and that gradients are right."""
 
-import gc
 import logging
 
 import jax
