@@ -15,7 +15,7 @@ from jhop._inside import is_dynamic, value_of
 from jhop._joint import Joint, Tracing
 from jhop._lookups import Lookups
 from jhop._sizes import Dynamic, Fits, NeedsNumbers, Place, Symbolic, with_symbols
-from jhop._source import first_line, hook_name
+from jhop._source import hook_name
 from jhop._tensor import Tensor
 
 
@@ -95,32 +95,6 @@ class Attempt:
                 raise NeedsNumbers(self.types.symbols, why, True)
         jaxprs = (gm.jaxpr for gm in joint.graphs())
         self.guards = self._lookups.guards(joint.hooks(), *jaxprs, inputs=self.captured)
-
-    def in_words(self, text: str) -> str:
-        """Text with the places of symbols in place of their names."""
-        return text if self.fits is None else self.fits.in_words(text)
-
-
-def trace_call(fn: Any, call: Call, dynamic: Dynamic) -> tuple[Attempt, str]:
-    """A tracing of the function, with symbols where they are wanted and will do; why they will not, if so."""
-    numbers: set[Place] = set()  # sizes that symbols do not do for
-    why, always = "", False
-    for retried in (False, True, True):
-        attempt = Attempt(fn, call)
-        dynamic.see([jnp.shape(value) for value in attempt.values])
-        try:
-            attempt.run(dynamic, numbers)
-            break
-        except Exception as error:
-            types = attempt.types
-            if not types.places:
-                raise
-            numbers |= types.places_of(types.symbols if retried else types.mentioned(error))
-            why = why or f"sizes cannot be symbols: {attempt.in_words(first_line(error))}"
-            always = always or getattr(error, "always", True)
-    if always:
-        dynamic.settle(frozenset(numbers), why)
-    return attempt, why
 
 
 def _wants_grad(tensor: Tensor) -> bool:

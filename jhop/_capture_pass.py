@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from jhop import _compat, _engine, _gradients, _state
@@ -21,14 +21,20 @@ from jhop._trace_wrapped import trace_wrapped, trace_wrapped_p
 class CapturePass(_engine.Pass):
     """The engine's pass over tracers.
 
+    Args:
+        tape: the tape.
+        recorder: takes notes.
+        types: per node, the types of its outputs, where these are not those that the node knows.
+
     Attributes:
         written, returned: what its results are, see `_tape.Outputs`.
     """
 
-    def __init__(self, tape: Any, recorder: Recorder):
+    def __init__(self, tape: Any, recorder: Recorder, types: Mapping[Node, list[Any]]):
         super().__init__(tape.plan, keep_graph=True)
         self._tape = tape
         self._recorder = recorder
+        self._types = types
         self._flat: list[Any] = []
         self._grads: dict[int, Any] = {}
         self.last: dict[int, PostAccumulate] = {}  # by id of a leaf: the last hook after its accumulation
@@ -94,7 +100,7 @@ class CapturePass(_engine.Pass):
         self.checked.append(len(self.sizes))
         for edge in node.edges:
             self.sizes.extend(edge.node.avals[edge.slot].shape)
-        outs = node.apply(cts, saved, self.asked(node))
+        outs = node.apply(full_cts(node, cts, self._types.get(node)), saved, self.asked(node))
         self._note(outs)
         checked = validate_outputs(outs)
         self._note(checked)
@@ -109,7 +115,8 @@ class CapturePass(_engine.Pass):
         compiled = node.compiled
         use = self._uses[compiled.aot_id] = self._uses.get(compiled.aot_id, -1) + 1
         gm = compiled.backward_for(cts, self.asked(node)).gm
-        values = aot_prologue(saved, full_cts(node, cts), aot_id=compiled.aot_id, call=use)
+        full = full_cts(node, cts, self._types.get(node))
+        values = aot_prologue(saved, full, aot_id=compiled.aot_id, call=use)
         self._note(values)
 
         def note(variable: Any, value: Any) -> None:

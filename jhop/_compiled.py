@@ -151,6 +151,10 @@ class CompiledNode(Node):
             raise freed(self)
         return values_of(self._saved)
 
+    def history(self) -> dict[int, Edge]:
+        """Per differentiated input of the call, where its cotangent goes."""
+        return {} if self._call is None else self._call[1]
+
     def apply(self, cts: list[Any], saved: list[Any], wanted: Sequence[bool] | None = None) -> list[Any]:
         full = full_cts(self, cts)
         if self.passes is not None:

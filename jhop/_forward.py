@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from jhop import _compat, backends
-from jhop._attempt import Call, trace_call
+from jhop._attempt import Attempt, Call
 from jhop._bound import BoundHook
 from jhop._compile import MAX_ENTRIES, CompiledGraph
 from jhop._compiled import Compiled, CompiledNode
@@ -29,7 +29,7 @@ from jhop._history import OTHER_SETTINGS, History
 from jhop._inside import is_dynamic, value_of
 from jhop._node import Edge, RetainedGrad, grad_enabled
 from jhop._report import Report
-from jhop._sizes import Dynamic
+from jhop._sizes import Dynamic, kind_of, with_fewest_numbers
 from jhop._source import hook_location, hook_name
 from jhop._static import Static
 from jhop._tensor import Tensor
@@ -161,7 +161,7 @@ class CompiledFunction(StandsForFunction):
     def _trace(self, call: Call, dynamic: Dynamic, reason: str) -> Compiled:
         """Traces the function."""
         aot_id = backends.take_aot_id()
-        attempt, why = trace_call(self._fn, call, dynamic)
+        attempt, why = with_fewest_numbers(lambda: Attempt(self._fn, call), dynamic)
         joint = attempt.joint
         if why and reason not in why:
             reason = f"{reason}; {why}"
@@ -226,11 +226,7 @@ def _type_of(is_tensor: bool, requires_grad: bool, aval: Any) -> str:
 def _sizeless(key: Any) -> Any:
     """The key of a kind of arguments, less their sizes."""
     outside, leaves = key[:3], key[3:]
-    return *outside, *(leaf if isinstance(leaf, Static) else (*leaf[:2], _kind_of(leaf[2])) for leaf in leaves)
-
-
-def _kind_of(aval: Any) -> Any:
-    return aval.ndim, aval.dtype, aval.weak_type, aval.sharding
+    return *outside, *(leaf if isinstance(leaf, Static) else (*leaf[:2], kind_of(leaf[2])) for leaf in leaves)
 
 
 def _leaf_key(leaf: Any) -> Any:

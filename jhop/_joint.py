@@ -29,6 +29,7 @@ from jhop._interp import evaluate, inner_jaxprs, inputs_for_sizes
 from jhop._leaves import Leaf
 from jhop._node import set_inside
 from jhop._retained import Retained, behind, with_retained
+from jhop._sizes import for_one_size
 from jhop._source import hook_name, origin_of, user_frames
 from jhop._tensor import Tensor
 from jhop._text._aten import joint_names
@@ -118,9 +119,7 @@ class Joint:
         """What in it is made for the sizes of its trace and can be used for no others, in words; "" if nothing."""
         if any(map(_has_rule, _compat.open_jaxpr(self.primal)[0].eqns)):
             return "the derivative rule of a `custom_vjp` function is made for one size"
-        if any(hook.rules() & {"transpose", "vmap"} for gm in self.graphs() for hook, _ in gm.hooks):
-            return "a hook inside a function that is transposed or mapped is made for one size"
-        return ""
+        return for_one_size(hook for gm in self.graphs() for hook, _ in gm.hooks)
 
     def only_reached(self, cts: Any) -> list[Any]:
         """Of one item per differentiated input, such as its cotangent, those of the inputs that gradients reach."""

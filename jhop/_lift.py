@@ -273,9 +273,21 @@ def _getitem(x: Any, index: Any) -> Any:
 
 
 def _index(self: Tensor, index: Any) -> Any:
+    return apply(_getitem, (self, _places(index)), {})
+
+
+def _assign(self: Tensor, index: Any, value: Any) -> None:
+    raise TypeError(
+        "Tensor: values cannot be assigned to a part of a Tensor, as arrays are immutable. Write "
+        "`x = x.at[index].set(values)`: the new Tensor has the gradient of both."
+    )
+
+
+def _places(index: Any) -> Any:
+    """An index, with positions in place of masks."""
     items = index if isinstance(index, tuple) else (index,)
     items = tuple(part for item in items for part in _positions(item))
-    return apply(_getitem, (self, items if len(items) != 1 else items[0]), {})
+    return items if len(items) != 1 else items[0]
 
 
 def _positions(item: Any) -> tuple[Any, ...]:
@@ -301,6 +313,44 @@ def _method(name: str) -> Any:
     return method
 
 
+class _At:
+    """`x.at`: `x.at[index].set(values)` and the like, as of a `jax.Array`: a new Tensor, with the gradient of both."""
+
+    __slots__ = ("_tensor",)
+
+    def __init__(self, tensor: Tensor):
+        self._tensor = tensor
+
+    def __getitem__(self, index: Any) -> _Places:
+        return _Places(self._tensor, _places(index))
+
+
+class _Places:
+    """`x.at[index]`."""
+
+    __slots__ = ("_index", "_tensor")
+
+    def __init__(self, tensor: Tensor, index: Any):
+        self._tensor = tensor
+        self._index = index
+
+
+def _update(name: str) -> Any:
+    def call(x: Any, index: Any, *args: Any, **kwargs: Any) -> Any:
+        return getattr(x.at[index], name)(*args, **kwargs)
+
+    def method(self: _Places, *args: Any, **kwargs: Any) -> Any:
+        return apply(call, (self._tensor, self._index, *args), kwargs)
+
+    call.__name__ = f"at_{name}"
+    method.__name__ = name
+    return method
+
+
+for _name in "add apply divide get max min mul multiply power set subtract".split():
+    setattr(_Places, _name, _update(_name))
+
+
 def _unary(fn: Any) -> Any:
     return lambda self: apply(fn, (self,), {})
 
@@ -314,9 +364,12 @@ _SPECIAL = {
     "__abs__": _unary(jnp.abs),
     "__invert__": _unary(jnp.invert),
     "__getitem__": _index,
+    "__setitem__": _assign,
     "T": property(_unary(jnp.transpose)),
     "real": property(_unary(jnp.real)),
     "imag": property(_unary(jnp.imag)),
+    "mT": property(_unary(jnp.matrix_transpose)),
+    "at": property(_At),
 }
 for _name, _fn in _SPECIAL.items():
     setattr(Tensor, _name, _fn)

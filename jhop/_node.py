@@ -328,11 +328,12 @@ class AccumulateGrad(Node):
         return []
 
 
-def full_cts(node: Node, cts: list[Any]) -> list[Any]:
-    """Cotangents with zeros for outputs that nothing depends on."""
+def full_cts(node: Node, cts: list[Any], avals: Sequence[Any] | None = None) -> list[Any]:
+    """Cotangents with zeros for outputs that nothing depends on; `avals` if these are others than the node's own."""
     if len(cts) == 1:
         return cts  # a node is visited only when something arrived
-    return [jnp.zeros(aval.shape, aval.dtype) if ct is None else ct for ct, aval in zip(cts, node.avals, strict=True)]
+    pairs = zip(cts, node.avals if avals is None else avals, strict=True)
+    return [jnp.zeros(aval.shape, aval.dtype) if ct is None else ct for ct, aval in pairs]
 
 
 def freed(node: Node) -> JhopError:

@@ -7,14 +7,16 @@ equal sizes share a symbol, and questions that code asked of a size have the sam
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax.export
+import jax.numpy as jnp
 
 from jhop import _compat
 from jhop._asked import Asked
 from jhop._interp import sizes_of
+from jhop._source import first_line
 from jhop._text._symbols import ShapeEnv
 
 Place = tuple[int, int]  # (index of an input, axis)
@@ -83,6 +85,18 @@ def with_symbols(avals: Sequence[Any], sources: Sequence[str], wanted: Callable[
             aval = aval.update(shape=jax.export.symbolic_shape(",".join(map(str, dims)), scope=scope))
         found.append(aval)
     return Symbolic(found, tuple(places))
+
+
+def kind_of(aval: Any) -> Any:
+    """What tells the type of an input from others, less its sizes."""
+    return aval.ndim, aval.dtype, aval.weak_type, aval.sharding
+
+
+def for_one_size(hooks: Iterable[Any]) -> str:
+    """Why graphs with these hooks can be used for the sizes of their trace only, in words; "" if they need not."""
+    if any(hook.rules() & {"transpose", "vmap"} for hook in hooks):
+        return "a hook inside a function that is transposed or mapped is made for one size"
+    return ""
 
 
 class Fits:
@@ -157,3 +171,51 @@ class Dynamic:
         """From now on these are numbers."""
         self.numbers |= places
         self.why = why
+
+
+class Sized(Protocol):
+    """One tracing, with symbols for some sizes of its inputs.
+
+    Attributes:
+        values: the inputs.
+        types: what it is traced with.
+        fits: for which sizes the result is, if some are symbols.
+    """
+
+    values: list[Any]
+    types: Symbolic
+    fits: Fits | None
+
+    def run(self, dynamic: Dynamic, numbers: set[Place]) -> None:
+        """Traces, with symbols for those of the wanted sizes that are not in `numbers`."""
+
+
+_Sized = TypeVar("_Sized", bound=Sized)
+
+
+def with_fewest_numbers(make: Callable[[], _Sized], dynamic: Dynamic) -> tuple[_Sized, str]:
+    """A tracing with symbols where they are wanted and will do; why they will not, if so.
+
+    Args:
+        make: begins a tracing.
+        dynamic: which sizes are wanted as symbols.
+    """
+    numbers: set[Place] = set()  # sizes that symbols do not do for
+    why, always = "", False
+    for retried in (False, True, True):
+        tracing = make()
+        dynamic.see([jnp.shape(value) for value in tracing.values])
+        try:
+            tracing.run(dynamic, numbers)
+            break
+        except Exception as error:
+            types = tracing.types
+            if not types.places:
+                raise
+            numbers |= types.places_of(types.symbols if retried else types.mentioned(error))
+            words = first_line(error) if tracing.fits is None else tracing.fits.in_words(first_line(error))
+            why = why or f"sizes cannot be symbols: {words}"
+            always = always or getattr(error, "always", True)
+    if always:
+        dynamic.settle(frozenset(numbers), why)
+    return tracing, why

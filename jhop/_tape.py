@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import itertools
 import types
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from jhop._graph import GraphModule, Input, hooks_in
 from jhop._interp import inner_jaxprs
 from jhop._node import ARRAY, AccumulateGrad, Node, OpNode
 from jhop._schedule import schedule
+from jhop._sizes import Symbolic, kind_of
 from jhop._standins import StandIn, replaceable, written_by
 from jhop._trace_wrapped import trace_wrapped_p
 
@@ -86,6 +88,12 @@ class Sight:
     def run(self) -> list[Node]:
         """The nodes that are run."""
         return self.nodes if self._grows else self.plan.run
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """The key, less the sizes of the inputs."""
+        *rest, types = self.key
+        return *rest, tuple([aval if isinstance(aval, type) else kind_of(aval) for aval in types])
 
     def place_of(self, array: Any) -> int:
         """Which of `inputs` an array is."""
@@ -287,15 +295,23 @@ class Tape:
         place = self._sight.place_of_function(hook)
         return hook if place is None else self.stand_ins[place].fn
 
-    def capture(self) -> tuple[GraphModule, Outputs]:
-        """The whole pass as a graph with opaque hooks."""
+    def capture(
+        self, types: Symbolic | None = None, results: Mapping[Node, list[Any]] | None = None
+    ) -> tuple[GraphModule, Outputs]:
+        """The whole pass as a graph with opaque hooks.
+
+        Args:
+            types: of the inputs, if they have symbols.
+            results: per node, the types of its outputs then.
+        """
         recorder = Recorder()
-        captured = CapturePass(self, recorder)
+        captured = CapturePass(self, recorder, results or {})
 
         def run(*flat: Any) -> list[Any]:
             return captured.trace(list(flat))
 
-        closed, info = trace(run, [jax.typeof(value) for value in self.inputs], recorder)
+        avals = [jax.typeof(value) for value in self.inputs] if types is None else types.avals
+        closed, info = trace(run, avals, recorder)
         closed, order = schedule(closed)
         hooks = _hook_index(closed, order, captured)
         backward = Backward(
@@ -309,7 +325,7 @@ class Tape:
         inputs = tuple(Input(name=f"input_{i}", source=f"L['inputs'][{i}]") for i in range(len(self.inputs)))
         gm = GraphModule(
             jaxpr=closed, inputs=inputs, info=info(), name="CompiledAutograd0", made_by="compiled_autograd",
-            backward=backward,
+            backward=backward, shapes=() if types is None else types.places,
         )  # fmt: skip
         place = {id(tensor): i for i, tensor in enumerate(self._sight.owners)}
         outputs = Outputs(

@@ -23,6 +23,8 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax.numpy as jnp
+
 from jhop import _compat, _engine, _gradients, _plan, backends
 from jhop._compile import CompiledGraph
 from jhop._errors import JhopError
@@ -30,14 +32,17 @@ from jhop._graph import GraphModule
 from jhop._logs import logs_recompiles, recompiling, settled
 from jhop._misses import Summary, reason
 from jhop._node import set_grad_enabled
+from jhop._resized import Capture
+from jhop._sizes import Dynamic, Fits, with_fewest_numbers
 from jhop._source import warn
 from jhop._standins import StandIn, standing_in
-from jhop._tape import Outputs, Sight, Tape
+from jhop._tape import Outputs, Sight
 
 __all__ = ("enable", "reset")
 
 _CACHE_SIZE = 128
 _COMPARED = 8  # captures with which a new one is compared
+_VERSIONS = 8  # captures of one kind of tape with symbols for sizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +56,7 @@ class _Entry:
         summary: what the tape was like, if it was captured.
         stand_ins: what is in the capture in place of `Tape.functions`.
         used: of which Tensors its hooks use the gradient.
+        sizes: for which sizes of its inputs a captured pass is, if some are symbols.
     """
 
     captured: tuple[Callable[[list[Any]], list[Any]], Outputs] | None
@@ -59,10 +65,34 @@ class _Entry:
     summary: Summary | None = None
     stand_ins: tuple[StandIn, ...] = ()
     used: _gradients.Used = dataclasses.field(default_factory=_gradients.Used)
+    sizes: Fits | None = None
 
     def fits(self) -> bool:
         """Whether all ids in the key are still those of the same objects."""
         return all([ref() is not None for ref in self.alive])
+
+    def serves(self, tape: Sight) -> bool:
+        """Whether it is right for the sizes of another tape of its kind."""
+        if self.captured is None or self.sizes is None or not self.fits():
+            return False
+        return self.sizes.broken([jnp.shape(tape.inputs[i]) for i in self.captured[1].inputs]) is None
+
+
+class _Kind:
+    """What is known of tapes that differ in sizes at most."""
+
+    def __init__(self) -> None:
+        self.dynamic = Dynamic(None)
+        self.entries: list[_Entry] = []  # with symbols
+
+    def find(self, tape: Sight) -> _Entry | None:
+        """An entry that serves a tape."""
+        return next((entry for entry in reversed(self.entries) if entry.serves(tape)), None)
+
+    def add(self, entry: _Entry) -> None:
+        if entry.sizes is not None:
+            self.entries.append(entry)
+            del self.entries[:-_VERSIONS]
 
 
 class _Cache:
@@ -103,7 +133,29 @@ class _Cache:
             self._latest = None
 
 
+class _Kinds:
+    """Kinds by key, the least recently used first."""
+
+    def __init__(self) -> None:
+        self._kinds: collections.OrderedDict[Any, _Kind] = collections.OrderedDict()
+        self._lock = threading.Lock()
+
+    def of(self, key: Any) -> _Kind:
+        """The kind of tapes with this key, less sizes."""
+        with self._lock:
+            found = self._kinds.pop(key, None) or _Kind()
+            self._kinds[key] = found
+            while len(self._kinds) > _CACHE_SIZE:
+                self._kinds.popitem(last=False)
+            return found
+
+    def clear(self) -> None:
+        with self._lock:
+            self._kinds.clear()
+
+
 _captured, _seen = _Cache(), _Cache()  # hooks that are new at each pass fill the second one only
+_kinds = _Kinds()
 
 
 @contextlib.contextmanager
@@ -114,7 +166,9 @@ def enable(compiler_fn: Callable[[GraphModule], Callable[..., Any]] | None = Non
         compiler_fn: `compiler_fn(gm) -> callable` on the graph's flat inputs, for instance
             `lambda gm: jhop.compile(gm, fullgraph=True)`. It is called once per structure of the tape: the result is
             used again for tapes of the same operations, shapes and hooks; functions of the same code that write to no
-            variable outside and close over plain values count as the same hook. By default, the first pass of a
+            variable outside and close over plain values count as the same hook. For the second shapes of a structure
+            it is given a graph with symbols for the sizes that changed, which serves further ones, unless code of the
+            user's needs numbers. By default, the first pass of a
             structure runs node by node, as it does outside of the block, and from the second on it is compiled, as by
             `jhop.compile(gm)`. Hooks that cannot be traced run on the host then; where that will not do either, the
             structure goes on node by node. A warning says so.
@@ -161,20 +215,26 @@ def _run(compiler_fn: Any, request: _plan.Request) -> list[Any]:
     tape = Sight(request)
     if not tape.nodes:
         return tape.no_results()
-    key = (None if compiler_fn is None else tape.name(compiler_fn), _compat.trace_context(), *tape.key)
+    outside = None if compiler_fn is None else tape.name(compiler_fn), _compat.trace_context()
+    key = *outside, *tape.key
     found = _captured.find(key)
     if found is None or found.used.any_of(tape.owners):
         if compiler_fn is None and _seen.find(key) is None:
             results = _engine.by_node(request, tape.saved_of)
             _seen.add(key, _entry_of(tape, None))
             return results
-        summary = Summary.of(tape, compiler_fn)
-        if logs_recompiles() and (before := _captured.summaries()):
-            recompiling("the backward pass", None, reason(summary, before))
-        try:
-            found = _captured.add(key, _capture(compiler_fn, tape, summary))
-        except _NotCaptured as refused:
-            return _refused(refused, key, tape, request)
+        kind = _kinds.of((*outside, *tape.kind))
+        found = kind.find(tape)
+        if found is None or found.used.any_of(tape.owners):
+            summary = Summary.of(tape, compiler_fn)
+            if logs_recompiles() and (before := _captured.summaries()):
+                recompiling("the backward pass", None, reason(summary, before))
+            try:
+                found = _capture(compiler_fn, tape, kind.dynamic, summary)
+            except _NotCaptured as refused:
+                return _refused(refused, key, tape, request)
+            kind.add(found)
+        _captured.add(key, found)
     if found.captured is None:
         return _engine.by_node(request, tape.saved_of)
     run, outputs = found.captured
@@ -193,36 +253,33 @@ def _run(compiler_fn: Any, request: _plan.Request) -> list[Any]:
     return results
 
 
-def _capture(compiler_fn: Any, tape: Sight, summary: Summary) -> _Entry:
+def _capture(compiler_fn: Any, tape: Sight, dynamic: Dynamic, summary: Summary) -> _Entry:
     """Captures a pass; it is compiled when it runs.
 
     Raises:
         _NotCaptured: it cannot be captured, and there is no function of the user's that it is captured for.
     """
     run: Callable[[list[Any]], list[Any]]
-    if compiler_fn is None:
-        try:
-            given = Tape(tape)
-            gm, outputs = given.capture()
-        except Exception as error:
+    try:
+        made, _ = with_fewest_numbers(lambda: Capture(tape), dynamic)
+    except Exception as error:
+        if compiler_fn is None:
             raise _NotCaptured(error) from error
-        run = functools.partial(_Whole(gm).run, same_types=True)
+        raise
+    compiled = (_Whole if compiler_fn is None else compiler_fn)(made.gm)
+    if not callable(compiled):
+        raise JhopError(
+            "compiled_autograd: compiler_fn must return a callable for the graph it was given, got "
+            f"{type(compiled).__name__}."
+        )
+    if isinstance(compiled, CompiledGraph) and compiled.gm is made.gm:
+        run = functools.partial(compiled.run, same_types=compiled.of_one_kind())
     else:
-        given = Tape(tape)
-        gm, outputs = given.capture()
-        compiled = compiler_fn(gm)
-        if not callable(compiled):
-            raise JhopError(
-                "compiled_autograd: compiler_fn must return a callable for the graph it was given, got "
-                f"{type(compiled).__name__}."
-            )
-        if isinstance(compiled, CompiledGraph) and compiled.gm is gm and compiled.of_one_kind():
-            run = functools.partial(compiled.run, same_types=True)
-        else:
-            run = lambda flat: list(compiled(*flat))  # noqa: E731
-    entry = _entry_of(tape, (run, outputs))
-    filled = any(stand_in.has_values for stand_in in given.stand_ins)
-    return dataclasses.replace(entry, summary=summary, stand_ins=tuple(given.stand_ins) if filled else ())
+        run = lambda flat: list(compiled(*flat))  # noqa: E731
+    entry = _entry_of(tape, (run, made.outputs))
+    filled = any(stand_in.has_values for stand_in in made.tape.stand_ins)
+    stand_ins = tuple(made.tape.stand_ins) if filled else ()
+    return dataclasses.replace(entry, summary=summary, stand_ins=stand_ins, sizes=made.fits)
 
 
 def _entry_of(tape: Sight, captured: Any) -> _Entry:
@@ -273,3 +330,4 @@ def reset() -> None:
     """Forgets captured backward passes."""
     _captured.clear()
     _seen.clear()
+    _kinds.clear()

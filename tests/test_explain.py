@@ -80,12 +80,12 @@ Graph 1: `scaled` for x: float32[3], y: float32[]
     same types: L['hooks'][0].__self__.log (list)
     same objects: G['Meter'].__init__, G['Meter'].clip
     same code: function `Meter.clip`, function `Meter.__init__`
-    and 9 that hardly ever change, such as modules and classes; `guards` has all
+    and 7 that hardly ever change, such as modules and classes; `guards` has all
   guarded for the function itself:
     G['scale'] is 2.0
     same objects: scaled.__wrapped__.__closure__[0].cell_contents, G['Meter'].__init__, G['Meter'].clip
     same code: function `scaled`, function `Meter.__init__`, function `Meter.clip`
-    and 9 that hardly ever change, such as modules and classes; `guards` has all
+    and 7 that hardly ever change, such as modules and classes; `guards` has all
 
 Graph 2: `scaled` for x: float32[3], y: float32[]
   {equations} equations
@@ -101,7 +101,7 @@ Graph 2: `scaled` for x: float32[3], y: float32[]
     L['hooks'][0].__self__.mode is 'clip'
     same objects: G['Meter'].__init__, G['Meter'].clip
     same code: function `Meter.clip`, function `Meter.__init__`
-    and 9 that hardly ever change, such as modules and classes; `guards` has all
+    and 7 that hardly ever change, such as modules and classes; `guards` has all
   guarded for the function itself: as for graph 1
 
 Traces

@@ -137,6 +137,7 @@ LAYERS = (
     "_standins",
     "_capture_pass",
     "_tape",
+    "_resized",
     "_misses",
     "compiled_autograd",
     "testing",

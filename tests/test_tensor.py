@@ -1,5 +1,6 @@
 """Tensors: what is recorded, when hooks run and on which value, and what ends up in `.grad`."""
 
+import contextlib
 import copy
 import functools
 import gc
@@ -1081,3 +1082,47 @@ def test_deep_copy_of_a_leaf_drops_its_hooks(seen):
     x.register_hook(noting(seen))
     (copy.deepcopy(x) * 2.0).sum().backward()
     assert seen == []
+
+
+AT = {
+    "set": lambda x, v: x.at[0].set(v),
+    "add": lambda x, v: x.at[:, 1].add(5.0) * v,
+    "subtract": lambda x, v: x.at[1, jnp.array([0, 2])].subtract(v[:2]),
+    "multiply": lambda x, v: x.at[..., ::2].multiply(v[1:]),
+    "mul": lambda x, v: x.at[-1].mul(v),
+    "divide": lambda x, v: x.at[0, 1].divide(v[2]),
+    "power": lambda x, v: x.at[1].power(2) * v,
+    "max": lambda x, v: x.at[0].max(v),
+    "min": lambda x, v: x.at[1].min(v),
+    "get": lambda x, v: x.at[jnp.array([0, 7])].get(mode="clip") * v,
+    "dropped": lambda x, v: x.at[jnp.array([0, 7])].set(v * 2.0, mode="drop"),
+}
+
+
+@pytest.mark.parametrize("name", AT)
+def test_at(name):
+    def hooked(x, v):
+        y = AT[name](x, v)
+        y.register_hook(lambda grad: grad * 3.0)
+        return (y * y).sum()
+
+    a, b = jnp.array([[1.5, 2.0, -3.0], [4.0, 0.5, 6.0]]), jnp.array([2.5, -1.0, 0.25])
+    expected = jax.grad(lambda a, b: 3.0 * (AT[name](a, b) ** 2).sum(), (0, 1))(a, b)
+    for fn in (hooked, jhop.compile(hooked)):
+        for around in (contextlib.nullcontext(), jhop.compiled_autograd.enable(jhop.compile)):
+            x, v = jhop.tensor(a, requires_grad=True), jhop.tensor(b, requires_grad=True)
+            with around:
+                fn(x, v).backward()
+            np.testing.assert_allclose(x.grad, expected[0], rtol=1e-6)
+            np.testing.assert_allclose(v.grad if v.grad is not None else jnp.zeros(3), expected[1], rtol=1e-6)
+            assert x.value.tolist() == a.tolist()
+
+
+def test_at_a_mask():
+    x = jhop.tensor([1.0, 4.0, -2.0], requires_grad=True)
+    y = x.at[x > 0.0].set(5.0)
+    assert y.tolist() == [5.0, 5.0, -2.0] and y.grad_fn.name() == "AtSetBackward"
+    (y * y).sum().backward()
+    assert x.grad.tolist() == [0.0, 0.0, -4.0]
+    with pytest.raises(TypeError, match=r"x = x.at\[index\].set"):
+        x[0] = 3.0
