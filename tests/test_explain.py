@@ -85,7 +85,7 @@ Graph 1: `scaled` for x: float32[3], y: float32[]
     G['scale'] is 2.0
     same objects: scaled.__wrapped__.__closure__[0].cell_contents, G['Meter'].__init__, G['Meter'].clip
     same code: function `scaled`, function `Meter.__init__`, function `Meter.clip`
-    and 7 that hardly ever change, such as modules and classes; `guards` has all
+    and 6 that hardly ever change, such as modules and classes; `guards` has all
 
 Graph 2: `scaled` for x: float32[3], y: float32[]
   {equations} equations
