@@ -95,11 +95,11 @@ def _stage_unseen(rule: Callable[..., Any], trace: Any, source: Any, *tracers: A
         sys.setprofile(profiler)
 
 
-def _only_puts_in(*, jaxpr: Any, inline: bool, **_: Any) -> bool:
+def _only_puts_in(*, jaxpr: Any, inline: bool = False, **_: Any) -> bool:
     """Whether JAX adds the equations of a jitted function as they are, and asks no object of the user's about them:
     that may be an effect, or the type of a constant or (where the jaxpr is "high") of another value.
     """
-    return inline and not jaxpr.effects and not jaxpr.consts and not jaxpr.is_high
+    return inline and not jaxpr.effects and not jaxpr.consts and not getattr(jaxpr, "is_high", True)
 
 
 # Files in which there is nothing to see while a library runs: JAX's own code makes nearly all calls and returns, and
