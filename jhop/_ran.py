@@ -53,15 +53,26 @@ def _monitor(asked: dict[types.CodeType, None], ran: set[types.CodeType], stack:
     return True
 
 
+class _Profile:
+    """A profile function that notes code, and passes on what it sees to another of its kind."""
+
+    def __init__(self, asked: dict[types.CodeType, None], ran: set[types.CodeType], outer: _Profile | None):
+        self._asked = asked
+        self._ran = ran
+        self._outer = outer
+
+    def __call__(self, frame: types.FrameType, event: str, arg: Any) -> None:
+        if event == "call" and frame.f_code in self._asked:
+            _note(frame, self._ran)
+        if self._outer is not None:
+            self._outer(frame, event, arg)
+
+
 def _profile(asked: dict[types.CodeType, None], ran: set[types.CodeType], stack: contextlib.ExitStack) -> bool:
     """By a profile function, which sees everything: Python 3.11."""
-    if sys.getprofile() is not None:
+    outer = sys.getprofile()
+    if outer is not None and not isinstance(outer, _Profile):
         return False
-
-    def profile(frame: types.FrameType, event: str, arg: Any) -> None:
-        if event == "call" and frame.f_code in asked:
-            _note(frame, ran)
-
-    stack.callback(sys.setprofile, None)
-    sys.setprofile(profile)
+    stack.callback(sys.setprofile, outer)
+    sys.setprofile(_Profile(asked, ran, outer))
     return True
