@@ -7,13 +7,16 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from jhop import _compat
+from jhop._container import Container
 from jhop._source import hook_name
-from jhop._walk import Walk
+from jhop._walk import IMMUTABLE, Walk
 
 _WRITTEN_TO: Any = (np.ndarray, bytearray, array.array)  # of which no container has the items
+_ENDS = (*IMMUTABLE, int, float, np.generic, jax.Array, *_WRITTEN_TO)
 
 
 class Undo:
@@ -31,16 +34,12 @@ class Undo:
 
     @contextlib.contextmanager
     def on_error(self) -> Iterator[None]:
-        """If the block raises anything, the Python state that the hooks reach is as before; the hook's error comes out.
-
-        It may run in several threads at once.
-        """
+        """If the block raises anything, the Python state in reach is as before; a hook's error comes out as it is."""
         walk = self._walk
-        if any(slot.container.get(slot.key) is not slot.value for slot in walk.fixed):
-            walk = self._walk = reach_of(self._hooks)  # they may lead elsewhere now
-        before = [(container, container.items()) for container in walk.containers]
-        values: dict[int, Any] = {id(value): value for _, items in before for _, value in items}
-        values |= {id(value): value for value in walk.instances(_WRITTEN_TO, lambda value: True)}
+        before, values = _present(walk)
+        if not all(walk.knows(value) or _leads_nowhere(value) for value in values.values()):
+            walk = self._walk = reach_of(self._hooks)  # there is more in reach now
+            before, values = _present(walk)
         contents = [put_back for value in values.values() for put_back in _contents_of(value)]
         for callback in self._callbacks:
             callback.error = None
@@ -57,6 +56,21 @@ class Undo:
             if error is not None:
                 raise error from None
             raise
+
+
+def _present(walk: Walk) -> tuple[list[tuple[Container, list[tuple[Any, Any]]]], dict[int, Any]]:
+    """What is in each container now; and, by id, all that is there and whose content may change."""
+    before = [(container, container.items()) for container in walk.containers]
+    values: dict[int, Any] = {id(value): value for _, items in before for _, value in items}
+    values |= {id(value): value for value in walk.instances(_WRITTEN_TO, lambda value: True)}
+    return before, values
+
+
+def _leads_nowhere(value: Any) -> bool:
+    """Whether there is no more in reach by a value."""
+    if isinstance(value, (tuple, frozenset)):
+        return all(map(_leads_nowhere, value))
+    return isinstance(value, _ENDS)
 
 
 def reach_of(hooks: Any) -> Walk:

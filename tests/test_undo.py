@@ -151,3 +151,53 @@ def test_arrays_of_all_kinds():
     assert all(vars(box)[name] is value for name, value in held.items())
     assert repr(box) == repr(before)
     assert box.hidden.data.tolist() == [1.0, 2.0, 3.0]
+
+
+def grows_list(box):
+    box.seen.setdefault("x", []).append(1)
+
+
+def grows_entry(box):
+    if not box.rows:
+        box.rows.append({"k": ([0],)})
+    box.rows[0]["k"][0][0] += 1
+
+
+def grows_attribute(box):
+    if not hasattr(box, "made"):
+        box.made = SimpleNamespace(log=[])
+    box.made.log.append(1)
+
+
+def takes_the_place_of_a_number(box):
+    box.leaf = box.leaf if isinstance(box.leaf, list) else []
+    box.leaf.append(1)
+
+
+@pytest.mark.parametrize("write", [grows_list, grows_entry, grows_attribute, takes_the_place_of_a_number])
+@pytest.mark.parametrize("captured", [False, True])
+def test_what_an_earlier_run_has_made(write, captured):
+    box = SimpleNamespace(seen={}, rows=[], leaf=3)
+
+    def hook(ct):
+        write(box)
+        if float(ct[0]) > 100.0:
+            raise LookupError("as it happens")
+
+    grad = jhop.jit(jax.grad(lambda x: (jhop.hook(x, hook) ** 2).sum()))
+
+    def backward(x):
+        x = jhop.tensor(x, requires_grad=True)
+        x.register_hook(hook)
+        with jhop.compiled_autograd.enable(lambda gm: jhop.compile(gm)):
+            (x * x).sum().backward()
+
+    step = backward if captured else grad
+    step(X)
+    before = copy.deepcopy(box)
+    for _ in range(2):
+        with pytest.raises(LookupError):
+            step(X * 1000.0)
+        assert box == before
+    step(X)
+    assert box != before
