@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import threading
 import weakref
 from collections.abc import Callable
@@ -56,13 +57,15 @@ class _Entry:
 
     def holds(self) -> bool:
         """Whether JAX's settings are the same, and the guards hold."""
-        same = self.context == _compat.trace_context()
+        same = self.context == _compat.trace_context() and (self.undo is None or self.undo.look())
         return same and (self.gm.lifted is None or self.gm.lifted.guards.hold())
 
     def broken(self) -> str:
         """Why it does not hold."""
         if self.context != _compat.trace_context():
             return OTHER_SETTINGS
+        if self.undo is not None and not self.undo.holds:
+            return "a hook on the host now reaches state of one that is traced"
         broken = self.gm.lifted and self.gm.lifted.guards.broken()
         return broken or "what its hooks depend on has changed"
 
@@ -300,7 +303,8 @@ class CompiledGraph(Explains):
                             f"and nothing is fused across it. It cannot be traced: {why}"
                         )
                 run = waiting(self._placed(gm, Program(gm, transform)), gm.callbacks)
-                undo = Undo([found[i] for i in reasons], gm.callbacks)
+                hooks = [found[i] for i in reasons]
+                undo = Undo(hooks, gm.callbacks, functools.partial(sharing, gm, found, hooks))
                 return _Entry(gm, run, _shapes_of(flat), self._note(gm, reason), self._static, refused, undo)
         return None
 

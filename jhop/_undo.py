@@ -25,21 +25,33 @@ class Undo:
     Args:
         hooks: the hooks.
         callbacks: those that a program calls back. Each has the `error` that came from it last.
+        shares: whether the hooks can now reach state that the program between them reads before them, or writes after.
+
+    Attributes:
+        holds: whether they could not when `look` was called.
     """
 
-    def __init__(self, hooks: list[Any], callbacks: Sequence[Any] = ()):
+    def __init__(
+        self, hooks: list[Any], callbacks: Sequence[Any] = (), shares: Callable[[], object] = lambda: False
+    ):
         self._hooks = hooks
         self._callbacks = callbacks
+        self._shares = shares
         self._walk = reach_of(hooks)
+        self.holds = True
+
+    def look(self) -> bool:
+        """Finds what the hooks can reach now, which may be more than before; call it before a run. Returns `holds`."""
+        known = self._walk.knows
+        if not all(known(value) or _leads_nowhere(value) for value in _present(self._walk)[1].values()):
+            self._walk = reach_of(self._hooks)
+            self.holds = self.holds and not self._shares()
+        return self.holds
 
     @contextlib.contextmanager
     def on_error(self) -> Iterator[None]:
         """If the block raises anything, the Python state in reach is as before; a hook's error comes out as it is."""
-        walk = self._walk
-        before, values = _present(walk)
-        if not all(walk.knows(value) or _leads_nowhere(value) for value in values.values()):
-            walk = self._walk = reach_of(self._hooks)  # there is more in reach now
-            before, values = _present(walk)
+        before, values = _present(self._walk)
         contents = [put_back for value in values.values() for put_back in _contents_of(value)]
         for callback in self._callbacks:
             callback.error = None

@@ -1,4 +1,4 @@
-"""All or nothing where some hooks run on the host, or the backend is the user's: an error leaves all as it was."""
+"""Some hooks run on the host, or the backend is the user's: an error leaves all as it was, and nothing gets stale."""
 
 import copy
 import warnings
@@ -201,3 +201,33 @@ def test_what_an_earlier_run_has_made(write, captured):
         assert box == before
     step(X)
     assert box != before
+
+
+@pytest.mark.parametrize("host_first", [False, True])
+def test_a_hook_on_the_host_that_comes_to_share_state_with_one_that_is_traced(host_first):
+    results = []
+    for compiles in (False, True):
+        own, shared = SimpleNamespace(n=100), SimpleNamespace(n=3)
+        place = SimpleNamespace(target=own)
+
+        def on_host(ct, place=place):
+            place.target.n += 1
+            print("", end="")
+            return ct * place.target.n
+
+        def traced(ct, shared=shared):
+            shared.n += 10
+            return ct * shared.n
+
+        hooks = (on_host, traced) if host_first else (traced, on_host)
+        step = jax.grad(lambda x, hooks=hooks: (jhop.hook(jhop.hook(x, hooks[0]), hooks[1]) * 1.0).sum())
+        step = jhop.jit(step) if compiles else step
+        seen = []
+        for target in (own, shared, shared, own):
+            place.target = target
+            seen.append((step(X).tolist(), own.n, shared.n))
+        results.append(seen)
+        if compiles:
+            assert step.versions() == 2
+            assert "a hook on the host now reaches state of one that is traced" in str(jhop.explain(step))
+    assert results[0] == results[1]
