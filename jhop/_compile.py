@@ -18,7 +18,7 @@ import jax
 
 from jhop import _compat, _state, backends
 from jhop._asked import Asked
-from jhop._cut import CannotRunOnHost, refusal_of, refuse_under_vmap, sharing, waiting
+from jhop._cut import CannotRunOnHost, refusal_of, refuse_under_vmap, shared, sharing, waiting
 from jhop._discharge import discharge
 from jhop._errors import AHEAD, FULLGRAPH, Unsupported, advising, let_go_of_frames
 from jhop._explain import Explains, graph_report, hooks_of
@@ -65,7 +65,7 @@ class _Entry:
         if self.context != _compat.trace_context():
             return OTHER_SETTINGS
         if self.undo is not None and not self.undo.holds:
-            return "a hook on the host now reaches state of one that is traced"
+            return "a hook on the host and one that is traced now share state"
         broken = self.gm.lifted and self.gm.lifted.guards.broken()
         return broken or "what its hooks depend on has changed"
 
@@ -303,8 +303,7 @@ class CompiledGraph(Explains):
                             f"and nothing is fused across it. It cannot be traced: {why}"
                         )
                 run = waiting(self._placed(gm, Program(gm, transform)), gm.callbacks)
-                hooks = [found[i] for i in reasons]
-                undo = Undo(hooks, gm.callbacks, functools.partial(sharing, gm, found, hooks))
+                undo = Undo([found[i] for i in reasons], gm.callbacks, functools.partial(shared, gm))
                 return _Entry(gm, run, _shapes_of(flat), self._note(gm, reason), self._static, refused, undo)
         return None
 

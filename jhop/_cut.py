@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.experimental
 import jax.extend.core as jex_core
+import numpy as np
 
 from jhop import _compat
 from jhop._contract import HookFn
@@ -175,21 +176,38 @@ def refusal_of(hook: Any, error: Unsupported) -> Unsupported | None:
     return None
 
 
-def sharing(gm: Any, hooks: list[Any], there: list[Any]) -> dict[int, str]:
-    """(place in `hooks`, path) of those in a graph whose lifted state hooks on the host can reach too."""
-    assert gm.lifted is not None
-    reached = {(id(c.obj), c.kind): c.names for c in reach_of(there).containers}
-    slots = [(slot.container, slot.key, slot.path) for slot in gm.lifted.slots]
-    slots += [(write.container, write.key, write.container.path_of(write.key)) for write in gm.lifted.writes]
-    shared: dict[tuple[int, str], str] = {}
-    for container, key, path in slots:
+def shared(gm: Any, there: Walk) -> dict[tuple[int, str], str]:
+    """Where lifted state of a graph is that hooks on the host can reach too: containers, with a path.
+
+    Args:
+        there: what those hooks can reach now.
+    """
+    reached = {(id(c.obj), c.kind): c.names for c in there.containers}
+    arrays = [value for value in _values_in(there) if isinstance(value, np.ndarray)]
+    slots = [(*slot[:3], slot.container.get(slot.key)) for slot in gm.lifted.slots]
+    slots += [(write.container, write.key, write.container.path_of(write.key), None) for write in gm.lifted.writes]
+    found: dict[tuple[int, str], str] = {}
+    for container, key, path, held in slots:
         place = id(container.obj), container.kind
         names: Any = reached.get(place, ())
         if names is None or key in names or (names and not isinstance(key, str)):
-            shared[place] = f"`{path}`"
+            found[place] = f"`{path}`"
+        elif isinstance(held, np.ndarray) and any(np.may_share_memory(held, array) for array in arrays):
+            found[place] = f"the array `{path}`"
+    return found
+
+
+def _values_in(walk: Walk) -> list[Any]:
+    return [value for container in walk.containers for _, value in container.items()]
+
+
+def sharing(gm: Any, hooks: list[Any], there: list[Any]) -> dict[int, str]:
+    """(place in `hooks`, path) of those in a graph whose lifted state hooks on the host can reach too."""
+    assert gm.lifted is not None
+    both = shared(gm, reach_of(there))
     found = {}
     for i, hook in enumerate(hooks):
-        if shared and not any(hook is other for other in there):
-            mine = [shared.get((id(c.obj), c.kind)) for c in reach_of([hook]).containers]
+        if both and not any(hook is other for other in there):
+            mine = [both.get((id(c.obj), c.kind)) for c in reach_of([hook]).containers]
             found.update({i: path for path in mine if path is not None})  # noqa: B035 (one of them will do)
     return found

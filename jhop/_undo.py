@@ -25,14 +25,14 @@ class Undo:
     Args:
         hooks: the hooks.
         callbacks: those that a program calls back. Each has the `error` that came from it last.
-        shares: whether the hooks can now reach state that the program between them reads before them, or writes after.
+        shares: whether hooks that reach this share state with the program, which reads it before and writes it after.
 
     Attributes:
-        holds: whether they could not when `look` was called.
+        holds: whether they did not share any when `look` was called.
     """
 
     def __init__(
-        self, hooks: list[Any], callbacks: Sequence[Any] = (), shares: Callable[[], object] = lambda: False
+        self, hooks: list[Any], callbacks: Sequence[Any] = (), shares: Callable[[Walk], object] = lambda walk: False
     ):
         self._hooks = hooks
         self._callbacks = callbacks
@@ -45,7 +45,7 @@ class Undo:
         known = self._walk.knows
         if not all(known(value) or _leads_nowhere(value) for value in _present(self._walk)[1].values()):
             self._walk = reach_of(self._hooks)
-            self.holds = self.holds and not self._shares()
+        self.holds = self.holds and not self._shares(self._walk)
         return self.holds
 
     @contextlib.contextmanager

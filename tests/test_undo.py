@@ -204,30 +204,43 @@ def test_what_an_earlier_run_has_made(write, captured):
 
 
 @pytest.mark.parametrize("host_first", [False, True])
-def test_a_hook_on_the_host_that_comes_to_share_state_with_one_that_is_traced(host_first):
+@pytest.mark.parametrize("moves", ["on_host", "traced", "array", "view"])
+def test_a_hook_on_the_host_that_comes_to_share_state_with_one_that_is_traced(moves, host_first):
+    def begin(n):
+        return SimpleNamespace(own=SimpleNamespace(n=n, a=np.full(3, n, np.float32)))
+
     results = []
     for compiles in (False, True):
-        own, shared = SimpleNamespace(n=100), SimpleNamespace(n=3)
-        place = SimpleNamespace(target=own)
+        ours, theirs = begin(100), begin(3)
+        own = (ours if moves != "traced" else theirs).own
 
-        def on_host(ct, place=place):
-            place.target.n += 1
+        def on_host(ct, ours=ours):
+            ours.own.n += 1
+            ours.own.a += 2
             print("", end="")
-            return ct * place.target.n
+            return ct * ours.own.n + ours.own.a
 
-        def traced(ct, shared=shared):
-            shared.n += 10
-            return ct * shared.n
+        def traced(ct, theirs=theirs):
+            theirs.own.n += 10
+            theirs.own.a += 20
+            return ct * theirs.own.n - theirs.own.a
 
         hooks = (on_host, traced) if host_first else (traced, on_host)
         step = jax.grad(lambda x, hooks=hooks: (jhop.hook(jhop.hook(x, hooks[0]), hooks[1]) * 1.0).sum())
         step = jhop.jit(step) if compiles else step
         seen = []
-        for target in (own, shared, shared, own):
-            place.target = target
-            seen.append((step(X).tolist(), own.n, shared.n))
+        for together in (False, True, True, False):
+            if moves == "on_host":
+                ours.own = theirs.own if together else own
+            elif moves == "traced":
+                theirs.own = ours.own if together else own
+            elif together:
+                ours.own.a = theirs.own.a if moves == "array" else theirs.own.a[:]
+            state = [(each.own.n, each.own.a.tolist()) for each in (ours, theirs)]
+            seen.append((step(X).tolist(), state))
+        seen.append([(each.own.n, each.own.a.tolist()) for each in (ours, theirs)])
         results.append(seen)
         if compiles:
             assert step.versions() == 2
-            assert "a hook on the host now reaches state of one that is traced" in str(jhop.explain(step))
+            assert "a hook on the host and one that is traced now share state" in str(jhop.explain(step))
     assert results[0] == results[1]
