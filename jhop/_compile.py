@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 
 from jhop import _compat, _state, backends
 from jhop._asked import Asked
-from jhop._cut import CannotRunOnHost, on_host, refusal_of, refuse_under_vmap, sharing
-from jhop._discharge import discharge, looking
-from jhop._errors import AHEAD, FULLGRAPH, JhopError, Unsupported, advising, let_go_of_frames
+from jhop._cut import CannotRunOnHost, refusal_of, refuse_under_vmap, shared, sharing, waiting
+from jhop._discharge import discharge
+from jhop._errors import AHEAD, FULLGRAPH, Unsupported, advising, let_go_of_frames
 from jhop._explain import Explains, graph_report, hooks_of
 from jhop._graph import GraphModule, hooks_in
 from jhop._guards import Guards
@@ -32,6 +32,7 @@ from jhop._report import GraphReport, Report
 from jhop._sizes import Fits, Symbolic, with_symbols
 from jhop._source import describe_hook, first_line, warn
 from jhop._trace_wrapped import trace_wrapped_p
+from jhop._undo import Undo
 
 MAX_ENTRIES = 32  # versions of one graph; the oldest gives way
 MAX_KNOWN = 1024  # shapes that a version is known to fit
@@ -49,19 +50,22 @@ class _Entry:
     trace: Trace
     static: tuple[str, ...]
     refused: Unsupported | None = None  # why it runs on the host
+    undo: Undo | None = None  # for what hooks write there
     fits: Fits | None = None  # which other shapes it is for; None: no others
     known: set[Any] = dataclasses.field(default_factory=set)  # shapes that it was found to fit
     context: Any = dataclasses.field(default_factory=_compat.trace_context)
 
     def holds(self) -> bool:
         """Whether JAX's settings are the same, and the guards hold."""
-        same = self.context == _compat.trace_context()
+        same = self.context == _compat.trace_context() and (self.undo is None or self.undo.look())
         return same and (self.gm.lifted is None or self.gm.lifted.guards.hold())
 
     def broken(self) -> str:
         """Why it does not hold."""
         if self.context != _compat.trace_context():
             return OTHER_SETTINGS
+        if self.undo is not None and not self.undo.holds:
+            return "a hook on the host and one that is traced now share state"
         broken = self.gm.lifted and self.gm.lifted.guards.broken()
         return broken or "what its hooks depend on has changed"
 
@@ -96,6 +100,7 @@ class CompiledGraph(Explains):
     ):  # fmt: skip
         self.gm = gm
         self._backend = backends.find(backend, where)
+        self._foreign = backends.transform_of(self._backend) is None  # it takes whole graphs only
         self._fullgraph = fullgraph
         self._dynamic = dynamic
         self._where = where
@@ -244,8 +249,14 @@ class CompiledGraph(Explains):
         return types if types.places else None
 
     def _run(self, entry: _Entry, flat: list[Any], state: list[Any]) -> list[Any]:
+        if entry.undo is None:
+            return self._run_and_write(entry, flat, state)
+        with entry.undo.on_error():
+            return self._run_and_write(entry, flat, state)
+
+    def _run_and_write(self, entry: _Entry, flat: list[Any], state: list[Any]) -> list[Any]:
         lifted = entry.gm.lifted
-        outs = self._checked(entry, entry.run(*flat, *state))
+        outs = backends.checked(entry.gm, entry.run(*flat, *state), self._where, types=self._foreign)
         if entry.gm.checks is not None:
             entry.gm.checks.look(outs)
         if lifted is None:
@@ -256,21 +267,6 @@ class CompiledGraph(Explains):
                     raise _state.explain_leak(lifted.writes[0].where(), out)
             lifted.commit(outs[lifted.n_outs :])
         return outs[: lifted.n_outs]
-
-    def _checked(self, entry: _Entry, outs: Any) -> list[Any]:
-        """What a backend's callable returned, once it is known to be what the graph returns."""
-        if not isinstance(outs, (list, tuple)):
-            raise JhopError(
-                f"{self._where}: a backend's callable must return a list of the graph's outputs, got "
-                f"{type(outs).__name__}."
-            )
-        jaxpr, _ = _compat.open_jaxpr(entry.gm.jaxpr)
-        if len(outs) != len(jaxpr.outvars):
-            raise JhopError(
-                f"{self._where}: a backend's callable must return all {len(jaxpr.outvars)} outputs of the graph, got "
-                f"{len(outs)}."
-            )
-        return [jax.numpy.asarray(out) if isinstance(out, np.ndarray) else out for out in outs]
 
     def _cut(self, flat: list[Any], refused: Unsupported, reason: str | None) -> _Entry | None:
         """A graph that is cut at the hooks that cannot be traced; None where that will not do."""
@@ -306,9 +302,9 @@ class CompiledGraph(Explains):
                             "two there, and inside a loop or a branch it calls back: the device waits for the hook, "
                             f"and nothing is fused across it. It cannot be traced: {why}"
                         )
-                hooks = [found[i] for i in reasons]
-                run = on_host(looking(gm, self._placed(gm, Program(gm, transform))), hooks, gm.callbacks)
-                return _Entry(gm, run, _shapes_of(flat), self._note(gm, reason), self._static, refused)
+                run = waiting(self._placed(gm, Program(gm, transform)), gm.callbacks)
+                undo = Undo([found[i] for i in reasons], gm.callbacks, functools.partial(shared, gm))
+                return _Entry(gm, run, _shapes_of(flat), self._note(gm, reason), self._static, refused, undo)
         return None
 
     def _placed(self, gm: GraphModule, run: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
@@ -332,7 +328,8 @@ class CompiledGraph(Explains):
                 f"because one of them cannot be traced: {error}"
             )
         run = self._placed(gm, backends.eager(gm, flat))
-        return _Entry(gm, run, _shapes_of(flat), self._note(gm, reason), self._static, error)
+        undo = Undo([hook.base for hook, _ in found])
+        return _Entry(gm, run, _shapes_of(flat), self._note(gm, reason), self._static, error, undo)
 
     def entry(self, flat: list[Any]) -> _Entry:
         """The version for these inputs, traced if there is none. Inputs may be `jax.ShapeDtypeStruct`s.

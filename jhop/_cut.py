@@ -6,7 +6,6 @@ calls the hook back, in order.
 
 from __future__ import annotations
 
-import array
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -22,6 +21,7 @@ from jhop._interp import reader
 from jhop._records import lift_tuples
 from jhop._source import describe_hook, hook_name
 from jhop._trace_wrapped import inlining, trace_wrapped_p
+from jhop._undo import reach_of
 from jhop._walk import Walk
 
 
@@ -138,56 +138,18 @@ def leave(eqn: Any, values: list[Any], top: Any, callbacks: list[Callback]) -> l
         return callback.bind(values, eqn.params["out_avals"])
 
 
-def on_host(run: Callable[..., list[Any]], hooks: list[Any], callbacks: Sequence[Callback]) -> Callable[..., list[Any]]:
-    """A run of a graph with hooks on the host: if anything raises, the Python state that they reach is as before.
-
-    Args:
-        hooks: the hooks.
-        callbacks: those that the program calls back; their errors come out as they are.
-    """
-
-    walk = reach_of(hooks)
+def waiting(run: Callable[..., list[Any]], callbacks: Sequence[Callback]) -> Callable[..., list[Any]]:
+    """A run of a graph that ends when all hooks have run which its program calls back."""
+    if not callbacks:
+        return run
 
     def call(*flat: Any) -> list[Any]:
-        nonlocal walk
-        if any(slot.container.get(slot.key) is not slot.value for slot in walk.fixed):
-            walk = reach_of(hooks)  # they may lead elsewhere now
-        before = [(container, container.items()) for container in walk.containers]
-        values = [value for _, items in before for _, value in items] + [value for value, *_ in walk.unlifted]
-        contents = [(value, copy) for value in values if (copy := _copy_of(value)) is not None]
-        for callback in callbacks:
-            callback.error = None
-        try:
-            outs = run(*flat)
-            if callbacks:
-                jax.block_until_ready(outs)
-                jax.effects_barrier()
-            return outs
-        except BaseException:
-            for container, items in before:
-                container.restore(items)
-            for value, copy in contents:
-                value[... if type(value) is np.ndarray else slice(None)] = copy
-            if callbacks:
-                _compat.forget_failed_effects()
-            error = next((callback.error for callback in callbacks if callback.error is not None), None)
-            if error is not None:
-                raise error from None
-            raise
+        outs = run(*flat)
+        jax.block_until_ready(outs)
+        jax.effects_barrier()
+        return outs
 
     return call
-
-
-def _copy_of(value: Any) -> Any:
-    """A copy of what a hook on the host may write to in place, and of which no container has the items."""
-    if type(value) is np.ndarray:
-        return value.copy() if value.flags.writeable else None
-    return value[:] if isinstance(value, (bytearray, array.array)) else None
-
-
-def reach_of(hooks: Any) -> Walk:
-    """What hooks can reach that run on the host."""
-    return Walk([(hook_name(hook), hook) for hook in hooks], strict=False)
 
 
 def _piece(jaxpr: Any, group: list[Any], index: int, last: dict[Any, int], compiled: Callable[..., Any]) -> _Piece:
@@ -214,21 +176,38 @@ def refusal_of(hook: Any, error: Unsupported) -> Unsupported | None:
     return None
 
 
-def sharing(gm: Any, hooks: list[Any], there: list[Any]) -> dict[int, str]:
-    """(place in `hooks`, path) of those in a graph whose lifted state hooks on the host can reach too."""
-    assert gm.lifted is not None
-    reached = {(id(c.obj), c.kind): c.names for c in reach_of(there).containers}
-    slots = [(slot.container, slot.key, slot.path) for slot in gm.lifted.slots]
-    slots += [(write.container, write.key, write.container.path_of(write.key)) for write in gm.lifted.writes]
-    shared: dict[tuple[int, str], str] = {}
-    for container, key, path in slots:
+def shared(gm: Any, there: Walk) -> dict[tuple[int, str], str]:
+    """Where lifted state of a graph is that hooks on the host can reach too: containers, with a path.
+
+    Args:
+        there: what those hooks can reach now.
+    """
+    reached = {(id(c.obj), c.kind): c.names for c in there.containers}
+    arrays = [value for value in _values_in(there) if isinstance(value, np.ndarray)]
+    slots = [(*slot[:3], slot.container.get(slot.key)) for slot in gm.lifted.slots]
+    slots += [(write.container, write.key, write.container.path_of(write.key), None) for write in gm.lifted.writes]
+    found: dict[tuple[int, str], str] = {}
+    for container, key, path, held in slots:
         place = id(container.obj), container.kind
         names: Any = reached.get(place, ())
         if names is None or key in names or (names and not isinstance(key, str)):
-            shared[place] = f"`{path}`"
+            found[place] = f"`{path}`"
+        elif isinstance(held, np.ndarray) and any(np.may_share_memory(held, array) for array in arrays):
+            found[place] = f"the array `{path}`"
+    return found
+
+
+def _values_in(walk: Walk) -> list[Any]:
+    return [value for container in walk.containers for _, value in container.items()]
+
+
+def sharing(gm: Any, hooks: list[Any], there: list[Any]) -> dict[int, str]:
+    """(place in `hooks`, path) of those in a graph whose lifted state hooks on the host can reach too."""
+    assert gm.lifted is not None
+    both = shared(gm, reach_of(there))
     found = {}
     for i, hook in enumerate(hooks):
-        if shared and not any(hook is other for other in there):
-            mine = [shared.get((id(c.obj), c.kind)) for c in reach_of([hook]).containers]
+        if both and not any(hook is other for other in there):
+            mine = [both.get((id(c.obj), c.kind)) for c in reach_of([hook]).containers]
             found.update({i: path for path in mine if path is not None})  # noqa: B035 (one of them will do)
     return found

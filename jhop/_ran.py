@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import types
+import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -53,17 +54,23 @@ def _monitor(asked: dict[types.CodeType, None], ran: set[types.CodeType], stack:
     return True
 
 
-def _profile(asked: dict[types.CodeType, None], ran: set[types.CodeType], stack: contextlib.ExitStack) -> bool:
-    """By a profile function, which sees everything: Python 3.11."""
-    if sys.getprofile() is not None:
-        return False
+_own: weakref.WeakSet[Any] = weakref.WeakSet()  # profile functions of `_profile`
 
+
+def _profile(asked: dict[types.CodeType, None], ran: set[types.CodeType], stack: contextlib.ExitStack) -> bool:
+    """By a profile function, which sees everything, and passes it on to another of its kind: Python 3.11."""
+    outer: Any = sys.getprofile()
+    if outer is not None and outer not in _own:
+        return False
     files = {code.co_filename for code in asked}  # code is slow to hash, and most of it is not the user's
 
     def profile(frame: types.FrameType, event: str, arg: Any) -> None:
         if event == "call" and (code := frame.f_code).co_filename in files and code in asked:
             _note(frame, ran)
+        if outer is not None:
+            outer(frame, event, arg)
 
-    stack.callback(sys.setprofile, None)
+    _own.add(profile)
+    stack.callback(sys.setprofile, outer)
     sys.setprofile(profile)
     return True

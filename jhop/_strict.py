@@ -15,10 +15,13 @@ import jax
 import jax.extend.core as jex_core
 import numpy as np
 
-from jhop import _compat
+from jhop import _compat, _state
 from jhop._contract import HookFn, is_inexact
 from jhop._errors import HookError
+from jhop._graph import hooks_in
+from jhop._guards import Guards
 from jhop._interp import inner_jaxprs
+from jhop._lookups import Lookups
 from jhop._point import hook_p
 from jhop._source import describe_hook, hook_name, is_user_file, origin_of, user_frame
 from jhop._static import Static
@@ -39,8 +42,8 @@ def strict(fn: Callable[..., Any]) -> Callable[..., Any]:
 
     Returns:
         The function. It traces `fn` once more, for each kind of arguments (structure, shapes, dtypes, other objects),
-        and looks at loops, branches and jitted functions in it, too. Then it calls `fn` as it is, in any
-        transformation.
+        and again when what `fn` looks up has changed (a list of hooks, a flag, a global). It looks at loops, branches
+        and jitted functions in it, too. Then it calls `fn` as it is, in any transformation.
 
     Raises:
         HookError: `fn` is not callable. At a call: the value from before a hook is used, or returned, after it; the
@@ -68,29 +71,36 @@ def strict(fn: Callable[..., Any]) -> Callable[..., Any]:
     def checked(*args: Any, **kwargs: Any) -> Any:
         leaves, tree = jax.tree.flatten((args, kwargs))
         key = (tree, *(jax.typeof(leaf) if _is_traced(leaf) else Static(leaf) for leaf in leaves))
-        if key not in seen.keys:
-            _check(fn, leaves, tree)
-            seen.keys.add(key)
+        with _state.LOCK:  # another thread may be tracing, with symbols in objects that both read
+            if (guards := seen.guards.get(key)) is None or not guards.hold():
+                seen.guards.pop(key, None)
+                if (found := _check(fn, leaves, tree)) is not None:
+                    seen.guards[key] = found
         return fn(*args, **kwargs)
 
     return functools.update_wrapper(checked, fn, updated=())
 
 
 class _Seen:
-    """The kinds of arguments that were checked; no state of the function, on which a compiled program might depend."""
+    """The kinds of arguments that were checked, and how long that holds; no state of the function, on which a compiled
+    program might depend.
+    """
 
-    __slots__ = ("keys",)
+    __slots__ = ("guards",)
 
     def __init__(self) -> None:
-        self.keys: set[Any] = set()
+        self.guards: dict[Any, Guards] = {}
 
 
 def _is_traced(leaf: Any) -> bool:
     return isinstance(leaf, _compat.Tracer) or (isinstance(leaf, (jax.Array, np.ndarray)) and is_inexact(leaf.dtype))
 
 
-def _check(fn: Callable[..., Any], leaves: list[Any], tree: Any) -> None:
-    """Raises HookError where a function uses a value past a hook."""
+def _check(fn: Callable[..., Any], leaves: list[Any], tree: Any) -> Guards | None:
+    """Raises HookError where a function uses a value past a hook; tells when the function is still the same.
+
+    It is None where there are values of another trace in the function.
+    """
     traced = [i for i, leaf in enumerate(leaves) if _is_traced(leaf)]
 
     def of_traced(*values: Any) -> Any:
@@ -101,7 +111,12 @@ def _check(fn: Callable[..., Any], leaves: list[Any], tree: Any) -> None:
         # Results that are no arrays are nobody's gradient.
         return [out for out in jax.tree.leaves(fn(*args, **kwargs)) if isinstance(out, jax.Array)]
 
-    _look(jax.make_jaxpr(of_traced)(*(leaves[i] for i in traced)), hook_name(fn))
+    lookups = Lookups([(hook_name(fn), fn)])
+    with lookups.tracing():
+        jaxpr = jax.make_jaxpr(of_traced)(*(leaves[i] for i in traced))
+    _look(jaxpr, hook_name(fn))
+    guards = lookups.guards([hook.base for hook, _ in hooks_in(jaxpr)], jaxpr)
+    return None if lookups.walk.tracers or lookups.walk.holds_tracer else guards
 
 
 class _Point(NamedTuple):

@@ -38,7 +38,7 @@ from jhop._source import is_user_file, peeled
 MAX_CONTAINERS = 10_000
 # Code that uses one of these can reach any attribute, so names say nothing about what it reads.
 REFLECTION = set("__dict__ vars setattr getattr hasattr delattr eval exec globals asdict astuple fields".split())
-_IMMUTABLE = {str, bytes, bool, complex, range, type(None), type(Ellipsis), type(NotImplemented)}
+IMMUTABLE = {str, bytes, bool, complex, range, type(None), type(Ellipsis), type(NotImplemented)}
 _VIEWS: tuple[type, ...] = (types.MappingProxyType, type({}.keys()), type({}.values()), type({}.items()))
 # Their instances hold no Python state that a hook could read past JAX.
 _STANDARD_CONTAINERS = {"collections", "types", "argparse", "weakref", "_weakrefset", "functools"}
@@ -209,7 +209,7 @@ class Walk:
             self.refuse(f"jhop could not look into `{path}`, which a hook reads: {why}.", path)
 
     def _visit(self, value: Any, path: str) -> None:
-        if type(value) in _IMMUTABLE or is_number(value):
+        if type(value) in IMMUTABLE or is_number(value):
             return
         self.arrivals[id(value)] += 1
         if id(value) in self._seen:

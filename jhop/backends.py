@@ -13,7 +13,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
+from jhop import _compat
 from jhop._errors import JhopError
 from jhop._graph import GraphModule
 from jhop._program import Program
@@ -73,7 +76,8 @@ NAMED: dict[str, Backend] = {"eager": eager, "aot_eager": aot_eager, "xla": xla,
 
 def transform_of(backend: Any) -> Callable[..., Any] | None:
     """What a backend does to a function of arrays; None for one of the user's, which takes whole graphs only."""
-    return getattr(backend, "transform", {eager: _as_it_is, aot_eager: _as_it_is, xla: jax.jit}.get(backend))
+    ours: list[tuple[Any, Any]] = [(eager, _as_it_is), (aot_eager, _as_it_is), (xla, jax.jit)]
+    return getattr(backend, "transform", next((does for known, does in ours if known is backend), None))
 
 
 def _as_it_is(function: Any) -> Any:
@@ -108,3 +112,35 @@ def run_backend(backend: Backend, gm: GraphModule, example_inputs: list[Any], wh
             f"{where}: a backend must return a callable for the graph that it is given, got {type(run).__name__}."
         )
     return run
+
+
+def checked(gm: GraphModule, outs: Any, where: str, *, types: bool) -> list[Any]:
+    """What a backend's callable returned for a graph, once it is known to be what the graph returns.
+
+    Args:
+        types: whether to look at shapes and dtypes: a backend is the user's.
+
+    Raises:
+        JhopError: it is not.
+    """
+    what = f"{where}: a backend's callable must return"
+    if not isinstance(outs, (list, tuple)):
+        raise JhopError(f"{what} a list of the graph's outputs, got {type(outs).__name__}.")
+    jaxpr, _ = _compat.open_jaxpr(gm.jaxpr)
+    if len(outs) != len(jaxpr.outvars):
+        raise JhopError(f"{what} all {len(jaxpr.outvars)} outputs of the graph, got {len(outs)}.")
+    if types:
+        for i, (out, variable) in enumerate(zip(outs, jaxpr.outvars, strict=True)):
+            if not _is_of_type(out, variable.aval):
+                raise JhopError(f"{what} outputs of the graph's types, got {out!r} for output {i}: {variable.aval}.")
+    return [jnp.asarray(out) if isinstance(out, np.ndarray) else out for out in outs]
+
+
+def _is_of_type(value: Any, aval: Any) -> bool:
+    """Whether a value may stand for an output, of which sizes may be symbols. Numbers may be Python's or arrays."""
+    shape = jnp.shape(value)
+    sizes = zip(shape, aval.shape, strict=False)
+    same = len(shape) == len(aval.shape) and all(
+        size == wanted for size, wanted in sizes if not _compat.is_dim_expr(wanted)
+    )
+    return same and (aval.weak_type or getattr(value, "dtype", None) == aval.dtype)

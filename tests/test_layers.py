@@ -37,6 +37,7 @@ LAYERS = (
     "_library",
     "_leaves",
     "_walk",
+    "_undo",
     "_stored",
     "_records",
     "_append",
@@ -55,7 +56,6 @@ LAYERS = (
     "_boundary",
     "_interp",
     "_hook_fn",
-    "_strict",
     "_splice",
     "_rebuild",
     "_graph",
@@ -65,6 +65,7 @@ LAYERS = (
     "_guards",
     "_ran",
     "_lookups",
+    "_strict",
     "_lifted",
     "_describe",
     "_slots",
@@ -321,5 +322,5 @@ def test_public_modules_say_what_is_public(name):
     for public in module.__all__:
         assert public == "Backend" or getattr(module, public).__doc__, public  # a type alias has none
     own = {key for key, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__}
-    hidden = {"aot_ids", "find", "run_backend", "take_aot_id", "transform_of", "xla_program"}  # for jhop's own use
+    hidden = {"aot_ids", "checked", "find", "run_backend", "take_aot_id", "transform_of", "xla_program"}  # for jhop
     assert {key for key in own if not key.startswith("_")} - hidden <= set(module.__all__)

@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -253,6 +254,39 @@ def test_once_per_kind_of_arguments():
         with pytest.raises(jhop.HookError, match="uses a value past hook `clip`"):
             jax.grad(loss)(x, 3)
     assert len(traces) == 9  # what was refused is checked again
+
+
+@pytest.mark.parametrize("run", [jax.grad, lambda fn: jhop.jit(jax.grad(fn))])
+def test_again_when_what_the_function_looks_up_has_changed(run):
+    hooks, flags, counter = [], SimpleNamespace(past=False, scale=2.0), SimpleNamespace(n=0)
+    checks = []
+
+    def count(ct):
+        counter.n += 1
+        return ct * counter.n
+
+    @jhop.strict
+    def loss(x):
+        checks.append(None)
+        y = jhop.hook(x, count)
+        for hook in hooks:
+            y = jhop.hook(y, hook)
+        return y * flags.scale + (x if flags.past else 0.0)
+
+    grad = run(loss)
+    assert [float(grad(1.0)) for _ in range(3)] == [2.0, 4.0, 6.0]
+    assert len(checks) == (4 if run is jax.grad else 2)  # of which one to check
+    flags.past = True
+    with pytest.raises(jhop.HookError, match="uses a value past hook `count`"):
+        grad(1.0)
+    flags.past = False
+    hooks.append(clip)
+    assert float(grad(1.0)) == 4.0
+    hooks.append(lambda ct: jhop.hook(ct, clip))
+    flags.past = True
+    with pytest.raises(jhop.HookError, match="uses a value past hook `count`"):
+        grad(1.0)
+    assert counter.n == 4
 
 
 def test_no_new_trace_of_what_is_compiled_around_it():
