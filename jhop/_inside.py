@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jhop._errors import HookError, JhopError
-from jhop._hook import HookList
+from jhop._hook import HookList, RemovableHandle
 from jhop._lift import traced_result
 from jhop._node import grad_enabled
 from jhop._tensor import Tensor
+
+
+class Result(NamedTuple):
+    """What a function returned in one place: a Tensor in two places is one Tensor, an argument is that Tensor itself.
+
+    Attributes:
+        kind: "output" of the forward graph, "input", or "handle", of a hook on an input.
+        place: which of the outputs, of the inputs, or of `Joint.registered`.
+    """
+
+    kind: str
+    place: int
 
 
 class Inside:
@@ -64,6 +76,35 @@ class Inside:
         tensor._retains = True
         if not any(tensor is other for other in self.retaining):
             self.retaining.append(tensor)
+
+    def outputs(self, results: list[Any]) -> tuple[list[Any], list[Result]]:
+        """What the forward graph returns: the results, each once, less inputs and handles; and what each result is.
+
+        Raises:
+            JhopError: a result is the handle of a hook on a value inside.
+        """
+        places = self.of_inputs()
+        inputs = {id(tensor): index for index, tensor in self.inputs}
+        known: dict[int, int] = {}  # by id of a Tensor, which output it is
+        outs: list[Any] = []
+        found: list[Result] = []
+        for result in results:
+            if isinstance(result, RemovableHandle):
+                if result.id not in places:
+                    raise JhopError(
+                        f"jhop.compile: `{self._name}` returned the handle of a hook on a value inside it, "
+                        "which is compiled with it, or one that was removed. Return handles of hooks on its arguments "
+                        "only."
+                    )
+                found.append(Result("handle", places[result.id]))
+            elif id(result) in inputs:
+                found.append(Result("input", inputs[id(result)]))
+            else:
+                index = known.setdefault(id(result), len(outs)) if isinstance(result, Tensor) else len(outs)
+                found.append(Result("output", index))
+                if index == len(outs):
+                    outs.append(result)
+        return outs, found
 
     def retained(self, outs: list[Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Which results, and which inputs, retain their gradients.
