@@ -356,7 +356,7 @@ class Tensor(Values):
         return f"{text[:-1]}{end}" if self._requires_grad else text
 
 
-declare_state(Tensor, "_value", "_grad")
+declare_state(Tensor, "_value", "_grad", "_requires_grad")
 
 
 def tensor(data: Any, *, dtype: Any = None, requires_grad: bool = False) -> Tensor:

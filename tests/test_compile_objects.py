@@ -217,3 +217,42 @@ def test_hook_in_a_compiled_function_adds_nothing_to_what_is_compiled(call, on):
     with pytest.raises(jhop.HookError, match=rf"Tensor\.{call}: a hook that"):
         y.sum().backward(retain_graph=True)
     assert x.grad is None
+
+
+def test_gradients_that_accumulate_in_tensors_which_the_function_reaches_by_itself_cost_no_trace():
+    w, scale = leaf(3.0, 4.0), jhop.tensor([2.0, 2.0])
+
+    @jhop.compile
+    def fn(x):
+        y = x * w * scale
+        y.register_hook(times(5.0))
+        return y.sum()
+
+    for _ in range(4):
+        fn(jhop.tensor([1.0, 2.0])).backward()
+    assert w.grad.tolist() == [40.0, 80.0]
+    assert len(jhop.explain(fn).traces) == 2  # of the function, and of its backward
+
+
+def test_function_that_reads_such_a_gradient_sees_each():
+    w, found = leaf(3.0, 4.0), []
+    fn = jhop.compile(lambda x: x * w + (0.0 if w.grad is None else w.grad))
+    for _ in range(3):
+        y = fn(leaf(1.0, 2.0))
+        y.sum().backward()
+        found.append(y.tolist())
+    assert found == [[3.0, 8.0], [4.0, 10.0], [5.0, 12.0]]
+
+
+@each_mode
+def test_tensor_that_the_function_reaches_by_itself_may_begin_and_cease_to_require_grad(mode):
+    w, seen = jhop.tensor([3.0, 4.0]), []
+    fn = mode.compile(lambda x: (x * w).sum())
+    for wanted in (False, True, False, True, True):
+        w.requires_grad_(wanted)
+        w.grad = None
+        x = leaf(1.0, 2.0)
+        mode.backward(fn(x))
+        seen.append(None if w.grad is None else w.grad.tolist())
+        assert x.grad.tolist() == [3.0, 4.0]
+    assert seen == [None, [1.0, 2.0], None, [1.0, 2.0], [1.0, 2.0]]
