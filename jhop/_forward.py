@@ -156,7 +156,7 @@ class CompiledFunction(StandsForFunction):
                 results[kept.result]._retains = True
         for i in joint.retaining:
             dynamic[i].retain_grad()
-        return joint.result(results, handles)
+        return joint.result(results, dynamic, handles)
 
     def _trace(self, call: Call, dynamic: Dynamic, reason: str) -> Compiled:
         """Traces the function."""

@@ -24,7 +24,7 @@ from jhop._discharge import without_checks
 from jhop._errors import JhopError
 from jhop._graph import GraphModule, Info, Input, hooks_in
 from jhop._hook import RemovableHandle, is_tensor_point
-from jhop._inside import Inside, is_dynamic, value_of
+from jhop._inside import Inside, Result, is_dynamic, value_of
 from jhop._interp import evaluate, inner_jaxprs, inputs_for_sizes
 from jhop._leaves import Leaf
 from jhop._node import set_inside
@@ -45,10 +45,10 @@ class Joint:
         forward: flat inputs -> outputs, then computed residuals.
         backward: residuals, then cotangents -> cotangents of the differentiated inputs; None if no output has any.
         residuals: per residual of the backward, the index of the input that it is, or None for a computed one.
-        out_tree, out_moving: structure of the results, and which carry gradients.
+        out_tree, out_moving: structure of the results, and which outputs carry gradients.
+        results: per result, what it is: a `Result`.
         registered: (input index, hook, slots) for hooks that the function registers on its inputs, in order; `slots`
             are places in the hook for values of the forward, which are its last outputs.
-        handles: per handle among the results, its place there and which of `registered` it is of.
         held: handles that outlive the trace (weak references), and which of `registered` each is of.
         retained: results that retain their gradients, which are the backward's last outputs.
         retaining: inputs that retain theirs.
@@ -64,7 +64,7 @@ class Joint:
     out_tree: Any
     out_moving: tuple[bool, ...]
     registered: tuple[tuple[int, Any, tuple[Leaf, ...]], ...]
-    handles: tuple[tuple[int, int], ...]
+    results: tuple[Result, ...]
     held: tuple[tuple[Any, int], ...]
     retained: tuple[Retained, ...]
     retaining: tuple[int, ...]
@@ -81,21 +81,20 @@ class Joint:
         opaque = [hook.base for gm in self.graphs() for hook, _ in hooks_in(gm.jaxpr)]
         return opaque + [fn for _, fn, _ in self.registered]
 
-    def result(self, values: list[Any], handles: list[RemovableHandle]) -> Any:
+    def result(self, values: list[Any], inputs: list[Any], handles: list[RemovableHandle]) -> Any:
         """What a call returns.
 
         Args:
             values: the outputs.
+            inputs: what it was given, and Tensors that the function reaches by itself.
             handles: those of the hooks that the call registered. What the function kept of them when it was traced
                 removes these from now on.
         """
         for ref, i in self.held:
             if (held := ref()) is not None:
                 held.follow(handles[i])
-        values = list(values)
-        for place, i in self.handles:
-            values.insert(place, handles[i])
-        return jax.tree.unflatten(self.out_tree, values)
+        of_kind = {"output": values, "input": inputs, "handle": handles}
+        return jax.tree.unflatten(self.out_tree, [of_kind[kind][place] for kind, place in self.results])
 
     def with_numbers(self, values: list[Any]) -> Joint:
         """The function for the sizes of these inputs: its `primal` has no symbols; itself if it had none."""
@@ -169,7 +168,7 @@ class Tracing:
         self._slots: list[Leaf] = []  # where hooks on intermediate values hold values of the forward
         self._points: list[Point] = []
         self._registered: list[tuple[int, Any, tuple[Leaf, ...]]] = []
-        self._handles: list[tuple[int, int]] = []
+        self._results: list[Result] = []
         self._retained: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
         self._held: list[tuple[Any, int]] = []
         self._out_tree: Any = None
@@ -201,24 +200,12 @@ class Tracing:
         args, kwargs = jax.tree.unflatten(self._tree, given)
         out = self._fn(*args, **kwargs)
         outs, self._out_tree = jax.tree.flatten(out, is_leaf=lambda leaf: isinstance(leaf, Tensor))
-        outs = self._take_handles(outs)
         outs = [self._inside.enter(o) if isinstance(o, Tensor) and o._trace is None else o for o in outs]
+        outs, self._results = self._inside.outputs(outs)
         self._check_results(outs)
         self._retained = self._inside.retained(outs)
         self._out_moving = tuple(isinstance(o, Tensor) and o.requires_grad for o in outs)
         return [jnp.asarray(value_of(o)) for o in outs]
-
-    def _take_handles(self, outs: list[Any]) -> list[Any]:
-        """The results without handles of hooks, which each call makes anew."""
-        places = self._inside.of_inputs()
-        given = [(at, out) for at, out in enumerate(outs) if isinstance(out, RemovableHandle)]
-        self._handles = [(at, places[handle.id]) for at, handle in given if handle.id in places]
-        if len(self._handles) != len(given):
-            raise JhopError(
-                f"jhop.compile: `{hook_name(self._fn)}` returned the handle of a hook on a value inside it, which is "
-                "compiled with it, or one that was removed. Return handles of hooks on its arguments only."
-            )
-        return [out for out in outs if not isinstance(out, RemovableHandle)]
 
     def _check_results(self, outs: list[Any]) -> None:
         for out in outs:
@@ -317,7 +304,7 @@ class Tracing:
         return Joint(
             forward=forward, backward=backward, residuals=residuals, out_tree=self._out_tree,
             out_moving=self._out_moving, registered=tuple(self._registered),
-            handles=tuple(self._handles), held=tuple(self._held), retained=retained,
+            results=tuple(self._results), held=tuple(self._held), retained=retained,
             retaining=self._retained[1], reached=reached, primal=without_checks(primal), points=tuple(self._points),
         )  # fmt: skip
 

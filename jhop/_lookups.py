@@ -20,6 +20,7 @@ from jhop import _compat
 from jhop._container import MISSING, Container
 from jhop._guards import Guards
 from jhop._interp import inner_jaxprs
+from jhop._leaves import DECLARED
 from jhop._names import CONSTRUCTORS, stores_outside
 from jhop._ran import note_code_that_runs
 from jhop._records import loosen
@@ -98,6 +99,7 @@ class Lookups:
         without = makers.union(code for hook in hooks for code in code_of(hook)) - _epoch.ran
         walk = Walk(self._roots, strict=False, without=frozenset(without))
         loosen(walk)
+        reads_gradients = walk.mentions("grad", "_grad", *REFLECTION)
         changed: list[tuple[int, Any]] = []
         grown = []
         for container in walk.containers:
@@ -113,6 +115,8 @@ class Lookups:
                 keys = [key for key in keys if key not in now or old.get(key) is not None]
             if id(container.obj) in given:
                 keys = ["_value"]
+            if type(container.obj) in DECLARED and not reads_gradients:  # each backward pass writes them
+                keys = [*keys, "_grad"]
             changed += ((id(container), key) for key in keys)
         if walk.truncated:
             warn(

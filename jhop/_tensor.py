@@ -86,10 +86,15 @@ class Tensor(Values):
 
     @property
     def is_leaf(self) -> bool:
-        return self._node is None
+        return self._node is None if self._trace is None else self._trace.is_leaf(self)
 
     @property
     def grad_fn(self) -> Node | None:
+        if self._trace is not None and self._requires_grad:
+            raise JhopError(
+                "Tensor.grad_fn: inside a function that jhop.compile traces Tensors have no nodes: a call of it is one "
+                "node. Use the grad_fn of what the function returns."
+            )
         return self._node
 
     @property
@@ -98,13 +103,14 @@ class Tensor(Values):
 
     @property
     def grad(self) -> Any:
+        if self._trace is not None:
+            self._trace.refuse_grad_of(self)
         _gradients.use(self, "reads")
         return self._grad
 
     @grad.setter
     def grad(self, grad: Any) -> None:
-        if not isinstance(getattr(grad, "value", grad), _compat.Tracer):
-            self._outside("Assigning to .grad")
+        self._outside("Assigning to .grad")
         _gradients.use(self, "writes")
         if grad is not None:
             array = array_of(grad, "Tensor.grad: expected an array or None")
@@ -165,6 +171,8 @@ class Tensor(Values):
             fn = adapted("Tensor.register_hook", fn, zeros, torch_complex)
         if self._trace is None and inside() is not None:
             return inside().enter(self).register_hook(fn)
+        if self._trace is not None:
+            self._trace.refuse_after("Tensor.register_hook")
         hooks = self._hook_list()
         if takes_none(fn) and hooks.of_several:
             raise HookError(
@@ -348,7 +356,7 @@ class Tensor(Values):
         return f"{text[:-1]}{end}" if self._requires_grad else text
 
 
-declare_state(Tensor, "_value", "_grad")
+declare_state(Tensor, "_value", "_grad", "_requires_grad")
 
 
 def tensor(data: Any, *, dtype: Any = None, requires_grad: bool = False) -> Tensor:
