@@ -3,7 +3,7 @@
 JAX says of two dimensions that it cannot compare that they differ, that any dimension is true, and it hashes and prints
 them. Code of the user's that asks so takes one way for all sizes, though it would take another for some. So these
 questions are noted, and a graph that was traced with symbols is used only for sizes for which the answers are right.
-JAX's own code asks them too, but is right whatever the answer.
+JAX's own code asks them too, but is right whatever the answer, except of remainders (`if n % 2` in rules for FFTs).
 """
 
 from __future__ import annotations
@@ -93,13 +93,15 @@ def stored(dim: Any, where: str) -> None:
     asked.told.append(dim)
 
 
-def _asker() -> Asked | None:
-    """Who wants to know of the question under way; None if it is one of JAX's own or of jhop's."""
+def _asker(dim: Any = None) -> Asked | None:
+    """Who wants to know of the question under way; None if it is one of jhop's own, or of JAX's and of no remainder."""
     asked: Asked | None = getattr(_notes, "asked", None)
     if asked is None:
         return None
     package = str(sys._getframe(2).f_globals.get("__name__", "")).partition(".")[0]
-    return None if package in ("jax", "jaxlib", "jhop") else asked
+    if package in ("jax", "jaxlib"):
+        return asked if dim is not None and _compat.has_remainder(dim) else None
+    return None if package == "jhop" else asked
 
 
 def _differs(asked: Asked | None, left: Any, right: Any) -> None:
@@ -116,19 +118,19 @@ def _differs(asked: Asked | None, left: Any, right: Any) -> None:
 def _eq(self: Any, other: Any) -> bool:
     same: bool = _own["__eq__"](self, other)
     if not same:
-        _differs(_asker(), self, other)
+        _differs(_asker(self), self, other)
     return same
 
 
 def _ne(self: Any, other: Any) -> bool:
     same: bool = _own["__eq__"](self, other)
     if not same:
-        _differs(_asker(), self, other)
+        _differs(_asker(self), self, other)
     return not same
 
 
 def _bool(self: Any) -> bool:
-    _differs(_asker(), self, 0)
+    _differs(_asker(self), self, 0)
     return True
 
 

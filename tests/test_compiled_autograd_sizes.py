@@ -298,6 +298,10 @@ def by_number(x):
     return jnp.sin(x)
 
 
+def spectrum(x):
+    return jnp.abs(jnp.fft.rfft(x, axis=0))  # JAX's rule for its gradient asks whether the size is odd
+
+
 by_number.defvjp(lambda x: (jnp.sin(x), (x.shape, x)), lambda r, ct: (ct * jnp.ones(r[0]) * float(r[0][0]),))
 
 
@@ -310,8 +314,9 @@ by_number.defvjp(lambda x: (jnp.sin(x), (x.shape, x)), lambda r, ct: (ct * jnp.o
         lambda x: hooked(jhop.lift(by_number)(x)),
         lambda x: hooked(hnp.broadcast_to(x.sum(axis=0), x.shape)) * x,
         lambda x: hooked(x.reshape(x.shape[0] * x.shape[1], 1)) * 2.0,
+        lambda x: jhop.lift(spectrum)(hooked(x * 2.0)),
     ],
-    ids=["asks", "branches", "hook", "number", "broadcast", "reshape"],
+    ids=["asks", "branches", "hook", "number", "broadcast", "reshape", "transform"],
 )
 def test_code_that_is_steered_by_a_size(program):
     compiler = Compiler()
