@@ -29,7 +29,7 @@ from jhop._hook import changes
 from jhop._inline import inline
 from jhop._program import DoesNotFit, Program
 from jhop._report import GraphReport, Report
-from jhop._sizes import Fits, Symbolic, with_symbols
+from jhop._sizes import Fits, NeedsNumbers, Symbolic, sealed_with_symbols, with_symbols
 from jhop._source import describe_hook, first_line, warn
 from jhop._trace_wrapped import trace_wrapped_p
 from jhop._undo import Undo
@@ -230,6 +230,8 @@ class CompiledGraph(Explains):
                 with asked.noting():
                     gm = discharge(inline(self.gm, avals=types.avals, shapes=types.places))
                 fits.check([jax.numpy.shape(value) for value in flat])
+                if name := sealed_with_symbols(gm.jaxpr):
+                    raise NeedsNumbers(types.symbols, f"the operation `{name}` is made for one size", True)
                 return gm, fits
             except Exception as error:  # some code needs sizes as numbers: trace with numbers, whatever the reason was
                 if getattr(error, "always", True):

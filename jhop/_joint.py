@@ -118,7 +118,7 @@ class Joint:
         """What in it is made for the sizes of its trace and can be used for no others, in words; "" if nothing."""
         if any(map(_has_rule, _compat.open_jaxpr(self.primal)[0].eqns)):
             return "the derivative rule of a `custom_vjp` function is made for one size"
-        return for_one_size(hook for gm in self.graphs() for hook, _ in gm.hooks)
+        return for_one_size(self.graphs())
 
     def only_reached(self, cts: Any) -> list[Any]:
         """Of one item per differentiated input, such as its cotangent, those of the inputs that gradients reach."""

@@ -65,7 +65,7 @@ class Capture:
             self.gm, self.outputs = self.tape.capture(self.types, flow.avals)
         shapes = [jnp.shape(value) for value in self.values]
         self.fits.check(shapes)
-        if why := self.fits.broken(shapes) or for_one_size(hook for hook, _ in self.gm.hooks):
+        if why := self.fits.broken(shapes) or for_one_size([self.gm]):
             raise NeedsNumbers(self.types.symbols, why, True)
 
 

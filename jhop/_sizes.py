@@ -15,7 +15,8 @@ import jax.numpy as jnp
 
 from jhop import _compat
 from jhop._asked import Asked
-from jhop._interp import sizes_of
+from jhop._interp import inner_jaxprs, sizes_of, symbols_in
+from jhop._rebuild import is_sealed
 from jhop._source import first_line
 from jhop._text._symbols import ShapeEnv
 
@@ -92,10 +93,23 @@ def kind_of(aval: Any) -> Any:
     return aval.ndim, aval.dtype, aval.weak_type, aval.sharding
 
 
-def for_one_size(hooks: Iterable[Any]) -> str:
-    """Why graphs with these hooks can be used for the sizes of their trace only, in words; "" if they need not."""
-    if any(hook.rules() & {"transpose", "vmap"} for hook in hooks):
-        return "a hook inside a function that is transposed or mapped is made for one size"
+def for_one_size(graphs: Iterable[Any]) -> str:
+    """Why one of these graphs can be used for the sizes of its trace only, in words; "" if none need be."""
+    for gm in graphs:
+        if any(hook.rules() & {"transpose", "vmap"} for hook, _ in gm.hooks):
+            return "a hook inside a function that is transposed or mapped is made for one size"
+        if name := sealed_with_symbols(gm.jaxpr):
+            return f"the operation `{name}` is made for one size"
+    return ""
+
+
+def sealed_with_symbols(jaxpr: Any) -> str:
+    """An operation in a jaxpr on symbolic sizes which it keeps to itself, so that they cannot be filled in; or ""."""
+    for eqn in _compat.open_jaxpr(jaxpr)[0].eqns:
+        if is_sealed(eqn) and symbols_in([atom.aval for atom in (*eqn.invars, *eqn.outvars)]):
+            return type(eqn.params["_prim"]).__name__
+        if name := next(filter(None, map(sealed_with_symbols, inner_jaxprs(eqn))), ""):
+            return name
     return ""
 
 

@@ -302,6 +302,14 @@ def spectrum(x):
     return jnp.abs(jnp.fft.rfft(x, axis=0))  # JAX's rule for its gradient asks whether the size is odd
 
 
+def selected(x):
+    return x[jnp.nonzero(x[:, 0] > 0, size=x.shape[0], fill_value=-1)[0]] ** 2
+
+
+def by_bins(grad):
+    return grad * jnp.digitize(grad, jnp.array([-0.5, 0.5])).astype(jnp.float32)
+
+
 by_number.defvjp(lambda x: (jnp.sin(x), (x.shape, x)), lambda r, ct: (ct * jnp.ones(r[0]) * float(r[0][0]),))
 
 
@@ -315,8 +323,10 @@ by_number.defvjp(lambda x: (jnp.sin(x), (x.shape, x)), lambda r, ct: (ct * jnp.o
         lambda x: hooked(hnp.broadcast_to(x.sum(axis=0), x.shape)) * x,
         lambda x: hooked(x.reshape(x.shape[0] * x.shape[1], 1)) * 2.0,
         lambda x: jhop.lift(spectrum)(hooked(x * 2.0)),
+        lambda x: jhop.lift(selected)(hooked(x * 2.0)),
+        lambda x: hooked(x * 2.0, by_bins),
     ],
-    ids=["asks", "branches", "hook", "number", "broadcast", "reshape", "transform"],
+    ids=["asks", "branches", "hook", "number", "broadcast", "reshape", "transform", "selected", "bins"],
 )
 def test_code_that_is_steered_by_a_size(program):
     compiler = Compiler()
