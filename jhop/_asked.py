@@ -25,7 +25,7 @@ class Asked:
 
     Attributes:
         differ: pairs (dimension, dimension or number) that were said to differ.
-        told: dimensions that were hashed or printed, or stored in Python state.
+        told: dimensions that were hashed or printed, stored in Python state, or asked for what only numbers can tell.
     """
 
     def __init__(self) -> None:
@@ -52,7 +52,7 @@ class Asked:
                 symbols = _compat.dim_symbols(left) | _compat.dim_symbols(right)
                 found.setdefault(symbols, f"code asks whether {left} is {right}")
         for dim in self.told:
-            found.setdefault(_compat.dim_symbols(dim), f"code hashes, prints or stores {dim}")
+            found.setdefault(_compat.dim_symbols(dim), f"code hashes, prints, stores or needs to know {dim}")
         return frozenset().union(*found), "; ".join(found.values())
 
 
@@ -60,7 +60,8 @@ _notes = threading.local()
 _lock = threading.Lock()
 _active = 0
 _own: dict[str, Any] = {
-    name: _compat.DimExpr.__dict__.get(name) for name in ("__eq__", "__ne__", "__hash__", "__str__", "__repr__")
+    name: _compat.DimExpr.__dict__.get(name)
+    for name in ("__eq__", "__ne__", "__hash__", "__str__", "__repr__", "__int__", "__lt__", "__le__", "__gt__", "__ge__")
 }
 
 
@@ -144,11 +145,28 @@ def _telling(name: str) -> Callable[[Any], Any]:
     return tell
 
 
+def _refusing(name: str) -> Callable[..., Any]:
+    def ask(self: Any, *others: Any) -> Any:
+        try:
+            return _own[name](self, *others)
+        except Exception:  # which whoever asks may catch, to go on in a way that is right for no size
+            asked = _asker()
+            if asked is not None:
+                asked.told.append(self)
+            raise
+
+    return ask
+
+
 def _index(self: Any) -> int:
+    asked = _asker()
+    if asked is not None:
+        asked.told.append(self)
     raise TypeError(f"the size {_own['__str__'](self)} is a symbol, and is used as a number")
 
 
 _NOTING: dict[str, Callable[..., Any]] = {
     "__eq__": _eq, "__ne__": _ne, "__bool__": _bool, "__index__": _index,
     **{name: _telling(name) for name in ("__hash__", "__str__", "__repr__")},
+    **{name: _refusing(name) for name in ("__int__", "__lt__", "__le__", "__gt__", "__ge__")},
 }  # fmt: skip

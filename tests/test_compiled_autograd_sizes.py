@@ -1,5 +1,6 @@
 """Captured backward passes over tapes of several sizes: what one capture serves, and that gradients are right."""
 
+import contextlib
 import logging
 
 import jax
@@ -310,6 +311,18 @@ def by_bins(grad):
     return grad * jnp.digitize(grad, jnp.array([-0.5, 0.5])).astype(jnp.float32)
 
 
+def catches(x):
+    try:
+        return x * (3.0 if x.shape[0] > 4 else 2.0)
+    except Exception:
+        return x * 7.0
+
+
+def suppresses(grad):
+    with contextlib.suppress(Exception):
+        return grad * float(np.ones(grad.shape[0]).sum())
+
+
 by_number.defvjp(lambda x: (jnp.sin(x), (x.shape, x)), lambda r, ct: (ct * jnp.ones(r[0]) * float(r[0][0]),))
 
 
@@ -325,8 +338,9 @@ by_number.defvjp(lambda x: (jnp.sin(x), (x.shape, x)), lambda r, ct: (ct * jnp.o
         lambda x: jhop.lift(spectrum)(hooked(x * 2.0)),
         lambda x: jhop.lift(selected)(hooked(x * 2.0)),
         lambda x: hooked(x * 2.0, by_bins),
+        lambda x: hooked(jhop.lift(catches)(x), suppresses),
     ],
-    ids=["asks", "branches", "hook", "number", "broadcast", "reshape", "transform", "selected", "bins"],
+    ids=["asks", "branches", "hook", "number", "broadcast", "reshape", "transform", "selected", "bins", "caught"],
 )
 def test_code_that_is_steered_by_a_size(program):
     compiler = Compiler()
