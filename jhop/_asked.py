@@ -59,10 +59,10 @@ class Asked:
 _notes = threading.local()
 _lock = threading.Lock()
 _active = 0
-_own: dict[str, Any] = {
-    name: _compat.DimExpr.__dict__.get(name)
-    for name in ("__eq__", "__ne__", "__hash__", "__str__", "__repr__", "__int__", "__lt__", "__le__", "__gt__", "__ge__")
-}
+_TELLING = ("__hash__", "__str__", "__repr__")
+_REFUSING = ("__int__", "__lt__", "__le__", "__gt__", "__ge__")
+_KEPT = ("__eq__", "__ne__", *_TELLING, *_REFUSING)
+_own: dict[str, Any] = {name: _compat.DimExpr.__dict__.get(name) for name in _KEPT}
 
 
 def _change_class(by: int) -> None:
@@ -101,7 +101,7 @@ def _asker(dim: Any = None) -> Asked | None:
         return None
     package = str(sys._getframe(2).f_globals.get("__name__", "")).partition(".")[0]
     if package in ("jax", "jaxlib"):
-        return asked if dim is not None and _compat.has_remainder(dim) else None
+        return asked if dim is not None and "mod(" in _own["__str__"](dim) else None
     return None if package == "jhop" else asked
 
 
@@ -167,6 +167,6 @@ def _index(self: Any) -> int:
 
 _NOTING: dict[str, Callable[..., Any]] = {
     "__eq__": _eq, "__ne__": _ne, "__bool__": _bool, "__index__": _index,
-    **{name: _telling(name) for name in ("__hash__", "__str__", "__repr__")},
-    **{name: _refusing(name) for name in ("__int__", "__lt__", "__le__", "__gt__", "__ge__")},
+    **{name: _telling(name) for name in _TELLING},
+    **{name: _refusing(name) for name in _REFUSING},
 }  # fmt: skip

@@ -115,12 +115,6 @@ def dim_symbols(dim: Any) -> frozenset[str]:
     return frozenset(dim._get_vars()) if is_dim_expr(dim) else frozenset()  # the public way, str(), has to be parsed
 
 
-def has_remainder(dim: Any) -> bool:
-    """Whether a symbolic dimension is made of a remainder."""
-    factors = [factor for term, _ in dim._sorted_terms for factor, _ in term._factors if factor.operation is not None]
-    return any(factor.operation == "mod" or any(map(has_remainder, factor.operands)) for factor in factors)
-
-
 def evaluate_dim(dim: Any, sizes: dict[str, Any]) -> Any:
     """The number that a symbolic dimension stands for once its symbols have sizes; symbolic where those are."""
     if not is_dim_expr(dim):
