@@ -337,9 +337,13 @@ class _Places:
 
 def _update(name: str) -> Any:
     def call(x: Any, index: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(fill := kwargs.get("fill_value"), Static):
+            kwargs["fill_value"] = fill.value
         return getattr(x.at[index], name)(*args, **kwargs)
 
     def method(self: _Places, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(fill := kwargs.get("fill_value"), (float, complex)):
+            kwargs["fill_value"] = Static(fill)  # which JAX needs to know, and `apply` would pass as an array
         return apply(call, (self._tensor, self._index, *args), kwargs)
 
     call.__name__ = f"at_{name}"

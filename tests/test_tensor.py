@@ -1095,6 +1095,7 @@ AT = {
     "max": lambda x, v: x.at[0].max(v),
     "min": lambda x, v: x.at[1].min(v),
     "get": lambda x, v: x.at[jnp.array([0, 7])].get(mode="clip") * v,
+    "filled": lambda x, v: x.at[jnp.array([0, 7])].get(mode="fill", fill_value=2.5) * v,
     "dropped": lambda x, v: x.at[jnp.array([0, 7])].set(v * 2.0, mode="drop"),
 }
 
