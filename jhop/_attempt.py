@@ -90,6 +90,8 @@ class Attempt:
                 self._fn, call.leaves, call.tree, self.captured, self.diff, self._names, self.types.avals
             ).run()
         if self.fits is not None:
+            for gm in joint.graphs():
+                self.fits.look(gm.jaxpr)
             self.fits.check([jnp.shape(value) for value in self.values])
             if why := joint.only_for_its_sizes():
                 raise NeedsNumbers(self.types.symbols, why, True)

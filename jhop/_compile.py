@@ -229,6 +229,7 @@ class CompiledGraph(Explains):
             try:
                 with asked.noting():
                     gm = discharge(inline(self.gm, avals=types.avals, shapes=types.places))
+                fits.look(gm.jaxpr)
                 fits.check([jax.numpy.shape(value) for value in flat])
                 if name := sealed_with_symbols(gm.jaxpr):
                     raise NeedsNumbers(types.symbols, f"the operation `{name}` is made for one size", True)

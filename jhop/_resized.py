@@ -64,6 +64,7 @@ class Capture:
             flow.run(self.types.avals)
             self.gm, self.outputs = self.tape.capture(self.types, flow.avals)
         shapes = [jnp.shape(value) for value in self.values]
+        self.fits.look(self.gm.jaxpr)
         self.fits.check(shapes)
         if why := self.fits.broken(shapes) or for_one_size([self.gm]):
             raise NeedsNumbers(self.types.symbols, why, True)

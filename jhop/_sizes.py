@@ -126,12 +126,28 @@ class Fits:
         self._types = types
         self._asked = asked
         self._names = names
+        self._values: dict[Any, int] = {}  # expressions of sizes that are values, and how large they may be
+
+    def look(self, jaxpr: Any) -> None:
+        """Notes which expressions of sizes a graph computes with: they must not outgrow what it keeps them in."""
+        for eqn in _compat.open_jaxpr(jaxpr)[0].eqns:
+            if eqn.primitive.name == "dim_as_value":
+                self._values[eqn.params["dim"]] = int(jnp.iinfo(eqn.outvars[0].aval.dtype).max)
+            for inner in inner_jaxprs(eqn):
+                self.look(inner)
+
+    def _outgrown(self, sizes: dict[str, Any]) -> str:
+        found = [dim for dim, largest in self._values.items() if abs(_compat.evaluate_dim(dim, sizes)) > largest]
+        return f"{found[0]} is too large a number for a graph to compute with" if found else ""
 
     def check(self, shapes: Sequence[Any]) -> None:
         """Raises NeedsNumbers if answers to what was asked are wrong for the very sizes that were traced with."""
-        symbols, why = self._asked.wrong(sizes_of(self._types.avals, self._types.places, list(shapes)))
+        sizes = sizes_of(self._types.avals, self._types.places, list(shapes))
+        symbols, why = self._asked.wrong(sizes)
         if symbols:
             raise NeedsNumbers(symbols, self.in_words(why), bool(self._asked.told))
+        if why := self._outgrown(sizes):
+            raise NeedsNumbers(self._types.symbols, self.in_words(why), False)
 
     def broken(self, shapes: Sequence[Any]) -> str | None:
         """Why it is not right for inputs of these shapes, in words; None if it is."""
@@ -146,7 +162,7 @@ class Fits:
                     if not _compat.is_dim_expr(dim):
                         return f"`{name}.shape[{axis}]` was {then} and is {size}"
                     return self.in_words(f"`{name}.shape[{axis}]` was equal to {dim}, which is {then}, and is {size}")
-        return self.in_words(self._asked.wrong(sizes)[1]) or None
+        return self.in_words(self._asked.wrong(sizes)[1] or self._outgrown(sizes)) or None
 
     def in_words(self, text: str) -> str:
         """Text with the places of symbols in place of their names."""

@@ -323,6 +323,10 @@ def suppresses(grad):
         return grad * float(np.ones(grad.shape[0]).sum())
 
 
+def outgrows(x):
+    return x * (1.0 / x.size**6)  # more than 32 bits from 36 on
+
+
 by_number.defvjp(lambda x: (jnp.sin(x), (x.shape, x)), lambda r, ct: (ct * jnp.ones(r[0]) * float(r[0][0]),))
 
 
@@ -339,9 +343,13 @@ by_number.defvjp(lambda x: (jnp.sin(x), (x.shape, x)), lambda r, ct: (ct * jnp.o
         lambda x: jhop.lift(selected)(hooked(x * 2.0)),
         lambda x: hooked(x * 2.0, by_bins),
         lambda x: hooked(jhop.lift(catches)(x), suppresses),
+        lambda x: hooked(jhop.lift(outgrows)(x), outgrows),
     ],
-    ids=["asks", "branches", "hook", "number", "broadcast", "reshape", "transform", "selected", "bins", "caught"],
-)
+    ids=[
+        "asks", "branches", "hook", "number", "broadcast", "reshape", "transform", "selected", "bins", "caught",
+        "outgrown",
+    ],
+)  # fmt: skip
 def test_code_that_is_steered_by_a_size(program):
     compiler = Compiler()
     for shape in [(3, 4), (8, 4), (5, 4), (6, 4), (5, 7), (6, 8), (2, 2), (1, 1)]:
