@@ -5,6 +5,7 @@ Arithmetic on lifted Python numbers stays in Python: it is exact, and never wait
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -90,7 +91,9 @@ class Program:
             eqns=device_eqns,
             debug_info=jaxpr.debug_info._replace(arg_names=None, result_paths=None),
         )
-        if is_cut(device):
+        if is_cut(device) and self._symbolic:
+            self.device = self._cut_for_sizes(device, transform)
+        elif is_cut(device):
             self.device = cut(device, lambda piece: transform(self._make_device(piece)))
         else:
             self.device = transform(self._make_device(device))
@@ -99,13 +102,32 @@ class Program:
         symbolic = self._symbolic and bool(symbols_in([v.aval for v in device.invars]))
 
         def run(*flat: Any) -> list[Any]:
-            rule = None
-            if symbolic:
-                rest = iter(flat[len(self.consts) :])
-                rule = self._gm.rule_for([0 if number else next(rest) for number in self._is_number])
-            return evaluate(device, list(flat), rule)
+            return evaluate(device, list(flat), self._sizes_from(flat) if symbolic else None)
 
         run.__name__ = self._gm.name
+        return run
+
+    def _sizes_from(self, flat: Sequence[Any]) -> Any:
+        """The rule that fills in sizes, from all that the device's part takes."""
+        rest = iter(flat[len(self.consts) :])
+        return self._gm.rule_for([0 if number else next(rest) for number in self._is_number])
+
+    def _cut_for_sizes(self, device: Any, transform: Callable[..., Any]) -> Callable[..., list[Any]]:
+        """As `cut`, with sizes filled in before: what the pieces take does not tell them."""
+        made: dict[Any, Callable[..., list[Any]]] = {}
+
+        def run(*flat: Any) -> list[Any]:
+            types = tuple(map(jax.typeof, flat))
+            if types not in made:
+                rule = self._sizes_from(flat)
+                closed = jax.make_jaxpr(lambda *args: evaluate(device, list(args), rule))(*flat)
+                jaxpr, consts = _compat.open_jaxpr(closed)
+                debug_info = jaxpr.debug_info._replace(arg_names=None, result_paths=None)
+                jaxpr = jaxpr.replace(constvars=[], invars=[*jaxpr.constvars, *jaxpr.invars], debug_info=debug_info)
+                pieces = cut(jaxpr, lambda piece: transform(lambda *args: evaluate(piece, list(args))))
+                made[types] = functools.partial(pieces, *consts)
+            return made[types](*flat)
+
         return run
 
     def __call__(self, *args: Any) -> list[Any]:

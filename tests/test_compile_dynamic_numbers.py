@@ -321,3 +321,13 @@ def test_size_that_a_hook_stores_where_all_sizes_are_symbols():
     assert box.kept is None
     step(jnp.ones(3))
     assert box.kept == 3
+
+
+@pytest.mark.parametrize("dynamic", [True, None])
+def test_hook_in_the_forward_on_values_that_do_not_tell_the_sizes(dynamic):
+    def program(x):
+        return (x + jhop.trace_wrapped(x.sum(0), fn=lambda total: total * 3.0)) * x.shape[0]
+
+    compiled = jhop.compile(program, dynamic=dynamic)
+    for n in (5, 7, 8, 7):
+        np.testing.assert_allclose(compiled(jnp.ones((n, 2))), np.full((n, 2), (1.0 + 3.0 * n) * n))
