@@ -26,11 +26,13 @@ class Asked:
     Attributes:
         differ: pairs (dimension, dimension or number) that were said to differ.
         told: dimensions that were hashed or printed, stored in Python state, or asked for what only numbers can tell.
+        reached: (dimension, number) for places in a dimension: it must be at least so large.
     """
 
     def __init__(self) -> None:
         self.differ: list[tuple[Any, Any]] = []
         self.told: list[Any] = []
+        self.reached: list[tuple[Any, int]] = []
 
     @contextlib.contextmanager
     def noting(self) -> Iterator[None]:
@@ -51,6 +53,9 @@ class Asked:
             if _compat.evaluate_dim(left, sizes) == _compat.evaluate_dim(right, sizes):
                 symbols = _compat.dim_symbols(left) | _compat.dim_symbols(right)
                 found.setdefault(symbols, f"code asks whether {left} is {right}")
+        for dim, least in self.reached:
+            if _compat.evaluate_dim(dim, sizes) < least:
+                found.setdefault(_compat.dim_symbols(dim), f"an index needs {dim} to be at least {least}")
         for dim in self.told:
             found.setdefault(_compat.dim_symbols(dim), f"code hashes, prints, stores or needs to know {dim}")
         return frozenset().union(*found), "; ".join(found.values())
@@ -77,6 +82,13 @@ def _change_class(by: int) -> None:
             for name in _NOTING:
                 own = _own.get(name)
                 delattr(_compat.DimExpr, name) if own is None else setattr(_compat.DimExpr, name, own)
+
+
+def reach(dim: Any, index: int) -> None:
+    """To be called of an integer index into a dimension: JAX treats one out of range in another way if it is a symbol."""
+    asked: Asked | None = getattr(_notes, "asked", None)
+    if asked is not None and _compat.is_dim_expr(dim):
+        asked.reached.append((dim, index + 1 if index >= 0 else -index))
 
 
 def stored(dim: Any, where: str) -> None:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jhop import _compat
+from jhop import _asked, _compat
 from jhop._contract import is_inexact
 from jhop._errors import JhopError
 from jhop._hook import HookList, tensor_point
@@ -269,7 +269,18 @@ for _name, _fn in _COMPARE.items():
 
 
 def _getitem(x: Any, index: Any) -> Any:
+    _reach(x, index)
     return x[index]
+
+
+def _reach(x: Any, index: Any) -> None:
+    """Notes which places of `x` an index needs to be there."""
+    items = [item for item in (index if isinstance(index, tuple) else (index,)) if item is not None]
+    rest = [i for i, item in enumerate(items) if item is Ellipsis]
+    for i, item in enumerate(items):
+        axis = i - len(items) if rest and i > rest[0] else i
+        if isinstance(item, (int, np.integer)) and not isinstance(item, bool) and -x.ndim <= axis < x.ndim:
+            _asked.reach(x.shape[axis], int(item))
 
 
 def _index(self: Tensor, index: Any) -> Any:
@@ -339,6 +350,7 @@ def _update(name: str) -> Any:
     def call(x: Any, index: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(fill := kwargs.get("fill_value"), Static):
             kwargs["fill_value"] = fill.value
+        _reach(x, index)
         return getattr(x.at[index], name)(*args, **kwargs)
 
     def method(self: _Places, *args: Any, **kwargs: Any) -> Any:

@@ -282,6 +282,30 @@ def test_equal_sizes_share_a_symbol_until_they_differ():
     assert compiler.symbols == [0, 1, 2]
 
 
+PLACES = {
+    "from the start": lambda x: x[5] * x[0],
+    "from the end": lambda x: x[-8] * x[-1],
+    "of an inner dimension": lambda x: (x * x)[:, 5],
+    "behind an ellipsis": lambda x: (x * x)[None, ..., -7, 0],
+    "that are read": lambda x: x.at[5].get() * 3.0,
+    "that are multiplied": lambda x: x.at[-6, 5].multiply(2.0),
+}
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("name", PLACES)
+def test_places_that_are_not_there_are_those_that_jax_takes(name, dynamic):
+    compiler = Compiler()
+    compiled = jhop.compile(PLACES[name], dynamic=dynamic) if dynamic else PLACES[name]
+    for size in (8, 9, 5, 4, 7, 10):
+        found, expected = leaf((size, size)), leaf((size, size))
+        (PLACES[name](expected) ** 2).sum().backward()
+        with jhop.compiled_autograd.enable(compiler):
+            (compiled(found) ** 2).sum().backward()
+        np.testing.assert_allclose(found.grad, expected.grad, rtol=1e-5)
+    assert compiler.symbols[1] == 1
+
+
 def asks(x):
     return x * (3.0 if x.shape[0] == 5 else 2.0)
 
