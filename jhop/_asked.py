@@ -85,7 +85,7 @@ def _change_class(by: int) -> None:
 
 
 def reach(dim: Any, index: int) -> None:
-    """To be called of an integer index into a dimension: JAX treats one out of range in another way if it is a symbol."""
+    """To be called of an integer index into a dimension: where it is a symbol, JAX does else with one out of range."""
     asked: Asked | None = getattr(_notes, "asked", None)
     if asked is not None and _compat.is_dim_expr(dim):
         asked.reached.append((dim, index + 1 if index >= 0 else -index))
