@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError as _NotInstalled
 from importlib.metadata import version as _version
 
 from jhop import _anomaly as _anomaly
+from jhop import _indexing as _indexing
 from jhop import _record as _record
 from jhop import _text as _text
 from jhop import autograd as autograd

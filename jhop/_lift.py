@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jhop import _asked, _compat
+from jhop import _compat
 from jhop._contract import is_inexact
 from jhop._errors import JhopError
 from jhop._hook import HookList, tensor_point
@@ -24,7 +24,7 @@ from jhop._op import CACHE_SIZE, DYNAMIC, Op, carries, make_op
 from jhop._static import Static
 from jhop._tensor import Tensor
 
-_ARRAYS = (jax.Array, np.ndarray, np.generic)
+ARRAYS = (jax.Array, np.ndarray, np.generic)
 _cache: dict[Any, Op] = {}
 
 
@@ -168,7 +168,7 @@ def _flat(fn: Any, key: tuple[Any, ...]) -> _Flat:
 def _is_dynamic(leaf: Any) -> bool:
     if isinstance(leaf, (np.integer, np.bool_)):
         return False  # an axis or a size
-    return isinstance(leaf, _ARRAYS) or type(leaf) in (float, complex)
+    return isinstance(leaf, ARRAYS) or type(leaf) in (float, complex)
 
 
 def _wrap(fn: Any, op: Op, out: Any, dynamic: list[Any], edges: Sequence[Edge]) -> Any:
@@ -268,47 +268,6 @@ for _name, _fn in _COMPARE.items():
     setattr(Tensor, f"__{_name}__", _binary(_fn))
 
 
-def _getitem(x: Any, index: Any) -> Any:
-    _reach(x, index)
-    return x[index]
-
-
-def _reach(x: Any, index: Any) -> None:
-    """Notes which places of `x` an index needs to be there."""
-    items = [item for item in (index if isinstance(index, tuple) else (index,)) if item is not None]
-    rest = [i for i, item in enumerate(items) if item is Ellipsis]
-    for i, item in enumerate(items):
-        axis = i - len(items) if rest and i > rest[0] else i
-        if isinstance(item, (int, np.integer)) and not isinstance(item, bool) and -x.ndim <= axis < x.ndim:
-            _asked.reach(x.shape[axis], int(item))
-
-
-def _index(self: Tensor, index: Any) -> Any:
-    return apply(_getitem, (self, _places(index)), {})
-
-
-def _assign(self: Tensor, index: Any, value: Any) -> None:
-    raise TypeError(
-        "Tensor: values cannot be assigned to a part of a Tensor, as arrays are immutable. Write "
-        "`x = x.at[index].set(values)`: the new Tensor has the gradient of both."
-    )
-
-
-def _places(index: Any) -> Any:
-    """An index, with positions in place of masks."""
-    items = index if isinstance(index, tuple) else (index,)
-    items = tuple(part for item in items for part in _positions(item))
-    return items if len(items) != 1 else items[0]
-
-
-def _positions(item: Any) -> tuple[Any, ...]:
-    """A mask as the positions of its true entries, one array per dimension: their number must be known."""
-    mask = item._value if isinstance(item, Tensor) else item
-    if isinstance(mask, _ARRAYS) and mask.dtype == bool and np.ndim(mask) and not isinstance(mask, _compat.Tracer):
-        return np.nonzero(np.asarray(mask))
-    return (item,)
-
-
 def _method(name: str) -> Any:
     def call(x: Any, *args: Any, **kwargs: Any) -> Any:
         return getattr(x, name)(*args, **kwargs)
@@ -324,49 +283,6 @@ def _method(name: str) -> Any:
     return method
 
 
-class _At:
-    """`x.at`: `x.at[index].set(values)` and the like, as of a `jax.Array`: a new Tensor, with the gradient of both."""
-
-    __slots__ = ("_tensor",)
-
-    def __init__(self, tensor: Tensor):
-        self._tensor = tensor
-
-    def __getitem__(self, index: Any) -> _Places:
-        return _Places(self._tensor, _places(index))
-
-
-class _Places:
-    """`x.at[index]`."""
-
-    __slots__ = ("_index", "_tensor")
-
-    def __init__(self, tensor: Tensor, index: Any):
-        self._tensor = tensor
-        self._index = index
-
-
-def _update(name: str) -> Any:
-    def call(x: Any, index: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(fill := kwargs.get("fill_value"), Static):
-            kwargs["fill_value"] = fill.value
-        _reach(x, index)
-        return getattr(x.at[index], name)(*args, **kwargs)
-
-    def method(self: _Places, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(fill := kwargs.get("fill_value"), (float, complex)):
-            kwargs["fill_value"] = Static(fill)  # which JAX needs to know, and `apply` would pass as an array
-        return apply(call, (self._tensor, self._index, *args), kwargs)
-
-    call.__name__ = f"at_{name}"
-    method.__name__ = name
-    return method
-
-
-for _name in "add apply divide get max min mul multiply power set subtract".split():
-    setattr(_Places, _name, _update(_name))
-
-
 def _unary(fn: Any) -> Any:
     return lambda self: apply(fn, (self,), {})
 
@@ -379,13 +295,10 @@ _SPECIAL = {
     "__pos__": lambda self: self,
     "__abs__": _unary(jnp.abs),
     "__invert__": _unary(jnp.invert),
-    "__getitem__": _index,
-    "__setitem__": _assign,
     "T": property(_unary(jnp.transpose)),
     "real": property(_unary(jnp.real)),
     "imag": property(_unary(jnp.imag)),
     "mT": property(_unary(jnp.matrix_transpose)),
-    "at": property(_At),
 }
 for _name, _fn in _SPECIAL.items():
     setattr(Tensor, _name, _fn)

@@ -133,29 +133,13 @@ class _Cache:
             self._latest = None
 
 
-class _Kinds:
-    """Kinds by key, the least recently used first."""
-
-    def __init__(self) -> None:
-        self._kinds: collections.OrderedDict[Any, _Kind] = collections.OrderedDict()
-        self._lock = threading.Lock()
-
-    def of(self, key: Any) -> _Kind:
-        """The kind of tapes with this key, less sizes."""
-        with self._lock:
-            found = self._kinds.pop(key, None) or _Kind()
-            self._kinds[key] = found
-            while len(self._kinds) > _CACHE_SIZE:
-                self._kinds.popitem(last=False)
-            return found
-
-    def clear(self) -> None:
-        with self._lock:
-            self._kinds.clear()
+@functools.lru_cache(maxsize=_CACHE_SIZE)
+def _kind_of(key: Any) -> _Kind:
+    """The kind of tapes with this key, less sizes."""
+    return _Kind()
 
 
 _captured, _seen = _Cache(), _Cache()  # hooks that are new at each pass fill the second one only
-_kinds = _Kinds()
 
 
 @contextlib.contextmanager
@@ -168,10 +152,9 @@ def enable(compiler_fn: Callable[[GraphModule], Callable[..., Any]] | None = Non
             used again for tapes of the same operations, shapes and hooks; functions of the same code that write to no
             variable outside and close over plain values count as the same hook. For the second shapes of a structure
             it is given a graph with symbols for the sizes that changed, which serves further ones, unless code of the
-            user's needs numbers. By default, the first pass of a
-            structure runs node by node, as it does outside of the block, and from the second on it is compiled, as by
-            `jhop.compile(gm)`. Hooks that cannot be traced run on the host then; where that will not do either, the
-            structure goes on node by node. A warning says so.
+            user's needs numbers. By default, the first pass of a structure runs node by node, as it does outside of
+            the block, and from the second on it is compiled, as by `jhop.compile(gm)`. Hooks that cannot be traced run
+            on the host then; where that will not do either, the structure goes on node by node. A warning says so.
 
     Raises:
         JhopError: `compiler_fn` is not callable. During a pass, given a `compiler_fn`: a hook reads or writes the
@@ -223,7 +206,7 @@ def _run(compiler_fn: Any, request: _plan.Request) -> list[Any]:
             results = _engine.by_node(request, tape.saved_of)
             _seen.add(key, _entry_of(tape, None))
             return results
-        kind = _kinds.of((*outside, *tape.kind))
+        kind = _kind_of((*outside, *tape.kind))
         found = kind.find(tape)
         if found is None or found.used.any_of(tape.owners):
             summary = Summary.of(tape, compiler_fn)
@@ -330,4 +313,4 @@ def reset() -> None:
     """Forgets captured backward passes."""
     _captured.clear()
     _seen.clear()
-    _kinds.clear()
+    _kind_of.cache_clear()

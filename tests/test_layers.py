@@ -121,6 +121,7 @@ LAYERS = (
     "_numbers",
     "_op",
     "_lift",
+    "_indexing",
     "_record",
     "numpy",
     "autograd",

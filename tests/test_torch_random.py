@@ -1,7 +1,7 @@
 """Random programs with hooks of every kind: gradients, what hooks saw, how often and in which order, are as in PyTorch.
 
-The program's text is one (`random_tapes`); it runs on PyTorch, and on jhop in each of the ways to run a program. 150
-programs by default; `JHOP_RANDOM_PROGRAMS=1000` runs so many, and another number in `JHOP_RANDOM_SEED` runs others.
+The program's text is one (`random_tapes`); it runs on PyTorch, and on jhop in one of the ways to run a program: 150
+programs in each by default. `JHOP_RANDOM_PROGRAMS=1000` runs so many, and another number in `JHOP_RANDOM_SEED` others.
 """
 
 import contextlib
@@ -135,10 +135,10 @@ def fresh():
     """Overrides the reset before each test: lifted operations stay compiled, and must not notice."""
 
 
-@pytest.mark.parametrize("seed", range(FIRST, FIRST + N))
+@pytest.mark.parametrize("seed", range(FIRST, FIRST + N * len(MODES)))
 def test_random_program(seed):
-    mode = MODES[seed % 4]
-    twice = seed // 4 % 5 == 4
+    mode = MODES[seed % len(MODES)]
+    twice = seed // len(MODES) % 5 == 4
     program = Program(seed, compiled="compiled" in mode.name, captured="captured" in mode.name, twice=twice)
     try:
         check(program, mode)
